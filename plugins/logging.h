@@ -1,0 +1,14 @@
+// Messages for the person who runs TensorRT: through its logger where it gave us one, to stderr where it did not.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+namespace awq_trt {
+
+void SetLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
+
+// printf-style; "W4A16Gemm: " is put in front.
+void LogError(char const* format, ...) noexcept __attribute__((format(printf, 1, 2)));
+void LogWarning(char const* format, ...) noexcept __attribute__((format(printf, 1, 2)));
+
+}  // namespace awq_trt

@@ -1,0 +1,87 @@
+#include "w4a16_gemm_creator.h"
+
+#include <cstring>
+#include <new>
+
+#include "logging.h"
+
+namespace awq_trt {
+
+char const* const kFieldNames[kFieldCount] = {"out_features", "in_features", "group_size",
+                                              "has_zeros",    "has_bias",    "has_pre_scale"};
+
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+char const* NameOf(PluginFieldType type) {
+  constexpr char const* kNames[] = {"FLOAT16", "FLOAT32", "FLOAT64", "INT8",  "INT16", "INT32", "CHAR",
+                                    "DIMS",    "UNKNOWN", "BF16",    "INT64", "FP8",   "INT4",  "FP4"};
+  int32_t const index = static_cast<int32_t>(type);
+  return index >= 0 && index < static_cast<int32_t>(sizeof(kNames) / sizeof(kNames[0])) ? kNames[index] : "other";
+}
+
+// Read every known field into values[kFieldCount]; says what is wrong and returns false where something is.
+bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collection, int32_t* values) {
+  bool seen[kFieldCount] = {};
+  int32_t const given = collection == nullptr ? 0 : collection->nbFields;
+  for (int32_t f = 0; f < given; ++f) {
+    PluginField const& field = collection->fields[f];
+    int32_t index = 0;
+    while (index < kFieldCount && (field.name == nullptr || std::strcmp(field.name, kFieldNames[index]) != 0)) ++index;
+    if (index == kFieldCount) {
+      bool const standard = field.name != nullptr && std::strncmp(field.name, "plugin_", 7) == 0;
+      if (!standard) LogWarning("%s: field '%s' is not known and ignored", layer, field.name ? field.name : "(null)");
+      continue;
+    }
+    if (field.type != PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr) {
+      LogError("%s: field '%s' is %s with %d values%s, need one INT32", layer, field.name, NameOf(field.type),
+               field.length, field.data == nullptr ? " and no data" : "");
+      return false;
+    }
+    if (seen[index]) {
+      LogError("%s: field '%s' is given twice, need it once", layer, field.name);
+      return false;
+    }
+    seen[index] = true;
+    std::memcpy(&values[index], field.data, sizeof(int32_t));
+    if (index >= kRequiredFields && values[index] != 0 && values[index] != 1) {
+      LogError("%s: field '%s' is %d, need 0 or 1", layer, field.name, values[index]);
+      return false;
+    }
+  }
+  for (int32_t i = 0; i < kRequiredFields; ++i) {
+    if (!seen[i]) {
+      LogError("%s: field '%s' is missing, need one INT32", layer, kFieldNames[i]);
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+W4A16GemmCreator::W4A16GemmCreator() noexcept {
+  for (int32_t i = 0; i < kFieldCount; ++i) fields_[i] = {kFieldNames[i], nullptr, PluginFieldType::kINT32, 1};
+  field_collection_ = {kFieldCount, fields_};
+}
+
+nvinfer1::IPluginV3* W4A16GemmCreator::createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
+                                                    nvinfer1::TensorRTPhase) noexcept {
+  char const* const layer = name != nullptr && *name != '\0' ? name : "(unnamed layer)";
+  int32_t values[kFieldCount] = {};
+  if (!ReadFields(layer, fields, values)) return nullptr;
+  // The type of X and the device are not known here: they are checked where they are.
+  Reason const reason = WhyNot(values[0], values[1], values[2], ActivationType::kHalf, 80);
+  if (!reason.empty()) {
+    LogError("%s: %s", layer, reason.text);
+    return nullptr;
+  }
+  LayerConfig const config{values[0], values[1], values[2], values[3] != 0, values[4] != 0, values[5] != 0};
+  auto* plugin = new (std::nothrow) W4A16GemmPlugin(config);
+  if (plugin == nullptr) LogError("%s: out of host memory while creating the plugin", layer);
+  return plugin;
+}
+
+}  // namespace awq_trt
