@@ -5,7 +5,8 @@
 
 namespace awq_trt {
 
-void SetLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
+// `finder` is TensorRT's ILoggerFinder, of whichever version called us; nullptr for stderr.
+void SetLoggerFinder(void* finder) noexcept;
 
 // printf-style; "W4A16Gemm: " is put in front.
 void LogError(char const* format, ...) noexcept __attribute__((format(printf, 1, 2)));
