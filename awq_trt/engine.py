@@ -22,7 +22,7 @@ from typing import Any
 from awq_trt import sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
-from awq_trt.graph_facts import Profile, optimization_profiles, read_graph
+from awq_trt.graph_facts import PLUGIN_OP, Profile, optimization_profiles, read_graph
 from awq_trt.plugin import library_path
 from awq_trt.progress import Phases
 
@@ -36,10 +36,10 @@ RTX_ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX builds for and the plugin has machine code for."""
 
 ERRORS = ("ERROR", "INTERNAL_ERROR")
-NOISE = ("Int64 binding", "Thread context has not been set", "getHardwareCompatibilityLevel")
-"""Parts of messages that TensorRT prints at every build and that ask nothing of anyone."""
+NOISE = ("Int64 binding", "Thread context has not been set", "catchCudaError")
+"""Parts of messages that say nothing about the model: printed at every build, or wherever there is no GPU."""
 
-OnPhase = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def build_engine(
     architectures: Sequence[str] | None = None,
     accuracy: dict[str, Any] | None = None,
     quiet: bool = False,
-    on_event: OnPhase | None = None,
+    on_event: OnEvent | None = None,
 ) -> EngineReport:
     """Build a strongly typed engine and write it with its sidecar (`sidecar.path_of(engine_path)`).
 
@@ -155,7 +155,7 @@ def choose_runtime(runtime: str) -> str:
         raise AwqTrtError(f"runtime {runtime!r} is unknown; choose auto, {' or '.join(RUNTIMES)}.")
     installed = [name for name in RUNTIMES if importlib.util.find_spec(name) is not None]
     if runtime == "auto":
-        if "tensorrt" in installed and ("tensorrt_rtx" not in installed or Path("/dev/nvidiactl").exists()):
+        if "tensorrt" in installed and ("tensorrt_rtx" not in installed or has_gpu()):
             return "tensorrt"
         runtime = "tensorrt_rtx"
         lines = list(RUNTIMES.values())
@@ -166,9 +166,14 @@ def choose_runtime(runtime: str) -> str:
     return runtime
 
 
-def _run_child(job: dict[str, Any], quiet: bool, on_event: OnPhase | None) -> tuple[dict[str, Any], list[str]]:
-    """Run one build. Returns what the child reports and TensorRT's warnings; no child is left however this ends."""
-    logs: list[tuple[str, str]] = []
+def has_gpu() -> bool:
+    """Whether the machine has an NVIDIA GPU with its driver loaded; asks no library."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def _run_child(job: dict[str, Any], quiet: bool, on_event: OnEvent | None) -> tuple[dict[str, Any], list[str]]:
+    """Run one build. Returns what the child reports and the warnings; no child is left however this ends."""
+    logs: list[tuple[str, str]] = []  # severity, text
     outcome: dict[str, Any] = {}
     with _child(job) as (process, events, output), Phases(quiet) as phases:
         for line in events:
@@ -183,33 +188,36 @@ def _run_child(job: dict[str, Any], quiet: bool, on_event: OnPhase | None) -> tu
                 on_event(event)
         status = process.wait()
         output.seek(0)
-        printed = output.read()
-    logs = [(kind, text) for kind, text in logs if not any(part in text for part in NOISE)]
+        printed = output.read().splitlines()
     if "done" in outcome:
-        return outcome["done"], [text for _, text in dict.fromkeys(logs)]
+        said = [text for _, text in logs] + [line for line in printed if line.startswith(PLUGIN_OP)]
+        return outcome["done"], _without_noise(said)
     if outcome.get("errno"):
         raise OSError(outcome["errno"], os.strerror(outcome["errno"]))
-    raise AwqTrtError(_why(job, outcome, status, logs, printed))
+    errors = [text for severity, text in logs if severity in ERRORS and not text.startswith("ModelImporter.cpp")]
+    raise AwqTrtError(_why(job, outcome, status, [*errors, *printed]))
 
 
-def _why(job: dict[str, Any], outcome: dict[str, Any], status: int, logs: list[tuple[str, str]], printed: str) -> str:
-    """The message of a failed build: what happened, then TensorRT's own last words."""
+def _why(job: dict[str, Any], outcome: dict[str, Any], status: int, said: list[str]) -> str:
+    """The message of a failed build: what happened, then the last words of TensorRT and of the plugin."""
     if outcome:
-        what = outcome["failed"]
+        what, *rest = outcome["failed"].splitlines()
+        said = [*rest, *said]
     elif status == -signal.SIGKILL:
         what = "the build was killed, most likely because the machine ran out of memory"
     elif status < 0:
         what = f"TensorRT aborted the build ({signal.Signals(-status).name})"
     else:
         what = f"the build process ended with status {status} and no result"
-    said = [text for kind, text in dict.fromkeys(logs) if kind in ERRORS and text not in what][-8:]
-    if not outcome and not said:
-        said = printed.strip().splitlines()[-5:]
-    hint = ""
-    if job["runtime"] == "tensorrt" and any("CUDA" in text or "cuda" in text for text in said):
-        hint = "\nTensorRT needs a GPU to build. Without one: --runtime tensorrt_rtx."
-    words = "".join(f"\n    {text}" for text in said)
-    return f"{job['onnx']}: no engine was built. {what}{words}{hint}"
+    words = [line for line in _without_noise("\n".join(said).splitlines()) if line not in what][-8:]
+    if job["runtime"] == "tensorrt" and any("cuda" in text.lower() for text in (what, *said)):
+        words.append("TensorRT needs a GPU to build. Without one, build with the runtime tensorrt_rtx.")
+    return "\n    ".join([f"{job['onnx']}: no engine was built. {what}", *words])
+
+
+def _without_noise(lines: list[str]) -> list[str]:
+    """The lines without repetitions and without those that come with every build."""
+    return [line for line in dict.fromkeys(lines) if line.strip() and not any(part in line for part in NOISE)]
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
 def _pretty(value: Any, indent: str = "") -> str:
     """JSON in which whatever fits into a line of 120 characters takes one: a model has hundreds of shapes."""
     short = json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, (dict, list)) or not value or (indent and len(indent) + len(short) < 100):
+    if not isinstance(value, (dict, list)) or not value or (indent and len(indent) + len(short) < 112):
         return short
     inner = indent + "  "
     if isinstance(value, dict):

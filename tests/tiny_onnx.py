@@ -1,0 +1,144 @@
+"""Small ONNX files with the inputs, dimension names and operator attributes that the exporter writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from awq_trt.layout import pack_qweight, pack_scales, pack_zeros
+
+FLOATS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
+
+
+def initializer(name: str, value: np.ndarray | torch.Tensor) -> onnx.TensorProto:
+    """An initializer; torch tensors may be fp16 or bf16."""
+    if isinstance(value, np.ndarray):
+        return numpy_helper.from_array(value, name)
+    raw = value.contiguous().view(torch.int16).numpy().tobytes()
+    return helper.make_tensor(name, FLOATS[value.dtype], list(value.shape), raw, raw=True)
+
+
+def save(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    weights: Sequence[onnx.TensorProto],
+    *,
+    external: bool = False,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write the model; with `external` its weights go to `<path>.data`."""
+    graph = helper.make_graph(list(nodes), "tiny", list(inputs), list(outputs), list(weights))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("awq_trt", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    if metadata is not None:
+        helper.set_model_props(model, {"awq_trt": json.dumps(metadata)})
+    location = path.name + ".data"
+    onnx.save(model, str(path), save_as_external_data=external, location=location, size_threshold=0)
+    return path
+
+
+def decoder(path: Path, **options: Any) -> Path:
+    """One attention layer with a KV cache in fp16, the decoder interface of the exporter."""
+    fp16, int64 = TensorProto.FLOAT16, TensorProto.INT64
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return initializer(name, (rng.standard_normal(shape) * 0.1).astype(np.float16))
+
+    weights = [weight("embedding", VOCAB, HIDDEN), weight("wo", HIDDEN, VOCAB)]
+    weights += [initializer("axes", np.array([1, 2])), initializer("one", np.array(1, np.float16))]
+    weights += [initializer("big", np.array(1e4, np.float16)), initializer("merged", np.array([0, 0, HIDDEN]))]
+    nodes = [helper.make_node("Gather", ["embedding", "input_ids"], ["x"])]
+    for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        weights.append(weight("w" + name, HIDDEN, heads * HEAD_DIM))
+        weights.append(initializer(name + "_shape", np.array([0, 0, heads, HEAD_DIM])))
+        nodes.append(helper.make_node("MatMul", ["x", "w" + name], [name + "_flat"]))
+        nodes.append(helper.make_node("Reshape", [name + "_flat", name + "_shape"], [name + "_split"]))
+        nodes.append(helper.make_node("Transpose", [name + "_split"], [name], perm=[0, 2, 1, 3]))
+    past, present = "past_key_values.0.", "present.0."
+    nodes += [
+        helper.make_node("Concat", [past + "key", "k"], [present + "key"], axis=2),
+        helper.make_node("Concat", [past + "value", "v"], [present + "value"], axis=2),
+        helper.make_node("Cast", ["attention_mask"], ["mask_float"], to=fp16),
+        helper.make_node("Sub", ["mask_float", "one"], ["mask_minus"]),
+        helper.make_node("Mul", ["mask_minus", "big"], ["mask_flat"]),
+        helper.make_node("Unsqueeze", ["mask_flat", "axes"], ["mask"]),
+        helper.make_node("Attention", ["q", present + "key", present + "value", "mask"], ["attended"]),
+        helper.make_node("Transpose", ["attended"], ["heads_last"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["heads_last", "merged"], ["joined"]),
+        helper.make_node("MatMul", ["joined", "wo"], ["logits"]),
+    ]
+    value = helper.make_tensor_value_info
+    inputs = [
+        value("input_ids", int64, ["batch_size", "sequence_length"]),
+        value("attention_mask", int64, ["batch_size", "total_sequence_length"]),
+    ]
+    outputs = [value("logits", fp16, ["batch_size", "sequence_length", VOCAB])]
+    for kind in ("key", "value"):
+        inputs.append(value(past + kind, fp16, ["batch_size", KV_HEADS, "past_sequence_length", HEAD_DIM]))
+        outputs.append(value(present + kind, fp16, ["batch_size", KV_HEADS, "total_sequence_length", HEAD_DIM]))
+    return save(path, nodes, inputs, outputs, weights, **options)
+
+
+def quantized(
+    path: Path,
+    *,
+    n: int = 64,
+    k: int = 256,
+    group_size: int = 64,
+    dtype: torch.dtype = torch.float16,
+    zeros: bool = True,
+    bias: bool = False,
+    pre_scale: bool = False,
+    layers: int = 1,
+    change: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """`layers` W4A16Gemm nodes side by side on one input X [batch_size, sequence_length, k], random weights.
+
+    `change` overrides attributes of the nodes; None removes one.
+    """
+    rng = np.random.default_rng(1)
+    groups = k // group_size
+    nodes, outputs, weights = [], [], []
+    for i in range(layers):
+        parts: dict[str, np.ndarray | torch.Tensor] = {
+            "qweight": pack_qweight(rng.integers(0, 16, (n, k), np.uint8)),
+            "scales": pack_scales(torch.rand(n, groups).to(dtype)),
+        }
+        if zeros:
+            parts["zeros"] = pack_zeros(rng.integers(0, 16, (n, groups), np.uint8))
+        if bias:
+            parts["bias"] = torch.rand(n).to(dtype)
+        if pre_scale:
+            parts["pre_scale"] = torch.rand(k).to(dtype)
+        weights += [initializer(f"{name}_{i}", value) for name, value in parts.items()]
+        attributes = {
+            "out_features": n,
+            "in_features": k,
+            "group_size": group_size,
+            "has_zeros": int(zeros),
+            "has_bias": int(bias),
+            "has_pre_scale": int(pre_scale),
+            "plugin_version": "1",
+            "plugin_namespace": "",
+        }
+        attributes = {key: v for key, v in (attributes | (change or {})).items() if v is not None}
+        names = ["x", *(f"{name}_{i}" for name in parts)]
+        nodes.append(
+            helper.make_node("W4A16Gemm", names, [f"y_{i}"], name=f"linear_{i}", domain="awq_trt", **attributes)
+        )
+        shape = ["batch_size", "sequence_length", n]
+        outputs.append(helper.make_tensor_value_info(f"y_{i}", FLOATS[dtype], shape))
+    x = helper.make_tensor_value_info("x", FLOATS[dtype], ["batch_size", "sequence_length", k])
+    return save(path, nodes, [x], outputs, weights, **options)
