@@ -1,1 +1,38 @@
-"""Hugging Face checkpoint in, TensorRT plan out, with 4-bit AWQ weights."""
+"""Hugging Face checkpoint in, TensorRT plan out, with 4-bit AWQ weights.
+
+The four stages, each starting from the file the one before it wrote:
+
+    quantize            checkpoint            -> AWQ checkpoint (Hugging Face directory, AutoAWQ layout)
+    export_onnx         AWQ checkpoint        -> model.onnx + model.onnx.data
+    build_engine        model.onnx            -> out.plan + out.plan.json
+    write_triton_repo   out.plan              -> Triton model repository
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awq_trt.engine import build_engine
+    from awq_trt.errors import AwqTrtError
+    from awq_trt.onnx_export import export_onnx
+    from awq_trt.quantize import quantize
+    from awq_trt.triton import write_triton_repo
+
+__all__ = ["AwqTrtError", "build_engine", "export_onnx", "quantize", "write_triton_repo"]
+
+_HOME = {
+    "AwqTrtError": "awq_trt.errors",
+    "build_engine": "awq_trt.engine",
+    "export_onnx": "awq_trt.onnx_export",
+    "quantize": "awq_trt.quantize",
+    "write_triton_repo": "awq_trt.triton",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the engine's child process must not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'awq_trt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

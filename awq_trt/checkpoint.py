@@ -1,0 +1,340 @@
+"""Reading checkpoints: a local Hugging Face directory, a hub id or a GGUF file, one tensor at a time.
+
+A `Checkpoint` is a table of functions, one per parameter, that read that parameter and nothing else. Models are built
+from their configuration with empty parameters (`empty_model`), so that no stage ever holds more than it asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
+
+from awq_trt.errors import AwqTrtError
+
+Reader = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model on disk.
+
+    Attributes:
+        source: what the user named (path or hub id), for messages.
+        config: its transformers configuration.
+        dtype: the dtype its activations will have in the engine: the checkpoint's own if 16-bit, else float16.
+        readers: parameter name (of `empty_model`) -> function that reads it, in the orientation of `empty_model`.
+        tokenizer: the model's tokenizer, or None (vision models).
+        transposed: parameters that are stored as [in, out] (GPT-2's Conv1D) and read as [out, in].
+    """
+
+    source: str
+    config: transformers.PretrainedConfig
+    dtype: torch.dtype
+    readers: Mapping[str, Reader]
+    tokenizer: Any = None
+    transposed: frozenset[str] = field(default_factory=frozenset)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one parameter, in the dtype of the file.
+
+        Raises:
+            AwqTrtError: it is missing, or holds NaN or Inf.
+        """
+        if name not in self.readers:
+            raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
+        tensor = self.readers[name]()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise AwqTrtError(
+                f"{self.source}: tensor {name} holds {bad} NaN or Inf values; such a model cannot be quantized. "
+                "Download it again, or save it in a dtype that can hold its weights."
+            )
+        return tensor
+
+
+def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        model: directory with config.json and safetensors, a .gguf file, or a Hugging Face hub id.
+        trust_remote_code: run Python code that the checkpoint brings along (off unless asked for).
+
+    Raises:
+        AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture.
+    """
+    path = Path(model)
+    if not path.exists():
+        path = _from_hub(str(model))
+    if path.is_dir() and not (path / "config.json").exists():
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise AwqTrtError(f"{model}: no config.json here; --model wants a Hugging Face directory or a .gguf file.")
+        path = gguf_files[0]
+    if path.is_file() and path.suffix != ".gguf":
+        raise AwqTrtError(f"{model}: a file, but not a .gguf; --model wants a directory, a .gguf file or a hub id.")
+    if path.is_file():
+        return _open_gguf(path)
+    return _open_directory(path, str(model), trust_remote_code)
+
+
+def _from_hub(model_id: str) -> Path:
+    """Download the parts of a hub repository that are needed: safetensors, configuration, tokenizer."""
+    from huggingface_hub import snapshot_download
+
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or model_id.endswith(".gguf"):
+        raise AwqTrtError(f"{model_id}: no such file or directory.")
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]))
+    except Exception as error:
+        raise AwqTrtError(
+            f"{model_id}: no such directory here, and the Hugging Face hub did not give it: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+            "Check the spelling and the connection, or pass a local directory."
+        ) from error
+
+
+def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpoint:
+    raw = read_json(path / "config.json")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise AwqTrtError(f"{source}: already quantized (quant_method {method!r}); pass the original checkpoint.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise AwqTrtError(
+            f"{source}: transformers {transformers.__version__} does not know this architecture "
+            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0]} "
+            "If it ships its own code and you trust it, pass --trust-remote-code."
+        ) from error
+    keys = safetensors_index(path, source)
+    readers: dict[str, Reader] = {key: _safetensors_reader(file, key) for key, file in keys.items()}
+    return _checkpoint(source, path, config, readers, load_tokenizer(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file as a dict.
+
+    Raises:
+        AwqTrtError: missing or not JSON.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AwqTrtError(f"{path}: not readable as JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise AwqTrtError(f"{path}: a JSON object was expected.")
+    return value
+
+
+def safetensors_index(path: Path, source: str) -> dict[str, Path]:
+    """Tensor name -> file, for model.safetensors or its shards. Every file's header is checked against its length.
+
+    Raises:
+        AwqTrtError: no safetensors (pickles are refused), a shard missing or truncated, a tensor missing in its shard.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+        files = {name: path / name for name in sorted(set(weight_map.values()))}
+    else:
+        weight_map, files = {}, {f.name: f for f in sorted(path.glob("*.safetensors"))}
+    if not files:
+        if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
+            raise AwqTrtError(
+                f"{source}: only pickled weights (.bin) here, which can run code when opened, so they are not read. "
+                "Convert them where you trust them:\n  python -c \"import transformers as t; m='"
+                f"{path}'; t.AutoModel.from_pretrained(m).save_pretrained(m + '-safetensors')\""
+            )
+        raise AwqTrtError(f"{source}: no .safetensors file here; download the checkpoint again.")
+    found: dict[str, Path] = {}
+    for name, file in files.items():
+        if not file.exists():
+            raise AwqTrtError(f"{source}: shard {name} is missing (named in {index.name}); download it again.")
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                found.update(dict.fromkeys(handle.keys(), file))
+        except SafetensorError as error:
+            raise AwqTrtError(
+                f"{source}: shard {name} is truncated or damaged ({error}); download it again."
+            ) from error
+    if missing := sorted(set(weight_map) - set(found)):
+        raise AwqTrtError(f"{source}: tensor {missing[0]} is not in shard {weight_map[missing[0]]}; download it again.")
+    return found
+
+
+def _safetensors_reader(file: Path, key: str) -> Reader:
+    def read() -> torch.Tensor:
+        with safe_open(str(file), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(key)
+        return tensor
+
+    return read
+
+
+def load_tokenizer(path: Path, **kwargs: Any) -> Any:
+    """The tokenizer beside a checkpoint, or None where there is none."""
+    if not kwargs and not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    ):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **kwargs)
+    except Exception as error:
+        raise AwqTrtError(f"{path}: the tokenizer could not be loaded: {error}") from error
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """GGUF through gguf-py's memory map and transformers' table of names, each tensor dequantized when asked for."""
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        read_field,
+    )
+
+    try:
+        reader = GGUFReader(path)
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config.architectures = [_causal_lm_class(config).__name__]
+        architecture = read_field(reader, "general.architecture")[0]
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(empty_model(config), processor)
+    except AwqTrtError:
+        raise
+    except Exception as error:
+        raise AwqTrtError(
+            f"{path}: not a GGUF file that transformers {transformers.__version__} can map to a model: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+    def make(tensor: Any) -> Reader:
+        def read() -> torch.Tensor:
+            side: dict[str, Any] = {"tensors": {}}  # processors of mixtures of experts put merged tensors here
+            result = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters=side,
+            )
+            if side["tensors"] or result.name is None:
+                raise AwqTrtError(f"{path}: tensor {tensor.name} is stored in parts; convert the model to safetensors.")
+            return torch.from_numpy(result.weights.copy())
+
+        return read
+
+    readers = {names[t.name]: make(t) for t in reader.tensors if t.name in names}
+    return _checkpoint(str(path), path, config, readers, load_tokenizer(path.parent, gguf_file=path.name))
+
+
+def _causal_lm_class(config: transformers.PretrainedConfig) -> type:
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
+    found: Any = mapping[type(config)]
+    return found
+
+
+def _checkpoint(
+    source: str, path: Path, config: transformers.PretrainedConfig, stored: Mapping[str, Reader], tokenizer: Any
+) -> Checkpoint:
+    """Match the names in the file with the model's parameters and turn Conv1D weights round."""
+    model = empty_model(config)
+    transposed = frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
+    prefix = f"{model.base_model_prefix}."
+    names = [n for n, _ in model.named_parameters()] + persistent_buffers(model)
+    readers: dict[str, Reader] = {}
+    for name in names:
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        key = next((c for c in (name, name.removeprefix(prefix), prefix + name, old) if c in stored), None)
+        if key is not None:
+            readers[name] = _transposing(stored[key]) if name in transposed else stored[key]
+    if missing := [n for n in names if n not in readers and n not in persistent_buffers(model)]:
+        readers = _converted_by_transformers(source, path, type(model), missing[0])
+    first = next((t.dtype for t in (readers[n]() for n in names[:1]) if t.is_floating_point()), torch.float32)
+    dtype = first if first in (torch.float16, torch.bfloat16) else torch.float16
+    return Checkpoint(source, config, dtype, readers, tokenizer, transposed)
+
+
+def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
+    """Readers for a checkpoint whose tensors transformers renames or merges while loading (fused experts): in memory.
+
+    Raises:
+        AwqTrtError: tensors are missing even so.
+    """
+    trouble = f"{source}: the tensor {first_missing} is not in the checkpoint; download it again"
+    if not path.is_dir():
+        raise AwqTrtError(f"{trouble}.")
+    try:
+        model, info = cls.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except Exception as error:
+        raise AwqTrtError(f"{trouble} (transformers could not load it either: {error}).") from error
+    if info["missing_keys"]:
+        raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach for name, tensor in parameters.items()}
+
+
+def _transposing(read: Reader) -> Reader:
+    return lambda: read().t().contiguous()
+
+
+def persistent_buffers(model: torch.nn.Module) -> list[str]:
+    """Names of the buffers that a state dict holds."""
+    kept = model.state_dict(keep_vars=True)
+    return [name for name, _ in model.named_buffers() if name in kept]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a parameter that is already there is a tied one: keep it
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def empty_model(
+    config: transformers.PretrainedConfig, *, attn_implementation: str | None = None
+) -> transformers.PreTrainedModel:
+    """The model of a configuration in eval mode: fp32 parameters on the meta device, buffers with their values.
+
+    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`.
+
+    Raises:
+        AwqTrtError: transformers has no class for the architecture.
+    """
+    name = config.architectures[0] if config.architectures else None
+    cls = getattr(transformers, name or "", None)
+    if cls is None:
+        raise AwqTrtError(
+            f"architecture {name!r} (model_type {config.model_type!r}) is not one that transformers "
+            f"{transformers.__version__} has; update transformers, or convert the model to a known architecture."
+        )
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _parameters_on_meta():
+        model = cls._from_config(config, dtype=torch.float32, **options)
+        for parent in list(model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, Conv1D):
+                    linear = torch.nn.Linear(child.nx, child.nf, bias=True)
+                    linear.was_conv1d = True  # type: ignore[assignment]
+                    setattr(parent, child_name, linear)
+    return model.eval()

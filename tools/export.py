@@ -1,0 +1,273 @@
+"""Hugging Face checkpoint in, TensorRT plan out.
+
+    python tools/export.py --model DIR --engine out.plan
+
+writes  out.awq/              the quantized checkpoint, a Hugging Face directory
+        out.onnx, .data       the network with W4A16Gemm nodes; runs in ONNX Runtime as it is
+        out.plan, .plan.json  the TensorRT engine and its sidecar: profiles, layers, accuracy, launch lines
+
+`--model` may also name what an earlier run wrote: a quantized directory, or a .onnx file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from awq_trt.errors import AwqTrtError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument(
+        "--model", required=True, help="directory with safetensors, .gguf file, hub id, quantized directory, .onnx file"
+    )
+    p.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings along")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    out = p.add_argument_group("output")
+    out.add_argument("--engine", type=Path, metavar="PLAN", help="TensorRT plan to write")
+    out.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX file to write (default: the plan's name, .onnx)")
+    out.add_argument("--awq", type=Path, metavar="DIR", help="quantized checkpoint (default: the plan's name, .awq)")
+    out.add_argument("--triton-repo", type=Path, metavar="DIR", help="also write a Triton model repository")
+    out.add_argument(
+        "--format",
+        choices=("plugin", "qdq"),
+        default="plugin",
+        help="ONNX flavour: W4A16Gemm nodes, or portable DequantizeLinear (default: %(default)s)",
+    )
+
+    q = p.add_argument_group("quantization")
+    q.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn only rounds (default: %(default)s)")
+    q.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128, -1),
+        help="columns per scale, -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
+    )
+    q.add_argument("--symmetric", action="store_true", help="no zero points")
+    q.add_argument(
+        "--no-pre-scale",
+        action="store_true",
+        help="only scales that fold into the operator before, so that AutoAWQ loaders can read the checkpoint",
+    )
+    q.add_argument("--dtype", choices=("float16", "bfloat16"), help="of activations (default: the checkpoint's)")
+    q.add_argument(
+        "--calibration", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs (default: "
+        "a text in the package)",
+    )  # fmt: skip
+    q.add_argument("--calibration-samples", type=int, default=8, metavar="N", help="windows (default: %(default)s)")
+    q.add_argument(
+        "--calibration-length", type=int, default=512, metavar="N", help="tokens each (default: %(default)s)"
+    )
+
+    e = p.add_argument_group("engine")
+    e.add_argument(
+        "--runtime",
+        choices=("auto", "tensorrt", "tensorrt_rtx"),
+        default="auto",
+        help="auto is TensorRT where it is installed and there is a GPU, else TensorRT-RTX (default: %(default)s)",
+    )
+    e.add_argument("--max-batch", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    e.add_argument(
+        "--max-seq", type=int, default=2048, metavar="N", help="tokens, cached ones too (default: %(default)s)"
+    )
+    e.add_argument("--no-embed-plugin", action="store_true", help="leave the plugin library out of the plan")
+    e.add_argument("--timing-cache", type=Path, metavar="FILE", help="read if there, written back (TensorRT only)")
+    e.add_argument("--no-verify", action="store_true", help="skip accuracy and agreement of eager, ONNX and engine")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    args = parser().parse_args(arguments)
+    console = Console(stderr=True, quiet=args.quiet)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        export(args, console)
+    except AwqTrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def export(args: argparse.Namespace, console: Console) -> None:
+    """All stages, from whatever `--model` is to whatever was asked for."""
+    named = args.engine or args.onnx or args.awq
+    if named is None:
+        raise AwqTrtError("nothing to write: give --engine out.plan (or --onnx, or --awq, to stop earlier).")
+    if args.triton_repo and not args.engine:
+        raise AwqTrtError("--triton-repo serves a plan: give --engine too.")
+    if args.engine:
+        check_engine(args)
+    model = Path(args.model)
+    if model.suffix == ".onnx":
+        onnx_path, accuracy = model, None
+    else:
+        awq_dir = quantize_stage(args, named.with_suffix(".awq"), console)
+        if not (args.engine or args.onnx):
+            return
+        onnx_path = args.onnx or args.engine.with_suffix(".onnx")
+        accuracy = onnx_stage(args, awq_dir, onnx_path, console)
+    if args.engine:
+        engine_stage(args, onnx_path, accuracy, console)
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """Find out now, not after the calibration, that no engine can be built."""
+    from awq_trt.engine import choose_runtime
+    from awq_trt.plugin import library_path
+
+    choose_runtime(args.runtime)
+    if args.max_batch < 1 or args.max_seq < 2:
+        raise AwqTrtError(f"--max-batch {args.max_batch} --max-seq {args.max_seq}: at least 1 and 2, please.")
+    if args.format == "plugin":
+        library_path()
+    elif not args.symmetric:
+        raise AwqTrtError(
+            "TensorRT's own INT4 is symmetric only: build the engine with --format plugin, which keeps the zero "
+            "points, or add --symmetric, or leave --engine out to get the ONNX file alone."
+        )
+
+
+def quantize_stage(args: argparse.Namespace, default: Path, console: Console) -> Path:
+    """The quantized checkpoint: `--model` if it is one, else made from it."""
+    from awq_trt.awq_checkpoint import is_quantized
+    from awq_trt.quantize import quantize
+
+    model = Path(args.model)
+    if is_quantized(model):
+        return model
+    output: Path = args.awq or default
+    report = quantize(
+        open_model(args),
+        output,
+        method=args.method,
+        group_size=args.group_size,
+        symmetric=args.symmetric,
+        pre_scale=not args.no_pre_scale,
+        calibration=args.calibration,
+        samples=args.calibration_samples,
+        length=args.calibration_length,
+        console=console,
+    )
+    left = "".join(f"\n  in float: {name} ({why})" for name, why in report.left_in_float.items())
+    console.print(f"[bold]{output}[/]  {len(report.quantized)} layers in {report.seconds:.0f} s{left}", highlight=False)
+    if report.pre_scales:
+        console.print(
+            f"{report.pre_scales} layers carry a pre-scale, which AutoAWQ's format cannot hold; other loaders will "
+            "refuse the directory. --no-pre-scale avoids it."
+        )
+    return output
+
+
+def open_model(args: argparse.Namespace) -> Any:
+    """`--model` as a Checkpoint, with `--dtype` applied."""
+    import torch
+
+    from awq_trt.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+    return dataclasses.replace(checkpoint, dtype=getattr(torch, args.dtype)) if args.dtype else checkpoint
+
+
+def onnx_stage(args: argparse.Namespace, awq_dir: Path, onnx_path: Path, console: Console) -> dict[str, Any] | None:
+    """ONNX file from the quantized checkpoint, and what the verification says of both."""
+    from awq_trt.awq_checkpoint import is_quantized
+    from awq_trt.onnx_export import export_onnx
+    from awq_trt.verify import verify
+
+    with console.status("Exporting to ONNX"):
+        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype)
+    size = (report.onnx_bytes + report.data_bytes) / 2**20
+    console.print(f"[bold]{onnx_path}[/]  {len(report.quantized)} W4A16Gemm layers, {size:.1f} MiB", highlight=False)
+    if args.no_verify:
+        return None
+    with console.status("Verifying: eager model against ONNX Runtime, perplexity of float, rounding and AWQ"):
+        original = None if is_quantized(Path(args.model)) else open_model(args)
+        found = verify(onnx_path, awq_dir, original, inputs=args.calibration)
+    show_accuracy(found, console)
+    return found
+
+
+def show_accuracy(found: dict[str, Any], console: Console) -> None:
+    """The accuracy table, and what the ONNX file wrote."""
+    table = Table("model", "perplexity", "top-1 as float", title="Held-out text")
+    for name, row in found["held_out"].items():
+        perplexity = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+        table.add_row(name, perplexity, f"{row['top1']:.1%}")
+    if found["held_out"]:
+        console.print(table)
+    onnx = found["onnx"]
+    console.print(
+        f"ONNX Runtime against the eager rounded model: {onnx['logits']} logits, relative difference "
+        f"{onnx['relative']:.1e}, largest {onnx['max_abs']:.3f}, same arg max {onnx['top1']:.1%}"
+    )
+    if onnx["tokens"]:
+        console.print(f"{onnx['tokens_equal']} of {onnx['tokens']} greedy tokens equal: ", end="")
+        console.print(onnx["generated"], style="italic", markup=False, highlight=False)
+
+
+def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, Any] | None, console: Console) -> None:
+    """The plan, its sidecar, and a Triton repository if asked for."""
+    from awq_trt.engine import build_engine
+    from awq_trt.sidecar import read_sidecar
+    from awq_trt.triton import write_triton_repo
+
+    report = build_engine(
+        onnx_path,
+        args.engine,
+        runtime=args.runtime,
+        max_batch=args.max_batch,
+        max_seq=args.max_seq,
+        embed_plugin=not args.no_embed_plugin,
+        timing_cache=args.timing_cache,
+        accuracy=accuracy,
+        quiet=args.quiet,
+    )
+    for warning in report.warnings:
+        console.print(f"[yellow]{report.runtime}:[/] {warning}", highlight=False)
+    console.print(
+        f"[bold]{args.engine}[/]  {report.plugin_layers} W4A16Gemm layers, {report.plan_bytes / 2**20:.1f} MiB, "
+        f"{report.runtime} {report.runtime_version} for compute capability {', '.join(report.architectures)}",
+        highlight=False,
+    )
+    if args.triton_repo:
+        triton = write_triton_repo(args.engine, args.triton_repo)
+        for warning in triton.warnings:
+            console.print(f"[yellow]Triton:[/] {warning}", highlight=False)
+    launch = read_sidecar(report.sidecar)["launch"]
+    console.print(f"lines to run it, also in {report.sidecar}:", highlight=False)
+    for line in launch_lines(launch):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def launch_lines(launch: dict[str, Any]) -> list[str]:
+    """Every command line in the sidecar's "launch" part."""
+    lines = []
+    for value in launch.values():
+        if isinstance(value, dict):
+            lines += launch_lines(value)
+        elif isinstance(value, str):
+            lines.append(value)
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
