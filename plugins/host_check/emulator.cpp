@@ -1,0 +1,280 @@
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "device.h"
+#include "numbers.h"
+
+namespace awq_trt {
+namespace emulator {
+namespace {
+
+constexpr int32_t kLanes = 32;
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Range {
+  char const* begin;
+  char const* end;
+  bool writable;
+};
+
+struct Copy {
+  void* shared;
+  void const* global;
+  bool valid;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int32_t index;
+  bool done;
+  std::vector<Copy> open;                // copies of the group that is not committed yet
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
+};
+
+// One collective instruction of a warp under way: the lanes that have arrived, with their operands.
+struct Warp {
+  char const* instruction = nullptr;
+  int32_t arrived = 0;
+  uint64_t generation = 0;
+  void* operands[kLanes];
+};
+
+std::vector<Range> memory;
+std::vector<std::unique_ptr<Thread>> threads;
+std::vector<Warp> warps;
+Thread* current = nullptr;
+ucontext_t scheduler;
+int32_t block_index, block_threads;
+int32_t barrier_arrived;
+uint64_t barrier_generation;
+std::mt19937 order(1);
+
+[[noreturn]] void Fail(char const* format, ...) __attribute__((format(printf, 1, 2)));
+void Fail(char const* format, ...) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "emulator: block %d, thread %d: ", block_index, current != nullptr ? current->index : -1);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fprintf(stderr, "\n");
+  std::_Exit(3);
+}
+
+void Yield() {
+  Thread* const self = current;
+  swapcontext(&self->context, &scheduler);
+}
+
+Format const& FormatOf(ElementType type) { return type == ElementType::kHalf ? kHalfFormat : kBfloat16Format; }
+
+void CheckAccess(void const* p, int32_t bytes, bool write) {
+  char const* const begin = static_cast<char const*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    Fail("%s of %d bytes at %p is not aligned", write ? "store" : "load", bytes, p);
+  }
+  for (Range const& range : memory) {
+    if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
+  }
+  Fail("%s of %d bytes at %p is outside every buffer", write ? "store" : "load", bytes, p);
+}
+
+// Every lane of the warp brings its operands; the last to arrive computes for all, as the hardware does.
+template <typename Operands, typename Compute>
+void Collective(char const* instruction, Operands& mine, Compute compute) {
+  Warp& warp = warps[current->index / kLanes];
+  if (warp.arrived == 0) warp.instruction = instruction;
+  if (std::strcmp(warp.instruction, instruction) != 0)
+    Fail("%s while its warp is at %s", instruction, warp.instruction);
+  warp.operands[current->index % kLanes] = &mine;
+  uint64_t const generation = warp.generation;
+  if (++warp.arrived == kLanes) {
+    Operands* all[kLanes];
+    for (int32_t lane = 0; lane < kLanes; ++lane) all[lane] = static_cast<Operands*>(warp.operands[lane]);
+    compute(all);
+    warp.arrived = 0;
+    ++warp.generation;
+  }
+  while (warp.generation == generation) Yield();
+}
+
+void (*thread_body)(void*);
+void* thread_context;
+
+void Enter() {
+  thread_body(thread_context);
+  current->done = true;
+  Yield();
+}
+
+[[gnu::noinline]] void Prepare(Thread& thread) {
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = kStackBytes;
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, Enter, 0);
+}
+
+}  // namespace
+
+void RegisterMemory(void const* p, int64_t bytes, bool writable) {
+  memory.push_back({static_cast<char const*>(p), static_cast<char const*>(p) + bytes, writable});
+}
+void ForgetMemory() { memory.clear(); }
+
+void CheckLoad(void const* p, int32_t bytes) { CheckAccess(p, bytes, false); }
+void CheckStore(void const* p, int32_t bytes) { CheckAccess(p, bytes, true); }
+
+void Run(int64_t blocks, int32_t thread_count, void (*body)(void*), void* context) {
+  block_threads = thread_count;
+  thread_body = body;
+  thread_context = context;
+  while (static_cast<int32_t>(threads.size()) < thread_count) {
+    threads.push_back(std::make_unique<Thread>());
+    threads.back()->stack = std::make_unique<char[]>(kStackBytes);
+  }
+  std::vector<int32_t> warp_order(thread_count / kLanes);
+  for (int64_t block = 0; block < blocks; ++block) {
+    block_index = static_cast<int32_t>(block);
+    warps.assign(thread_count / kLanes, Warp{});
+    barrier_arrived = 0;
+    for (int32_t i = 0; i < thread_count; ++i) {
+      Thread& thread = *threads[i];
+      thread.index = i;
+      thread.done = false;
+      thread.open.clear();
+      thread.groups.clear();
+      Prepare(thread);
+    }
+    for (size_t w = 0; w < warp_order.size(); ++w) warp_order[w] = static_cast<int32_t>(w);
+    for (bool running = true; running;) {
+      running = false;
+      std::shuffle(warp_order.begin(), warp_order.end(), order);
+      for (int32_t w : warp_order) {
+        bool const skip = order() % 4 == 0;  // so that warps drift apart and a missing barrier shows
+        for (int32_t i = w * kLanes; i < (w + 1) * kLanes; ++i) {
+          running |= !threads[i]->done;
+          if (threads[i]->done || skip) continue;
+          current = threads[i].get();
+          swapcontext(&scheduler, &current->context);
+        }
+      }
+    }
+    current = nullptr;
+    if (barrier_arrived != 0) Fail("%d threads ended before a barrier that others wait at", thread_count);
+  }
+}
+
+uint32_t Fma2(ElementType type, uint32_t a, uint32_t b, uint32_t c) {
+  Format const& f = FormatOf(type);
+  uint32_t d = 0;
+  for (int32_t shift = 0; shift < 32; shift += 16) {
+    double const value =
+        std::fma(Decode(f, static_cast<uint16_t>(a >> shift)), Decode(f, static_cast<uint16_t>(b >> shift)),
+                 Decode(f, static_cast<uint16_t>(c >> shift)));
+    d |= static_cast<uint32_t>(Encode(f, value)) << shift;
+  }
+  return d;
+}
+
+float ToFloat(ElementType type, uint16_t v) { return static_cast<float>(Decode(FormatOf(type), v)); }
+uint16_t FromFloat(ElementType type, float v) { return Encode(FormatOf(type), v); }
+
+void Mma(ElementType type, float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    float* d;
+    uint32_t const* a;
+    uint32_t b[2];
+  } mine{d, a, {b0, b1}};
+  Collective("mma", mine, [type](Operands** all) {
+    Format const& f = FormatOf(type);
+    double a_matrix[16][16], b_matrix[16][8];
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      int32_t const group = lane >> 2, in_group = lane & 3;
+      for (int32_t i = 0; i < 8; ++i) {  // a0..a7 of the PTX ISA
+        int32_t const row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
+        int32_t const column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+        a_matrix[row][column] = Decode(f, static_cast<uint16_t>(all[lane]->a[i / 2] >> (16 * (i & 1))));
+      }
+      for (int32_t i = 0; i < 4; ++i) {  // b0..b3
+        int32_t const row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+        b_matrix[row][group] = Decode(f, static_cast<uint16_t>(all[lane]->b[i / 2] >> (16 * (i & 1))));
+      }
+    }
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      for (int32_t i = 0; i < 4; ++i) {  // c0..c3
+        int32_t const row = i < 2 ? lane >> 2 : (lane >> 2) + 8, column = (lane & 3) * 2 + (i & 1);
+        double sum = all[lane]->d[i];
+        for (int32_t k = 0; k < 16; ++k) sum += a_matrix[row][k] * b_matrix[k][column];
+        all[lane]->d[i] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+
+void WaitCopies(int32_t pending) {
+  while (static_cast<int32_t>(current->groups.size()) > pending) {
+    for (Copy const& copy : current->groups.front()) {
+      if (copy.valid) {
+        CheckLoad(copy.global, 16);
+        std::memcpy(copy.shared, copy.global, 16);
+      } else {
+        std::memset(copy.shared, 0, 16);
+      }
+    }
+    current->groups.pop_front();
+  }
+}
+
+}  // namespace emulator
+
+int32_t ThreadIndex() { return emulator::current->index; }
+int32_t BlockIndex() { return emulator::block_index; }
+int32_t BlockThreads() { return emulator::block_threads; }
+
+void SyncThreads() {
+  using namespace emulator;
+  uint64_t const generation = barrier_generation;
+  if (++barrier_arrived == block_threads) {
+    barrier_arrived = 0;
+    ++barrier_generation;
+  }
+  while (barrier_generation == generation) Yield();
+}
+
+void CopyAsync(void* shared, void const* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulator::Fail("cp.async to %p is not aligned", shared);
+  std::memset(shared, 0xff, 16);  // not there before it is waited for
+  emulator::current->open.push_back({shared, global, valid});
+}
+void CommitCopies() {
+  emulator::current->groups.push_back(std::move(emulator::current->open));
+  emulator::current->open.clear();
+}
+
+void LoadMatrices(uint32_t (&r)[4], void const* shared_row) {
+  struct Operands {
+    uint32_t* r;
+    char const* row;
+  } mine{r, static_cast<char const*>(shared_row)};
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) emulator::Fail("ldmatrix from %p is not aligned", shared_row);
+  emulator::Collective("ldmatrix", mine, [](Operands** all) {
+    for (int32_t lane = 0; lane < emulator::kLanes; ++lane) {
+      for (int32_t matrix = 0; matrix < 4; ++matrix) {
+        std::memcpy(&all[lane]->r[matrix], all[8 * matrix + lane / 4]->row + 4 * (lane % 4), 4);
+      }
+    }
+  });
+}
+
+}  // namespace awq_trt

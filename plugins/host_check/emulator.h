@@ -1,0 +1,99 @@
+// The machine of device.h on a CPU: every thread of a block is a fiber, memory is bounds-checked, shared memory starts
+// as garbage, asynchronous copies land only when they are waited for, and warps run in random order.
+//
+// What each primitive does is written from the PTX ISA, not from the kernels: "Matrix Fragments for mma.m16n8k16",
+// "ldmatrix", "cp.async". Included by device.h only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define AWQ_DEVICE inline
+#define AWQ_HOST_DEVICE constexpr
+#define AWQ_KERNEL(max_threads) inline void
+#define AWQ_SHARED static
+
+namespace awq_trt {
+namespace emulator {
+
+// Global memory is what has been registered; the kernels may touch nothing else.
+void RegisterMemory(void const* p, int64_t bytes, bool writable);
+void ForgetMemory();
+
+// Run body() for every thread of every block.
+void Run(int64_t blocks, int32_t threads, void (*body)(void*), void* context);
+
+void CheckLoad(void const* p, int32_t bytes);
+void CheckStore(void const* p, int32_t bytes);
+
+enum class ElementType { kHalf, kBfloat16 };
+uint32_t Fma2(ElementType type, uint32_t a, uint32_t b, uint32_t c);
+float ToFloat(ElementType type, uint16_t v);
+uint16_t FromFloat(ElementType type, float v);
+void Mma(ElementType type, float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
+void WaitCopies(int32_t pending);
+
+template <typename T>
+struct TypeOf;
+template <>
+struct TypeOf<Half> {
+  static constexpr ElementType value = ElementType::kHalf;
+};
+template <>
+struct TypeOf<Bfloat16> {
+  static constexpr ElementType value = ElementType::kBfloat16;
+};
+
+template <typename V>
+V Load(void const* p) {
+  CheckLoad(p, sizeof(V));
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename V>
+void Store(void* p, V const& v) {
+  CheckStore(p, sizeof(V));
+  std::memcpy(p, &v, sizeof(V));
+}
+
+}  // namespace emulator
+
+int32_t ThreadIndex();
+int32_t BlockIndex();
+int32_t BlockThreads();
+void SyncThreads();
+
+inline Words LoadStreaming(void const* p) { return emulator::Load<Words>(p); }
+inline uint32_t Load32(void const* p) { return emulator::Load<uint32_t>(p); }
+inline uint16_t Load16(void const* p) { return emulator::Load<uint16_t>(p); }
+inline uint8_t Load8(void const* p) { return emulator::Load<uint8_t>(p); }
+inline void StoreWords(void* p, Words const& v) { emulator::Store(p, v); }
+inline void Store16(void* p, uint16_t v) { emulator::Store(p, v); }
+
+void CopyAsync(void* shared, void const* global, bool valid);
+void CommitCopies();
+template <int kPending>
+void WaitCopies() {
+  emulator::WaitCopies(kPending);
+}
+void LoadMatrices(uint32_t (&r)[4], void const* shared_row);
+
+template <typename T>
+uint32_t Fma2(uint32_t a, uint32_t b, uint32_t c) {
+  return emulator::Fma2(emulator::TypeOf<T>::value, a, b, c);
+}
+template <typename T>
+float ToFloat(uint16_t v) {
+  return emulator::ToFloat(emulator::TypeOf<T>::value, v);
+}
+template <typename T>
+uint16_t FromFloat(float v) {
+  return emulator::FromFloat(emulator::TypeOf<T>::value, v);
+}
+template <typename T>
+void Mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Mma(emulator::TypeOf<T>::value, d, a, b0, b1);
+}
+
+}  // namespace awq_trt

@@ -1,0 +1,289 @@
+#include "launch_checks.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+
+#include "device.h"
+#include "kernels.h"
+#include "reference.h"
+
+namespace awq_trt {
+namespace {
+
+constexpr int64_t kGuard = 64;        // elements before and after Y that must not change
+constexpr uint16_t kPoison = 0xffff;  // NaN in fp16 and in bf16
+constexpr int64_t kMaxCompared = 20000;
+
+void Must(cudaError_t error, char const* what) {
+  if (error == cudaSuccess) return;
+  std::printf("{\"check\": %s, \"ok\": false, \"error\": %s}\n", Quote(what).c_str(),
+              Quote(cudaGetErrorString(error)).c_str());
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+// Memory of the device, or of the emulator, `offset` bytes beyond a multiple of 256.
+class Buffer {
+ public:
+  Buffer(Where where, void const* data, size_t bytes, size_t offset = 0, bool writable = false)
+      : where_(where), bytes_(bytes), offset_(offset) {
+    if (where == Where::kGpu) {
+      Must(cudaMalloc(&base_, bytes + offset + 1), "cudaMalloc");
+    } else {
+      base_ = std::aligned_alloc(256, (bytes + offset + 512) / 256 * 256);
+    }
+    if (where == Where::kEmulator) emulator::RegisterMemory(get(), static_cast<int64_t>(bytes), writable);
+    Upload(data);
+  }
+  ~Buffer() { where_ == Where::kGpu ? static_cast<void>(cudaFree(base_)) : std::free(base_); }
+  Buffer(Buffer const&) = delete;
+
+  char* get() const { return static_cast<char*>(base_) + offset_; }
+  void Upload(void const* data) {
+    if (where_ == Where::kGpu) {
+      Must(cudaMemcpy(get(), data, bytes_, cudaMemcpyHostToDevice), "cudaMemcpy to the device");
+    } else {
+      std::memcpy(get(), data, bytes_);
+    }
+  }
+  void Download(void* data) const {
+    if (where_ == Where::kGpu) {
+      Must(cudaMemcpy(data, get(), bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy from the device");
+    } else {
+      std::memcpy(data, get(), bytes_);
+    }
+  }
+
+ private:
+  Where where_;
+  void* base_ = nullptr;
+  size_t bytes_, offset_;
+};
+
+nvinfer1::DataType DataTypeOf(ActivationType type) {
+  return type == ActivationType::kHalf ? nvinfer1::DataType::kHALF : nvinfer1::DataType::kBF16;
+}
+
+// What an engine does: the fields of a built plugin are stored, and a plugin made from them runs.
+class RunningPlugin {
+ public:
+  RunningPlugin(Library const& library, Where where, LayerConfig const& layer) : layer_(layer) {
+    Plugin built = CreatePlugin(library, FieldsOf(layer));
+    if (built == nullptr) return;
+    nvinfer1::PluginFieldCollection const* fields = RuntimeOf(*built)->getFieldsToSerialize();
+    Plugin const restored(CreatorOf(library)->createPlugin("restored", fields, nvinfer1::TensorRTPhase::kRUNTIME));
+    if (restored == nullptr) return;
+    plugin_.reset(where == Where::kGpu ? RuntimeOf(*restored)->attachToContext(nullptr) : restored->clone());
+  }
+  bool ready() const { return plugin_ != nullptr; }
+
+  int32_t Run(ActivationType type, int32_t tactic, int32_t tokens, std::vector<void const*> const& inputs, void* y,
+              cudaStream_t stream) {
+    nvinfer1::IPluginV3OneRuntime* runtime = RuntimeOf(*plugin_);
+    std::vector<nvinfer1::PluginTensorDesc> const descs =
+        DescsOf(InputsOf(layer_, DataTypeOf(type), {1, tokens, layer_.in_features}));
+    nvinfer1::PluginTensorDesc const output{MakeDims({1, tokens, layer_.out_features}), DataTypeOf(type),
+                                            nvinfer1::TensorFormat::kLINEAR, 1.0f};
+    if (runtime->setTactic(tactic) != 0) return 1;
+    if (runtime->onShapeChange(descs.data(), static_cast<int32_t>(descs.size()), &output, 1) != 0) return 2;
+    return runtime->enqueue(descs.data(), &output, inputs.data(), &y, nullptr, stream);
+  }
+
+ private:
+  LayerConfig layer_;
+  Plugin plugin_;
+};
+
+struct LayerCase {
+  LayerConfig layer;
+  std::vector<int32_t> tokens;
+};
+
+std::vector<int32_t> AllTails() {
+  std::vector<int32_t> tokens{0};
+  for (int32_t m = 1; m <= 40; ++m) tokens.push_back(m);
+  for (int32_t m : {63, 64, 65, 95, 96, 97, 127, 128, 129, 200, 255, 256, 257}) tokens.push_back(m);
+  return tokens;
+}
+
+// n, k, group_size, zeros, bias, pre_scale: every group size, every option, tails of N (8, 24, 72..) and K (32, 96..).
+std::vector<LayerCase> GpuCases() {
+  std::vector<int32_t> const some{1, 7, 16, 17, 64, 129, 512}, all = AllTails();
+  return {{{8, 32, 32, true, false, false}, all},        {{24, 96, 32, true, true, true}, all},
+          {{72, 64, 64, false, false, false}, all},      {{136, 192, 64, true, true, false}, all},
+          {{264, 352, 352, true, true, true}, all},      {{128, 1024, 128, false, true, true}, all},
+          {{576, 576, 64, true, false, false}, all},     {{1536, 576, 64, true, false, true}, all},
+          {{40, 96, 96, false, true, false}, all},       {{2056, 4096, 128, true, true, false}, some},
+          {{4096, 11008, 128, true, false, true}, some}, {{56, 160, 32, false, false, true}, all}};
+}
+
+// Few layers and few numbers of tokens: the emulator is a million times slower.
+std::vector<LayerCase> EmulatorCases() {
+  std::vector<int32_t> const small{0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40}, around{1, 16, 63, 64, 65},
+      few{5, 16, 129};
+  return {{{8, 32, 32, true, false, false}, small},     {{24, 96, 32, true, true, true}, small},
+          {{72, 64, 64, false, false, false}, around},  {{136, 192, 64, true, true, false}, few},
+          {{264, 352, 352, true, true, true}, {3, 33}}, {{128, 1024, 128, false, true, true}, {1, 17}},
+          {{40, 96, 96, false, true, false}, around},   {{56, 160, 32, false, false, true}, {1, 2, 97, 128}}};
+}
+
+std::string NameOf(LayerConfig const& l, ActivationType type, int32_t tactic, size_t offset) {
+  char text[160];
+  std::snprintf(text, sizeof(text), "n=%d k=%d group=%d zeros=%d bias=%d pre_scale=%d %s tactic=%d%s", l.out_features,
+                l.in_features, l.group_size, l.has_zeros, l.has_bias, l.has_pre_scale,
+                type == ActivationType::kHalf ? "fp16" : "bf16", tactic, offset != 0 ? " unaligned" : "");
+  return text;
+}
+
+struct Outcome {
+  bool ok = true;
+  double worst = 0;  // error / tolerance
+  double max_error = 0;
+  std::string problem;
+  void Fail(std::string const& text) {
+    if (ok) problem = text;
+    ok = false;
+  }
+};
+
+// Y of one call, twice, into poisoned memory: same bits, right values, nothing written around it.
+void CheckCall(RunningPlugin& plugin, Where where, RandomLayer const& layer, Reference const& reference, int32_t tactic,
+               int32_t tokens, size_t offset, std::vector<void const*> const& inputs, cudaStream_t stream,
+               Outcome& outcome) {
+  int32_t const n = layer.config.out_features;
+  size_t const size = static_cast<size_t>(tokens) * n;
+  std::vector<uint16_t> const poison(size + 2 * kGuard, kPoison);
+  std::vector<uint16_t> y[2] = {poison, poison};
+  for (std::vector<uint16_t>& result : y) {
+    Buffer buffer(where, poison.data(), 2 * poison.size(), offset, true);
+    int32_t const status = plugin.Run(layer.type, tactic, tokens, inputs, buffer.get() + 2 * kGuard, stream);
+    if (status != 0) return outcome.Fail("the plugin returned " + std::to_string(status));
+    if (where == Where::kGpu) Must(cudaStreamSynchronize(stream), "running the kernel");
+    buffer.Download(result.data());
+  }
+  if (y[0] != y[1]) outcome.Fail("two runs differ at " + std::to_string(tokens) + " tokens");
+  for (int64_t i = 0; i < kGuard; ++i) {
+    if (y[0][i] != kPoison || y[0][kGuard + size + i] != kPoison) outcome.Fail("wrote outside of Y");
+  }
+  size_t const stride = std::max<size_t>(1, size / kMaxCompared);
+  for (size_t i = 0; i < size; ++i) {
+    double const value = Decode(FormatOf(layer.type), y[0][kGuard + i]);
+    bool const wanted = i % stride == 0 || i + 1 == size;
+    if (!wanted && !std::isnan(value)) continue;
+    Expected const expected = reference.At(static_cast<int32_t>(i / n), static_cast<int32_t>(i % n));
+    double const error = std::fabs(value - expected.value);
+    if (error <= expected.tolerance) {
+      outcome.max_error = std::max(outcome.max_error, error);
+      outcome.worst = std::max(outcome.worst, error / expected.tolerance);
+      continue;
+    }
+    char text[160];
+    std::snprintf(text, sizeof(text), "%d tokens: Y[%zu, %zu] is %g, should be %g +- %g", tokens, i / n, i % n, value,
+                  expected.value, expected.tolerance);
+    return outcome.Fail(text);
+  }
+}
+
+void CheckLayer(Library const& library, Where where, LayerCase const& layer_case, ActivationType type, size_t offset,
+                uint64_t seed, cudaStream_t stream, Report& report) {
+  LayerConfig const& config = layer_case.layer;
+  int32_t const most = *std::max_element(layer_case.tokens.begin(), layer_case.tokens.end());
+  RandomLayer const layer = MakeRandomLayer(config, type, most, seed);
+  Reference const reference(layer);
+  RunningPlugin plugin(library, where, config);
+  for (Tactic const& tactic : kTactics) {
+    Outcome outcome;
+    if (!plugin.ready()) outcome.Fail("no plugin could be made");
+    for (int32_t tokens : layer_case.tokens) {
+      if (!outcome.ok) break;
+      emulator::ForgetMemory();
+      // X is as long as this call needs: reading beyond it is an error on the emulator
+      Buffer const x(where, layer.x.data(), 2 * static_cast<size_t>(tokens) * config.in_features, offset);
+      Buffer const qweight(where, layer.qweight.data(), 4 * layer.qweight.size());
+      Buffer const scales(where, layer.scales.data(), 2 * layer.scales.size());
+      Buffer const zeros(where, layer.zeros.data(), layer.zeros.size());
+      Buffer const bias(where, layer.bias.data(), 2 * layer.bias.size());
+      Buffer const pre_scale(where, layer.pre_scale.data(), 2 * layer.pre_scale.size());
+      std::vector<void const*> inputs{x.get(), qweight.get(), scales.get()};
+      if (config.has_zeros) inputs.push_back(zeros.get());
+      if (config.has_bias) inputs.push_back(bias.get());
+      if (config.has_pre_scale) inputs.push_back(pre_scale.get());
+      CheckCall(plugin, where, layer, reference, tactic.id, tokens, offset, inputs, stream, outcome);
+    }
+    char numbers[160];
+    std::snprintf(numbers, sizeof(numbers),
+                  "\"token_counts\": %zu, \"max_error\": %.3g, \"error_over_tolerance\": %.3g",
+                  layer_case.tokens.size(), outcome.max_error, outcome.worst);
+    report.Check(std::string(where == Where::kGpu ? "gpu " : "emulated ") + NameOf(config, type, tactic.id, offset),
+                 outcome.ok, numbers + (outcome.ok ? "" : ", \"problem\": " + Quote(outcome.problem)));
+  }
+}
+
+}  // namespace
+
+std::string DescribeGpu(std::string& reason) {
+  int32_t count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  cudaDeviceProp properties;
+  if (error == cudaSuccess && count > 0) error = cudaGetDeviceProperties(&properties, 0);
+  if (error != cudaSuccess || count == 0) {
+    reason = error != cudaSuccess ? cudaGetErrorString(error) : "CUDA sees no device";
+    return "";
+  }
+  char text[320];
+  std::snprintf(text, sizeof(text), "%s, compute capability %d.%d", properties.name, properties.major,
+                properties.minor);
+  return text;
+}
+
+int64_t CountGpuLaunches() { return static_cast<int64_t>(GpuCases().size()) * 4 * kTacticCount; }
+
+void CheckLaunches(Library const& library, Where where, uint64_t seed, Report& report) {
+  cudaStream_t stream = nullptr;
+  if (where == Where::kGpu) Must(cudaStreamCreate(&stream), "cudaStreamCreate");
+  for (LayerCase const& layer_case : where == Where::kGpu ? GpuCases() : EmulatorCases()) {
+    for (ActivationType type : {ActivationType::kHalf, ActivationType::kBfloat16}) {
+      for (size_t offset : {0, 2}) CheckLayer(library, where, layer_case, type, offset, ++seed, stream, report);
+    }
+  }
+  if (stream != nullptr) Must(cudaStreamDestroy(stream), "cudaStreamDestroy");
+}
+
+int RunFileCase(Library const& library, Where where, FileCase const& c) {
+  std::ifstream file(c.input, std::ios::binary);
+  std::vector<char> const data{std::istreambuf_iterator<char>(file), {}};
+  std::vector<InputSpec> const specs = InputsOf(c.layer, DataTypeOf(c.type), {c.tokens, c.layer.in_features});
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  std::vector<void const*> inputs;
+  size_t used = 0;
+  for (InputSpec const& spec : specs) {
+    size_t bytes = spec.type == nvinfer1::DataType::kINT32 ? 4 : 2;
+    for (int32_t i = 0; i < spec.dims.nbDims; ++i) bytes *= spec.dims.d[i];
+    if (used + bytes > data.size()) break;
+    buffers.push_back(std::make_unique<Buffer>(where, data.data() + used, bytes));
+    inputs.push_back(buffers.back()->get());
+    used += bytes;
+  }
+  if (inputs.size() != specs.size() || used != data.size()) {
+    std::fprintf(stderr, "%s has %zu bytes, the inputs of this layer are of another size\n", c.input.c_str(),
+                 data.size());
+    return 2;
+  }
+  std::vector<uint16_t> y(static_cast<size_t>(c.tokens) * c.layer.out_features, kPoison);
+  Buffer const output(where, y.data(), 2 * y.size(), 0, true);
+  RunningPlugin plugin(library, where, c.layer);
+  if (!plugin.ready() || plugin.Run(c.type, c.tactic, c.tokens, inputs, output.get(), nullptr) != 0) return 1;
+  output.Download(y.data());
+  std::ofstream(c.output, std::ios::binary).write(reinterpret_cast<char*>(y.data()), 2 * y.size());
+  return 0;
+}
+
+}  // namespace awq_trt
