@@ -1,0 +1,83 @@
+"""The built library, read from outside: what it exports, what it needs, which machine code it holds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+ALLOWED_LIBRARIES = {
+    "libc.so.6",
+    "libstdc++.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "librt.so.1",
+    "libpthread.so.0",
+    "ld-linux-x86-64.so.2",  # the loader, a part of libc: __tls_get_addr
+}
+KERNELS = 10  # (decode with 1, 2 token tiles, gemm with 4, 8, 16) x (fp16, bf16)
+
+
+def _symbols(library: Path, option: str) -> list[str]:
+    lines = subprocess.run(
+        ["nm", "-D", option, library], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [line.strip() for line in lines]
+
+
+def test_exports_exactly_two_functions(library: Path) -> None:
+    exported = _symbols(library, "--defined-only")
+    assert sorted(line.split()[1:] for line in exported) == [["T", "getCreators"], ["T", "setLoggerFinder"]]
+
+
+def test_nothing_unresolved_beyond_the_c_and_cpp_libraries(library: Path) -> None:
+    dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert needed
+    assert needed <= ALLOWED_LIBRARIES
+    for line in _symbols(library, "--undefined-only"):
+        weak, versioned = line.startswith("w "), re.search(r"@(GLIBC|GLIBCXX|CXXABI)_", line)
+        assert weak or versioned, f"{line} does not come from libc or libstdc++"
+
+
+def test_all_symbols_resolve_at_load_time(library: Path) -> None:
+    """As TensorRT opens it, in a process that has nothing of CUDA or TensorRT."""
+    code = f"import ctypes, os; ctypes.CDLL({str(library)!r}, mode=os.RTLD_NOW | os.RTLD_LOCAL).getCreators"
+    subprocess.run(["python3", "-c", code], check=True)
+
+
+def test_machine_code_for_every_architecture(cuobjdump: Callable[..., str]) -> None:
+    listed = re.findall(r"\.(sm_\d+a?)\.cubin", cuobjdump("--list-elf"))
+    assert sorted(set(listed)) == sorted(ARCHITECTURES)
+    assert set(re.findall(r"\.(sm_\d+a?)\.ptx", cuobjdump("--list-ptx"))) == {"sm_120"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills(cuobjdump: Callable[..., str], architecture: str) -> None:
+    usage = cuobjdump("-res-usage", "-arch", architecture)
+    numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert len(numbers) == KERNELS
+    for registers, stack, shared, local in numbers:
+        assert int(registers) <= 255
+        assert (int(stack), int(local)) == (0, 0), usage
+        assert int(shared) <= 49 * 1024 + 1024  # static limit, and the 1 KiB that newer architectures reserve
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensor_cores_and_wide_loads(cuobjdump: Callable[..., str], architecture: str) -> None:
+    code = cuobjdump("-sass", "-arch", architecture)
+    functions = code.split("Function : ")[1:]
+    assert len(functions) == KERNELS
+    for function in functions:
+        name = function.split(maxsplit=1)[0]
+        mma = "HMMA.16816.F32.BF16" if "Bfloat16" in name else "HMMA.16816.F32 "
+        assert mma in function, f"{name} does not use tensor cores"
+        assert re.search(r"LDG\.E\.(NA\.)?128", function), f"{name} does not load weights 16 bytes at a time"
+        assert not re.search(r"\b(LDL|STL)\b", function), f"{name} uses local memory"
+        if "GemmKernel" in name:
+            assert "LDSM.16.M88.4" in function, f"{name} does not use ldmatrix"
+            assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", function), f"{name} does not use cp.async"
