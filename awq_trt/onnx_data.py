@@ -1,0 +1,78 @@
+"""Weights of an ONNX file: TensorProtos whose data go straight to one external file, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import BinaryIO
+
+import onnx
+import torch
+
+INLINE_LIMIT = 1024
+"""Tensors of fewer bytes stay inside the .onnx file (ONNX external data is meant for large ones)."""
+
+ALIGNMENT = 64
+"""Tensors start at a multiple of it in the data file, so that a memory-mapped one can be read with any vector load."""
+
+ELEM_TYPES = {
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.bool: onnx.TensorProto.BOOL,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+}
+PACKED_4_BIT = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+
+Store = Callable[..., onnx.TensorProto]
+"""(name, values, elem_type=None) -> TensorProto that holds the values or says where they are. `elem_type` INT4 or UINT4
+packs integers, two to a byte; without it the type follows from the values' dtype."""
+
+
+def inline(name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
+    """A tensor with its data inside the .onnx file."""
+    proto = _header(name, values, elem_type)
+    proto.raw_data = bytes(_bytes(values, elem_type))
+    return proto
+
+
+class DataFile:
+    """The external data file of one ONNX model, written front to back."""
+
+    def __init__(self, file: BinaryIO, location: str) -> None:
+        """`file` is open for writing and empty; `location` is what it will be called beside the .onnx file."""
+        self._file, self._location, self.size = file, location, 0
+
+    def store(self, name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
+        """Append a tensor to the file; small ones stay inline."""
+        data = _bytes(values, elem_type)
+        proto = _header(name, values, elem_type)
+        if len(data) < INLINE_LIMIT:
+            proto.raw_data = bytes(data)
+            return proto
+        offset = -(-self.size // ALIGNMENT) * ALIGNMENT
+        self._file.write(bytes(offset - self.size))
+        self._file.write(data)
+        self.size = offset + len(data)
+        place = {"location": self._location, "offset": str(offset), "length": str(len(data))}
+        proto.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=value)
+        return proto
+
+
+def _header(name: str, values: torch.Tensor, elem_type: int | None) -> onnx.TensorProto:
+    return onnx.TensorProto(name=name, dims=list(values.shape), data_type=elem_type or ELEM_TYPES[values.dtype])
+
+
+def _bytes(values: torch.Tensor, elem_type: int | None) -> memoryview:
+    """Little-endian data; 4-bit types with the first of two values in the low half (ONNX IR, "4 bit integer types")."""
+    if elem_type in PACKED_4_BIT:
+        nibbles = values.flatten().to(torch.uint8) & 15
+        if nibbles.numel() % 2:
+            nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+        values = nibbles[::2] | nibbles[1::2] << 4
+    return values.contiguous().flatten().view(torch.uint8).numpy().data

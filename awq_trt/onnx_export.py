@@ -1,0 +1,216 @@
+"""A quantized checkpoint in; model.onnx and model.onnx.data out.
+
+The graph is traced without weights (onnx_trace.py), its quantized layers are replaced (rewrite.py), and only then the
+weights are read, one tensor at a time, and written once. The fp16 form of a quantized weight is never made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import torch
+import transformers
+
+from awq_trt.checkpoint import empty_model, persistent_buffers
+from awq_trt.errors import AwqTrtError
+from awq_trt.files import replacing
+from awq_trt.layout import DTYPES
+from awq_trt.linear import QuantizedLinear
+from awq_trt.onnx_data import ELEM_TYPES, DataFile
+from awq_trt.onnx_trace import Trace, trace
+from awq_trt.rewrite import QuantizedNode, rewrite
+
+METADATA_KEY = "awq_trt"
+Progress = Callable[[str, int, int], None]
+"""(what is going on, steps done, steps in all)"""
+
+
+class Quantized(Protocol):
+    """What is exported; awq_checkpoint.open_quantized gives one. Nothing is read before it is asked for."""
+
+    @property
+    def config(self) -> transformers.PretrainedConfig: ...
+    @property
+    def linears(self) -> Mapping[str, QuantizedLinear]: ...
+    @property
+    def left_in_float(self) -> Mapping[str, str]: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        path, data_path: the graph, and its weights beside it. onnx_bytes, data_bytes: their sizes.
+        format: "plugin" or "qdq". dtype: "float16" or "bfloat16".
+        quantized: the layers of the graph that are INT4. left_in_float: module name -> why it is not.
+    """
+
+    path: Path
+    data_path: Path
+    format: str
+    dtype: str
+    quantized: tuple[QuantizedNode, ...]
+    left_in_float: dict[str, str]
+    onnx_bytes: int
+    data_bytes: int
+
+
+def export_onnx(
+    quantized_dir: str | Path,
+    onnx_path: str | Path,
+    *,
+    format: str = "plugin",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> OnnxReport:
+    """Export a quantized checkpoint to ONNX.
+
+    Args:
+        quantized_dir: what awq_checkpoint wrote. onnx_path: file to write; the weights go to `<onnx_path>.data`.
+        format: "plugin" (W4A16Gemm nodes, for TensorRT and, through their functions, ONNX Runtime) or "qdq"
+            (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
+        progress: called now and then.
+
+    Raises:
+        AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full. Then nothing is
+            written.
+    """
+    from awq_trt.awq_checkpoint import open_quantized
+
+    return export_quantized(open_quantized(quantized_dir), onnx_path, format=format, dtype=dtype, progress=progress)
+
+
+def export_quantized(
+    source: Quantized,
+    onnx_path: str | Path,
+    *,
+    format: str = "plugin",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> OnnxReport:
+    """`export_onnx` of an open checkpoint."""
+    path = Path(onnx_path)
+    data_path = path.with_name(path.name + ".data")
+    say = progress or (lambda what, done, total: None)
+    dtype = dtype or _dtype_of(source)
+    if dtype not in DTYPES:
+        raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    model = empty_model(source.config, attn_implementation="eager")
+    _load_buffers(model, source, DTYPES[dtype])
+    say("Tracing the model", 0, 1)
+    traced = trace(model, DTYPES[dtype])
+    say("Tracing the model", 1, 1)
+    layers, unused = _layers_of(source, traced, model)
+    with replacing(data_path, path) as (data_tmp, path_tmp):
+        with data_tmp.open("wb") as file:
+            data = DataFile(file, data_path.name)
+            lazy = _Linears(source.linears, layers, DTYPES[dtype], say)
+            proto, quantized = rewrite(traced.model, lazy, format=format, store=data.store)
+            _store_weights(proto, traced, source, data, say)
+        left = {**source.left_in_float, **unused}
+        _write_facts(proto, format, dtype, source.config, quantized, left)
+        path_tmp.write_bytes(proto.SerializeToString())
+        sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
+    return OnnxReport(path, data_path, format, dtype, tuple(quantized), left, *sizes)
+
+
+class _Linears(Mapping[str, QuantizedLinear]):
+    """initializer name -> layer, read when asked for and not kept."""
+
+    def __init__(
+        self, linears: Mapping[str, QuantizedLinear], layers: dict[str, str], dtype: torch.dtype, say: Progress
+    ) -> None:
+        self._linears, self._layers, self._dtype, self._say, self._done = linears, layers, dtype, say, 0
+
+    def __getitem__(self, weight: str) -> QuantizedLinear:
+        self._done += 1
+        self._say("Packing INT4 weights", self._done, len(self))
+        linear = self._linears[self._layers[weight]]
+        scale = None if linear.pre_scale is None else linear.pre_scale.to(self._dtype)
+        return replace(linear, scales=linear.scales.to(self._dtype), pre_scale=scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _dtype_of(source: Quantized) -> str:
+    """The dtype of the first quantized layer's scales; float16 where there is none."""
+    first = next(iter(source.linears.values()), None)
+    return "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
+
+
+def _load_buffers(model: torch.nn.Module, source: Quantized, dtype: torch.dtype) -> None:
+    """Give the buffers that the checkpoint stores (running means, say) its values; the others hold theirs already."""
+    for name in persistent_buffers(model):
+        parent, _, key = name.rpartition(".")
+        try:
+            value = source.tensor(name)
+        except AwqTrtError:  # tables such as position_ids, which older checkpoints have and newer ones leave out
+            continue
+        model.get_submodule(parent)._buffers[key] = value.to(dtype) if value.is_floating_point() else value
+
+
+def _layers_of(source: Quantized, traced: Trace, model: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Initializer name -> quantized layer, and the layers that this graph does not compute, with that as the reason."""
+    names = {name: initializer for initializer, tied in traced.weights.items() for name in tied}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    layers: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for layer in source.linears:
+        weight = f"{layer}.weight"
+        if weight in names:
+            layers[names[weight]] = layer
+        elif weight in known:
+            unused[layer] = "no output of the exported graph depends on it"
+        else:
+            raise AwqTrtError(
+                f"quantized layer {layer} is not a layer of {type(model).__name__}; config.json and the weights belong "
+                "to different models."
+            )
+    return layers, unused
+
+
+def _store_weights(proto: onnx.ModelProto, traced: Trace, source: Quantized, data: DataFile, say: Progress) -> None:
+    """Fill in the initializers that have no data yet, one at a time."""
+    empty = [t for t in proto.graph.initializer if t.name in traced.weights]
+    for i, initializer in enumerate(empty):
+        value = source.tensor(traced.weights[initializer.name][0])
+        if list(value.shape) != list(initializer.dims):
+            raise AwqTrtError(
+                f"tensor {initializer.name} is {list(value.shape)} in the checkpoint and {list(initializer.dims)} in "
+                "the model of its config.json; they belong to different models."
+            )
+        dtype = next(t for t, elem_type in ELEM_TYPES.items() if elem_type == initializer.data_type)
+        initializer.CopyFrom(data.store(initializer.name, value.to(dtype)))
+        say("Writing the other weights", i + 1, len(empty))
+
+
+def _write_facts(
+    proto: onnx.ModelProto,
+    format: str,
+    dtype: str,
+    config: transformers.PretrainedConfig,
+    quantized: list[QuantizedNode],
+    left_in_float: Mapping[str, str],
+) -> None:
+    facts: dict[str, Any] = {
+        "version": metadata.version("awq_trt"),
+        "format": format,
+        "dtype": dtype,
+        "model_type": config.model_type,
+        "quantized": [asdict(node) for node in quantized],
+        "left_in_float": dict(left_in_float),
+    }
+    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
+    proto.producer_name, proto.producer_version = "awq_trt", facts["version"]

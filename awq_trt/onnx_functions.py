@@ -1,0 +1,165 @@
+"""What `W4A16Gemm` means, written in standard ONNX operators, so that plain ONNX Runtime runs the file TensorRT builds.
+
+Each node of the operator carries the same attributes but not the same inputs (zeros, bias and pre_scale are left out
+where a layer has none), and an ONNX function has a fixed list of inputs. So there is one function per combination, told
+apart by the field `overload` (ONNX IR version 10). TensorRT's parser takes the plugin instead of the function because
+the nodes say `plugin_namespace = ""` explicitly.
+
+The body first unpacks the weights from the packed layout (see layout.py) by operators whose inputs are all constants,
+so a runtime folds them once, when the session is created; then it multiplies. Rounding is that of
+`QuantizedLinear.dequantize`: the weight is an exact fp32 product, rounded once to the dtype of X. X * pre_scale is
+rounded to the dtype of X, products are summed in fp32, the bias is added in fp32 and the sum rounded once.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+import onnx.parser
+
+DOMAIN = "awq_trt"
+OP_TYPE = "W4A16Gemm"
+OPSET = 21
+IR_VERSION = 10
+"""The first IR version with overloads of functions."""
+
+ATTRIBUTES = ("out_features", "in_features", "group_size", "has_zeros", "has_bias", "has_pre_scale")
+PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
+
+# Weights are unpacked to [K, N], what MatMul wants. Bytes first (Cast to uint8 keeps the low bits: ONNX, Cast, "discard
+# higher bits"), then nibbles: they end up in the order (p, c, h) of layout.unpack_qweight. Every step is kept small
+# because ONNX Runtime holds all intermediate results of a session's constants until the last one is folded.
+_UNPACK_WEIGHT = """
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    origin = Constant <value_ints = [0]> ()
+    corner = Constant <value_ints = [0, 0]> ()
+    n = Constant <value_int: int = @out_features> ()
+    k = Constant <value_int: int = @in_features> ()
+    group = Constant <value_int: int = @group_size> ()
+    rows = Reshape(n, last)
+    columns = Reshape(k, last)
+    group_columns = Reshape(group, last)
+    columns_rows = Concat <axis = 0> (columns, rows)
+    grouped_shape = Concat <axis = 0> (last, group_columns, rows)
+    byte_shifts = Constant <value = uint32[4] {0, 8, 16, 24}> ()
+    nibble_shifts = Constant <value = uint8[2] {0, 4}> ()
+    nibble_mask = Constant <value = uint8 {15}> ()
+
+    q_words = Cast <to = 12> (qweight)
+    q_word_column = Unsqueeze(q_words, last)
+    q_shifted = BitShift <direction = "RIGHT"> (q_word_column, byte_shifts)
+    q_bytes = Cast <to = 2> (q_shifted)
+    q_byte_column = Unsqueeze(q_bytes, last)
+    q_halves = BitShift <direction = "RIGHT"> (q_byte_column, nibble_shifts)
+    q_nibbles = BitwiseAnd(q_halves, nibble_mask)
+    q_fragment_shape = Constant <value_ints = [0, 0, 8, 4, 4, 2, 2, 2]> ()
+    q_fragments = Reshape(q_nibbles, q_fragment_shape)
+    q_tiles = Transpose <perm = [1, 4, 6, 3, 5, 0, 7, 2]> (q_fragments)
+    q_padded = Flatten <axis = 5> (q_tiles)
+    q = Slice(q_padded, corner, columns_rows)
+    q_grouped = Reshape(q, grouped_shape)
+    q_float = Cast <to = 1> (q_grouped)
+
+    s_tiles = Transpose <perm = [1, 0, 3, 2]> (scales)
+    s_padded = Flatten <axis = 1> (s_tiles)
+    s_rows = Slice(s_padded, origin, rows, one)
+    s_float = Cast <to = 1> (s_rows)
+    s = Unsqueeze(s_float, one)
+"""
+
+_UNPACK_ZEROS = """
+    z_words = Cast <to = 12> (zeros)
+    z_word_column = Unsqueeze(z_words, last)
+    z_shifted = BitShift <direction = "RIGHT"> (z_word_column, byte_shifts)
+    z_bytes = Cast <to = 2> (z_shifted)
+    z_byte_column = Unsqueeze(z_bytes, last)
+    z_halves = BitShift <direction = "RIGHT"> (z_byte_column, nibble_shifts)
+    z_nibbles = BitwiseAnd(z_halves, nibble_mask)
+    z_fragment_shape = Constant <value_ints = [0, 0, 8, 2]> ()
+    z_fragments = Reshape(z_nibbles, z_fragment_shape)
+    z_tiles = Transpose <perm = [1, 0, 3, 2]> (z_fragments)
+    z_padded = Flatten <axis = 1> (z_tiles)
+    z_rows = Slice(z_padded, origin, rows, one)
+    z_float = Cast <to = 1> (z_rows)
+    z = Unsqueeze(z_float, one)
+"""
+
+_SYMMETRIC_ZERO = """
+    z = Constant <value = float {8.0}> ()
+"""
+
+_DEQUANTIZE = """
+    q_centred = Sub(q_float, z)
+    w_exact = Mul(q_centred, s)
+    w_rounded = CastLike(w_exact, scales)
+    w_columns = Reshape(w_rounded, columns_rows)
+    w = Cast <to = 1> (w_columns)
+"""
+
+_PRE_SCALE = """
+    x_scaled = Mul(X, pre_scale)
+    x = Cast <to = 1> (x_scaled)
+"""
+
+_NO_PRE_SCALE = """
+    x = Cast <to = 1> (X)
+"""
+
+_MULTIPLY = """
+    y = MatMul(x, w)
+    Y = CastLike(y, X)
+"""
+
+_MULTIPLY_ADD = """
+    product = MatMul(x, w)
+    b = Cast <to = 1> (bias)
+    y = Add(product, b)
+    Y = CastLike(y, X)
+"""
+
+
+def optional_inputs(*, zeros: bool, bias: bool, pre_scale: bool) -> list[str]:
+    """Names of the optional inputs that are there, in the operator's order."""
+    return [name for name, there in (("zeros", zeros), ("bias", bias), ("pre_scale", pre_scale)) if there]
+
+
+def overload(*, zeros: bool, bias: bool, pre_scale: bool) -> str:
+    """Name of the function for a combination of optional inputs, such as "zeros_bias"; "plain" where there is none."""
+    return "_".join(optional_inputs(zeros=zeros, bias=bias, pre_scale=pre_scale)) or "plain"
+
+
+def function(*, zeros: bool, bias: bool, pre_scale: bool) -> onnx.FunctionProto:
+    """The function of one combination of optional inputs.
+
+    Inputs, shapes and dtypes are those of the operator: X [..., K], qweight int32 [ceil(N/16), ceil(K/64), 32, 4],
+    scales [ceil(N/16), G, 8, 2], then zeros int32 [ceil(N/16), G, 2], bias [N], pre_scale [K] where they are there.
+    """
+    inputs = ["X", "qweight", "scales", *optional_inputs(zeros=zeros, bias=bias, pre_scale=pre_scale)]
+    body = _UNPACK_WEIGHT + (_UNPACK_ZEROS if zeros else _SYMMETRIC_ZERO) + _DEQUANTIZE
+    body += (_PRE_SCALE if pre_scale else _NO_PRE_SCALE) + (_MULTIPLY_ADD if bias else _MULTIPLY)
+    attributes = ", ".join((*ATTRIBUTES, *PLUGIN_ATTRIBUTES))
+    proto = onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> '
+        f"{OP_TYPE} <{attributes}> ({', '.join(inputs)}) => (Y) {{{body}}}"
+    )
+    proto.overload = overload(zeros=zeros, bias=bias, pre_scale=pre_scale)
+    return proto
+
+
+def add_functions(model: onnx.ModelProto) -> None:
+    """Give a model the functions that its W4A16Gemm nodes need, each once, and name them in the nodes (in place)."""
+    found: dict[str, onnx.FunctionProto] = {}
+    for node in model.graph.node:
+        if node.op_type == OP_TYPE and node.domain == DOMAIN:
+            flags = {a.name.removeprefix("has_"): bool(a.i) for a in node.attribute if a.name.startswith("has_")}
+            node.overload = overload(**flags)
+            found.setdefault(node.overload, function(**flags))
+    if found:
+        model.functions.extend(found.values())
+        model.ir_version = max(model.ir_version, IR_VERSION)
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every W4A16Gemm replaced by its function's body, for tools that know neither of the two."""
+    return onnx.inliner.inline_local_functions(model)

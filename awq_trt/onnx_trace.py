@@ -1,0 +1,345 @@
+"""Traces a transformers model into an ONNX graph that has the right interface and no weights.
+
+Weights are fake tensors while torch traces, so no model is ever in memory; in the graph they are initializers that have
+a name, a shape and a dtype and no data.
+
+A decoder takes and returns its KV cache. Where a token stands follows from the attention mask alone: its position is
+the number of real tokens before it, so padding may be on either side, and an empty past is a prompt.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from awq_trt.errors import AwqTrtError
+from awq_trt.onnx_functions import IR_VERSION, OPSET
+from awq_trt.rewrite import module_path
+
+PREFIX = "model."
+"""What the wrappers below put before the names of the model's parameters."""
+
+
+_TOKENS = {0: "batch_size", 1: "sequence_length"}
+_SUMS = {
+    "past_sequence_length + sequence_length": "total_sequence_length",
+    "sequence_length + past_sequence_length": "total_sequence_length",
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An ONNX graph and what its empty initializers stand for.
+
+    Attributes:
+        model: opset 21; inputs and outputs named, dimensions named batch_size, sequence_length and so on.
+        weights: initializer name -> every name that parameter has in the model (several where it is tied). The data of
+            these initializers are missing.
+    """
+
+    model: onnx.ModelProto
+    weights: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """How to call a wrapper: example inputs and which of their dimensions vary; the names of graph inputs and outputs,
+    in order, and of their varying dimensions by axis."""
+
+    wrapper: torch.nn.Module
+    inputs: tuple[Any, ...]
+    dynamic: tuple[Any, ...]
+    input_dims: dict[str, dict[int, str]]
+    output_dims: dict[str, dict[int, str]]
+
+
+class _Decoder(torch.nn.Module):
+    """(input_ids, attention_mask, past) -> (logits, present): the cache as a flat list of (key, value) per layer."""
+
+    def __init__(self, model: torch.nn.Module, takes_positions: bool) -> None:
+        super().__init__()
+        self.model, self.takes_positions = model, takes_positions
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Any:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache_of(past),
+            use_cache=True,
+            return_dict=True,
+            **({"position_ids": positions} if self.takes_positions else {}),
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+class _Encoder(torch.nn.Module):
+    """(main input[, attention_mask]) -> logits, or last_hidden_state where the model has no head."""
+
+    def __init__(self, model: torch.nn.Module, main: str, output: str) -> None:
+        super().__init__()
+        self.model, self.main, self.output = model, main, output
+
+    def forward(self, data: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.model(**{self.main: data}, **mask, return_dict=True)[self.output]
+
+
+def cache_of(past: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache that holds keys and values [batch, kv_heads, past, head_dim] per layer.
+
+    Layers with a sliding window keep everything too: their window is in the mask.
+    """
+    cache = DynamicCache()
+    for keys, values in past:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def trace(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Trace:
+    """Export a model with empty weights.
+
+    Args:
+        model: parameters on any device (meta, usually), buffers with their values; its parameters are replaced.
+        dtype: of floating-point parameters and of the KV cache.
+
+    Raises:
+        AwqTrtError: torch cannot trace the model or has no ONNX form of an operator; says which and where.
+    """
+    try:
+        with _quiet():
+            names = _fake_parameters(model, dtype)
+            interface = _decoder(model) if _is_decoder(model) else _encoder(model, dtype)
+            program = torch.export.export(
+                interface.wrapper, interface.inputs, dynamic_shapes=interface.dynamic, strict=False
+            )
+            exported = torch.onnx.export(
+                program,
+                interface.inputs,
+                input_names=list(interface.input_dims),
+                output_names=list(interface.output_dims),
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+            )
+            assert exported is not None
+            weights = _weights_to_inputs(exported.model.graph)
+            exported.optimize()
+            proto = onnx_ir.to_proto(exported.model)
+    except AwqTrtError:
+        raise
+    except Exception as error:
+        raise AwqTrtError(f"{type(model).__name__} could not be turned into an ONNX graph: {_reason(error)}") from error
+    _name_dims(proto.graph, interface)
+    _name_nodes(proto.graph)
+    proto.ir_version = IR_VERSION
+    return Trace(proto, _inputs_to_initializers(proto.graph, weights, names))
+
+
+def _fake_parameters(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
+    """Replace every parameter by a fake one on the CPU; returns parameter name -> all names of that parameter."""
+    names: dict[int, list[str]] = {}
+    for name, tied in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tied), []).append(name)
+    fakes: dict[int, torch.nn.Parameter] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    kind = dtype if parameter.is_floating_point() else parameter.dtype
+                    if id(parameter) not in fakes:
+                        empty = torch.empty(parameter.shape, dtype=kind)
+                        fakes[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+                    module._parameters[key] = fakes[id(parameter)]
+    return {name: tuple(same) for same in names.values() for name in same}
+
+
+def _is_decoder(model: transformers.PreTrainedModel) -> bool:
+    if model.config.is_encoder_decoder:
+        raise AwqTrtError(
+            f"{type(model).__name__} is an encoder-decoder; only decoders (causal language models) and encoders are "
+            "supported."
+        )
+    return bool(model.can_generate()) and "past_key_values" in signature(model.forward).parameters
+
+
+def _decoder(model: transformers.PreTrainedModel) -> _Interface:
+    probe = _probe(model, input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache(), use_cache=True)
+    layers = getattr(probe.get("past_key_values"), "layers", None) or []
+    kept = [keys for layer in layers if (keys := getattr(layer, "keys", None)) is not None and keys.ndim == 4]
+    if not kept or len(kept) < len(layers):
+        raise AwqTrtError(
+            f"{type(model).__name__} does not keep keys and values of every layer in its cache (a recurrent or mixed "
+            "model); only attention caches are supported."
+        )
+    shapes = [(2, keys.shape[1], 5, keys.shape[3]) for keys in kept]
+    past = [(torch.zeros(s, dtype=k.dtype), torch.zeros(s, dtype=k.dtype)) for s, k in zip(shapes, kept, strict=True)]
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    cache_dims = {0: "batch_size", 2: "past_sequence_length"}
+    present_dims = {0: "batch_size", 2: "total_sequence_length"}
+    kv = [f"{i}.{part}" for i in range(len(past)) for part in ("key", "value")]
+    return _Interface(
+        wrapper=_Decoder(model, "position_ids" in signature(model.forward).parameters),
+        inputs=(ids, mask, past),
+        dynamic=(_dynamic(_TOKENS), _dynamic(_TOKENS), [(_dynamic(cache_dims), _dynamic(cache_dims))] * len(past)),
+        input_dims={
+            "input_ids": _TOKENS,
+            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+            **{f"past_key_values.{name}": cache_dims for name in kv},
+        },
+        output_dims={"logits": _TOKENS, **{f"present.{name}": present_dims for name in kv}},
+    )
+
+
+def _encoder(model: transformers.PreTrainedModel, dtype: torch.dtype) -> _Interface:
+    main = model.main_input_name
+    if main == "input_ids":
+        data, dims = torch.zeros(2, 7, dtype=torch.long), _TOKENS
+    elif main == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        data, dims = torch.zeros(2, model.config.num_channels, height, width, dtype=dtype), {0: "batch_size"}
+    else:
+        raise AwqTrtError(
+            f"{type(model).__name__} takes {main!r}; only models of input_ids or pixel_values are supported."
+        )
+    masked = main == "input_ids" and "attention_mask" in signature(model.forward).parameters
+    mask = {"attention_mask": torch.ones_like(data)} if masked else {}
+    output = "logits" if "logits" in _probe(model, **{main: data}, **mask) else "last_hidden_state"
+    return _Interface(
+        wrapper=_Encoder(model, main, output),
+        inputs=(data, *mask.values()),
+        dynamic=(_dynamic(dims),) * (1 + len(mask)),
+        input_dims={main: dims, **dict.fromkeys(mask, dims)},
+        output_dims={output: dims},
+    )
+
+
+def _dynamic(dims: dict[int, str]) -> dict[int, Any]:
+    return dict.fromkeys(dims, torch.export.Dim.DYNAMIC)
+
+
+def _probe(model: transformers.PreTrainedModel, **inputs: Any) -> Any:
+    """The model's outputs for these inputs, as fake tensors: shapes and dtypes only."""
+    mode = next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
+    fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with mode, torch.no_grad():
+        return model(**fake, return_dict=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks torch makes about optional packages and about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _weights_to_inputs(graph: onnx_ir.Graph) -> list[str]:
+    """Make graph inputs of the weights (fake tensors): the optimizer folds constants, and these have no values."""
+    weights = []
+    for name, value in list(graph.initializers.items()):
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)
+            weights.append(name)
+    return weights
+
+
+def _inputs_to_initializers(
+    graph: onnx.GraphProto, weights: list[str], names: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Make the weights initializers without data, under the first of their names; drop those that no node reads."""
+    used = {i for node in graph.node for i in node.input}
+    renamed = {}
+    inputs = {value.name: value for value in graph.input}
+    for weight in weights:
+        value = inputs.pop(weight)
+        if weight in used:
+            tied = names[weight.removeprefix(PREFIX)]
+            renamed[weight] = tied[0]
+            graph.initializer.add(
+                name=tied[0],
+                dims=[d.dim_value for d in value.type.tensor_type.shape.dim],
+                data_type=value.type.tensor_type.elem_type,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+    kept = list(inputs.values())
+    del graph.input[:]
+    graph.input.extend(kept)
+    for node in graph.node:
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+    return {name: names[name] for name in renamed.values()}
+
+
+def _name_dims(graph: onnx.GraphProto, interface: _Interface) -> None:
+    """Replace torch's symbols (s70) by the names of the interface, in every shape of the graph."""
+    symbols: dict[str, str] = {}
+    for value in graph.input:
+        for axis, name in interface.input_dims.get(value.name, {}).items():
+            symbols.setdefault(value.type.tensor_type.shape.dim[axis].dim_param, name)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if given := interface.output_dims.get(value.name, {}).get(axis):
+                dim.dim_param = given
+            elif dim.dim_param:
+                text = re.sub(r"\w+", lambda m: symbols.get(m[0], m[0]), dim.dim_param)
+                dim.dim_param = _SUMS.get(text, text)
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Name every node by its module, /model/layers.0/mlp/up_proj/MatMul; drop torch's notes, which hold file paths."""
+    seen: Counter[str] = Counter()
+    for node in graph.node:
+        notes = {p.key: p.value for p in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        scope = scopes[-2] if len(scopes) > 1 and not scopes[0] else ""  # others are torch's own, not of the model
+        path = f"{module_path(f'{scope}.'.removeprefix(PREFIX).rstrip('.'))}/{node.op_type}"
+        seen[path] += 1
+        node.name = path if seen[path] == 1 else f"{path}_{seen[path] - 1}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del value.metadata_props[:]
+    del graph.metadata_props[:]
+
+
+def _reason(error: BaseException) -> str:
+    """The root of a chain of exceptions in one line, with the last line of model code that was running."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    frames = [f for e in chain for f in traceback.extract_tb(e.__traceback__) if "/models/" in f.filename]
+    text = " ".join(str(chain[-1]).split())
+    message = f"{type(chain[-1]).__name__}: {text[:500]}"
+    if frames:
+        message += f" (in {'/'.join(frames[-1].filename.split('/')[-2:])}, line {frames[-1].lineno}: {frames[-1].line})"
+    return message
