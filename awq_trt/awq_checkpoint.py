@@ -5,7 +5,8 @@ AutoAWQ GEMM layout (its WQLinear_GEMM): for a layer of N outputs and K inputs, 
     <layer>.qzeros   int32 [G, N/8]   the same order
     <layer>.scales   fp16 or bf16 [G, N]
 A layer with a pre-scale also has `<layer>.pre_scale` [K], which AutoAWQ's format cannot carry: such a directory is
-marked quant_method "awq_trt", so that other loaders refuse it instead of computing something else.
+marked quant_method "awq_trt" and its files are not called model-*, so that other loaders refuse it instead of computing
+something else (transformers only warns of an unknown method and goes on with random weights).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Writer:
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one shard. Floats become the checkpoint's dtype; Conv1D weights go back to [in, out]."""
-        shard = f"model-{len(set(self.weight_map.values())) + 1:05}.safetensors"
+        shard = f"{len(set(self.weight_map.values())) + 1:05}.safetensors"
         out = {}
         for name, tensor in tensors.items():
             value = tensor.to(self.checkpoint.dtype) if tensor.is_floating_point() else tensor
@@ -126,10 +127,14 @@ class Writer:
             "modules_to_not_convert": sorted(report["left_in_float"]) or None,
         }
         config.save_pretrained(self.directory)
+        stem = "awq_trt" if pre_scales else "model"
+        for shard in sorted(set(self.weight_map.values())):
+            (self.directory / shard).rename(self.directory / f"{stem}-{shard}")
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(self.directory)
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": self.weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        weight_map = {name: f"{stem}-{shard}" for name, shard in self.weight_map.items()}
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
+        (self.directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (self.directory / REPORT).write_text(json.dumps(report, indent=1))
 
 
@@ -221,12 +226,12 @@ def open_quantized(directory: Path | str) -> AwqCheckpoint:
         )
     config = transformers.AutoConfig.from_pretrained(path)
     del config.quantization_config
-    files = safetensors_index(path, str(directory))
+    files = safetensors_index(path, str(directory), "awq_trt" if found["quant_method"] == "awq_trt" else "model")
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     model = empty_model(config)
     linears = _Linears(files)
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.qweight" not in files]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
     transposed = frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
-    dtype = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    dtype = next((linear.scales.dtype for linear in linears.values()), torch.float16)
     return AwqCheckpoint(str(directory), config, dtype, linears, left, report, load_tokenizer(path), files, transposed)

@@ -135,13 +135,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def safetensors_index(path: Path, source: str) -> dict[str, Path]:
-    """Tensor name -> file, for model.safetensors or its shards. Every file's header is checked against its length.
+def safetensors_index(path: Path, source: str, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> file, for <stem>.safetensors or its shards. Every file's header is checked against its length.
 
     Raises:
         AwqTrtError: no safetensors (pickles are refused), a shard missing or truncated, a tensor missing in its shard.
     """
-    index = path / "model.safetensors.index.json"
+    index = path / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map: dict[str, str] = read_json(index).get("weight_map", {})
         files = {name: path / name for name in sorted(set(weight_map.values()))}

@@ -1,0 +1,17 @@
+"""Tiny checkpoints, made once per test run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny checkpoints: llama, gpt2, bert, vit. Read only."""
+    folder = tmp_path_factory.mktemp("models")
+    for make in (tiny_models.llama, tiny_models.gpt2, tiny_models.bert, tiny_models.vit):
+        make(folder / make.__name__)
+    return folder

@@ -1,0 +1,207 @@
+"""The search and the folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from awq_trt.awq import Group, Settings, Statistics, observe, output_error, scale_for, search
+from awq_trt.fold import find_fold
+from awq_trt.linear import quantize_weight
+
+SETTINGS = Settings(group_size=32)
+
+
+class Gated(nn.Module):
+    """Norm, gate and up projection, product, down projection, residual; `activation` on the gate."""
+
+    def __init__(self, norm: nn.Module, activation: Callable[[torch.Tensor], torch.Tensor], residual: str) -> None:
+        super().__init__()
+        self.norm, self.activation, self.residual = norm, activation, residual
+        self.gate, self.up = nn.Linear(32, 64), nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        z = self.down(self.activation(self.gate(y)) * self.up(y))
+        return z + (y if self.residual == "after norm" else x)
+
+
+class OnePlusNorm(nn.Module):
+    """RMS norm whose weight is stored minus one, as Gemma does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.activation, self.second = nn.Linear(32, 64), activation, nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.activation(self.first(x)))
+
+
+def folds_of(block: nn.Module) -> dict[str, str | None]:
+    """Layer -> where the scale of its input goes."""
+    torch.manual_seed(0)
+    block.requires_grad_(False)
+    x = torch.randn(2, 8, 32)
+    groups = observe(block, [lambda: block(x)])
+    block.double()
+    found = {}
+    for group in groups:
+        before = {n: p.clone() for n, p in block.named_parameters()}
+        fold = find_fold(block, group, lambda: block(x.double()))
+        found |= dict.fromkeys(group.names, fold.into if fold else None)
+        for name, parameter in block.named_parameters():  # trying leaves no trace
+            assert torch.equal(parameter, before[name])
+    return found
+
+
+def test_folds_of_a_gated_mlp() -> None:
+    found = folds_of(Gated(nn.LayerNorm(32), nn.functional.silu, "before norm"))
+    assert found == {"gate": "norm", "up": "norm", "down": "up"}
+
+
+def test_a_norm_that_feeds_the_residual_is_not_folded() -> None:
+    found = folds_of(Gated(nn.LayerNorm(32), nn.functional.silu, "after norm"))
+    assert found == {"gate": None, "up": None, "down": "up"}
+
+
+def test_norm_with_weight_minus_one() -> None:
+    block = Gated(OnePlusNorm(), nn.functional.silu, "before norm").requires_grad_(False)
+    assert folds_of(block)["gate"] == "norm"
+
+
+@pytest.mark.parametrize(("activation", "folds"), [(nn.ReLU(), True), (nn.GELU(), False), (nn.Identity(), True)])
+def test_through_an_activation_only_if_it_is_homogeneous(activation: nn.Module, folds: bool) -> None:
+    found = folds_of(TwoLayers(activation))
+    assert found == {"first": None, "second": "first" if folds else None}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_grouped_query_attention_folds_into_v(heads: int, kv_heads: int) -> None:
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    layer = LlamaDecoderLayer(config, 0).requires_grad_(False)
+    x = torch.randn(1, 6, 64)
+    angles = torch.randn(1, 6, 16)
+    rotary = (angles.cos(), angles.sin())
+
+    def run(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return layer(x.to(dtype), position_embeddings=tuple(r.to(dtype) for r in rotary))
+
+    groups = observe(layer, [run])
+    assert [g.names for g in groups] == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    layer.double()
+    fold = find_fold(layer, groups[1], lambda: run(torch.float64))
+    assert fold is not None
+    assert fold.into == "self_attn.v_proj"
+    assert fold.head_dim == (0 if heads == kv_heads else 16)
+
+
+def test_fold_with_an_arbitrary_scale_keeps_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Gated(nn.LayerNorm(32), nn.functional.silu, "before norm").requires_grad_(False).double()
+    x = torch.randn(4, 32).double()
+    expected = block(x)
+    group = observe(block.float(), [lambda: block(x.float())])[0]
+    block.double()
+    fold = find_fold(block, group, lambda: block(x))
+    assert fold is not None
+    s = torch.rand(32).double() + 0.1
+    for linear in group.linears:
+        linear.weight.data = linear.weight * s
+    fold.apply(block, s)
+    torch.testing.assert_close(block(x), expected)
+
+
+def group_of(weight: torch.Tensor, x: torch.Tensor) -> Group:
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False).requires_grad_(False)
+    linear.weight.data = weight
+    statistics = Statistics(torch.zeros(k, k), torch.zeros(k))
+    statistics.add(x)
+    return Group(["layer"], [linear], statistics, [])
+
+
+def test_statistics_are_the_sums_they_say() -> None:
+    x = torch.randn(5, 7, 8)
+    statistics = Statistics(torch.zeros(8, 8), torch.zeros(8))
+    statistics.add(x[:2])
+    statistics.add(x[2:])
+    rows = x.reshape(-1, 8)
+    torch.testing.assert_close(statistics.hessian, rows.t() @ rows)
+    torch.testing.assert_close(statistics.total_abs, rows.abs().sum(0))
+    assert statistics.tokens == 35
+    assert statistics.largest == float(x.abs().max())
+
+
+def test_output_error_is_the_error_of_the_outputs() -> None:
+    x, delta = torch.randn(100, 16), torch.randn(8, 16)
+    assert output_error(delta, x.t() @ x) == pytest.approx(float((x @ delta.t()).pow(2).sum()), rel=1e-4)
+
+
+def test_search_beats_rounding_where_channels_are_uneven() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 64)
+    x[:, ::16] *= 30
+    group = group_of(torch.randn(48, 64), x)
+    found = search(group, SETTINGS, lambda s: s)
+    before, after = found.errors["layer"]
+    assert found.alpha > 0
+    assert after < 0.6 * before
+    # the errors are those of the layer's outputs
+    exact = x @ group.linears[0].weight.t()
+    got = (x / found.s) @ found.layers["layer"].dequantize().float().t()
+    assert float((got - exact).norm() / exact.norm()) == pytest.approx(after, rel=1e-2)
+    plain = x @ quantize_weight(group.linears[0].weight, 32, False, torch.float16).dequantize().float().t()
+    assert float((plain - exact).norm() / exact.norm()) == pytest.approx(before, rel=1e-2)
+
+
+def test_search_without_permission_to_scale_only_rounds() -> None:
+    torch.manual_seed(0)
+    group = group_of(torch.randn(48, 64), torch.randn(64, 64) * torch.logspace(-1, 1, 64))
+    found = search(group, SETTINGS, None)
+    assert found.alpha == 0
+    assert (found.s == 1).all()
+    assert torch.equal(found.layers["layer"].q, quantize_weight(group.linears[0].weight, 32, False, torch.float16).q)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(8, 32), torch.ones(8, 32), torch.eye(32)[:4] * 1e4])
+def test_dead_and_constant_channels(x: torch.Tensor) -> None:
+    found = search(group_of(torch.randn(8, 32), x), SETTINGS, lambda s: s)
+    assert torch.isfinite(found.s).all()
+    assert (found.s > 0).all()
+    assert torch.isfinite(found.layers["layer"].dequantize()).all()
+
+
+def test_scale_is_balanced() -> None:
+    s = scale_for(torch.tensor([0.0, 1.0, 4.0]), 0.5)
+    assert float(s.max() * s.min()) == pytest.approx(1)
+    assert float(s[2] / s[1]) == pytest.approx(2)
+
+
+def test_layers_that_never_ran_are_in_no_group() -> None:
+    block = nn.ModuleDict({"used": nn.Linear(32, 32), "expert": nn.Linear(32, 32)})
+    groups = observe(block, [lambda: block["used"](torch.randn(2, 32))])
+    assert [g.names for g in groups] == [["used"]]
