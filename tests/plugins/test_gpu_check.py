@@ -1,0 +1,118 @@
+"""tools/gpu_check.py: one JSON, with or without a GPU; a refusal is recorded in its own words."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, TOOLS / "gpu_check.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_writes_one_json(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    done = _run("--output", output, "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["seed"] == 5
+    assert result["engine"] is None
+    summary = result["plugin"]["summary"]
+    assert summary["failed"] == 0
+    assert summary["passed"] == sum(check.get("ok") is True for check in result["plugin"]["checks"]) > 90
+    if summary["gpu"] is None:
+        assert "no GPU: launch checks skipped" in done.stdout
+        assert summary["skipped"] >= 144
+    else:
+        assert result["hardware"]
+        assert summary["skipped"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_binaries_can_be_carried_along(tmp_path: Path, library: Path, host_check: Path) -> None:
+    folder = tmp_path / "carried"
+    folder.mkdir()
+    (folder / library.name).symlink_to(library)
+    assert _run("--output", tmp_path / "r.json", "--library", folder).returncode == 2
+    (folder / host_check.name).symlink_to(host_check)
+    assert _run("--output", tmp_path / "r.json", "--library", folder).returncode == 0
+
+
+def test_a_failing_check_fails(tmp_path: Path, library: Path) -> None:
+    """The test program's exit code and lines are taken over."""
+    folder = tmp_path / "carried"
+    folder.mkdir()
+    (folder / library.name).symlink_to(library)
+    fake = folder / "awq_trt_host_check"
+    fake.write_text(
+        '#!/bin/sh\necho \'{"check": "x", "ok": false}\'\n'
+        'echo \'{"summary": true, "passed": 0, "failed": 1, "skipped": 0, "gpu": "g"}\'\nexit 1\n'
+    )
+    fake.chmod(0o755)
+    done = _run("--output", tmp_path / "r.json", "--library", folder)
+    assert done.returncode == 1
+    assert json.loads((tmp_path / "r.json").read_text())["plugin"]["checks"] == [{"check": "x", "ok": False}]
+
+
+def test_a_refusal_is_recorded_in_its_own_words(tmp_path: Path) -> None:
+    (tmp_path / "broken.plan").write_bytes(b"not a plan")
+    (tmp_path / "broken.onnx").write_bytes(b"")
+    done = _run("--output", tmp_path / "r.json", "--engine", tmp_path / "broken.plan")
+    engine = json.loads((tmp_path / "r.json").read_text())["engine"]
+    assert engine["ran"] is False
+    assert engine["refusal"].strip()
+    assert engine["refusal"].splitlines()[0] in done.stdout
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    done = _run("--output", tmp_path / "r.json", "--engine", tmp_path / "missing.plan")
+    assert done.returncode == 2
+    assert "missing.plan does not exist" in done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.fixture(scope="module")
+def run_plan() -> ModuleType:
+    """tools/run_plan.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_plan", TOOLS / "run_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("dtype", "proto"), [(torch.float16, TensorProto.FLOAT16), (torch.bfloat16, TensorProto.BFLOAT16)]
+)
+def test_reference_runs_in_both_types(run_plan: ModuleType, tmp_path: Path, dtype: torch.dtype, proto: int) -> None:
+    """The ONNX side of the comparison, and that a wrong output is not called agreement."""
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["logits"])],
+        "g",
+        [value("x", proto, [2, 3])],
+        [value("logits", proto, [2, 3])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    x = torch.randn(2, 3).to(dtype)
+    found = run_plan.run_onnx(torch, tmp_path / "m.onnx", {"x": x}, ["logits"])
+    assert torch.equal(found["logits"], x.float())
+    name = str(dtype).removeprefix("torch.")
+    same = run_plan.compare(torch, found, found, name)
+    assert same["agrees"]
+    assert same["top1_agreement"] == 1.0
+    assert not run_plan.compare(torch, {"logits": -found["logits"]}, found, name)["agrees"]
+    assert not run_plan.compare(torch, {"logits": found["logits"] * float("nan")}, found, name)["agrees"]

@@ -1,0 +1,191 @@
+"""Every check that needs a GPU, in one call of under ten minutes; one JSON file comes out.
+
+    python tools/gpu_check.py --output result.json                     # the plugin's kernels, through its interface
+    python tools/gpu_check.py --output result.json --engine out.plan   # and a plan against its ONNX file
+
+Needs the standard library only; the plugin library and its test program come from the installed
+package, from `--library DIR` (a folder carried along), or from `--build` (nvcc and the TensorRT headers of
+TENSORRT_ROOT, this machine's GPU only). Without a GPU it says so, counts what was skipped, and exits with 0.
+`--engine` also needs a TensorRT module, ONNX Runtime and NumPy; where something refuses, its words are recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY, HOST_CHECK = "libawq_trt_plugins.so", "awq_trt_host_check"
+PACKAGES = ("awq_trt", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "numpy")
+HARDWARE = "name,compute_cap,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
+HOST_CHECK_SECONDS = 420
+
+
+class UsageError(Exception):
+    """Something for the person who started this: what and how to mend it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    p.add_argument("--library", type=Path, help=f"folder with {LIBRARY} and {HOST_CHECK}, already built")
+    p.add_argument("--build", type=Path, metavar="DIR", help="build both into DIR with nvcc, for this GPU only")
+    p.add_argument("--engine", type=Path, help="a plan to load and run")
+    p.add_argument("--onnx", type=Path, help="the ONNX file of the plan; default: the plan's name with .onnx")
+    p.add_argument("--seed", type=int, help="of the random data; default: the time")
+    return p
+
+
+def hardware() -> list[dict[str, str]]:
+    """One entry per GPU with what nvidia-smi says of it; empty where there is no GPU or no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={HARDWARE}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    rows = done.stdout.splitlines() if done.returncode == 0 else []
+    return [dict(zip(HARDWARE.split(","), (v.strip() for v in row.split(",")), strict=False)) for row in rows]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, nvcc and the packages that are installed."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        found["nvcc"] = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    return found
+
+
+def find_binaries(args: argparse.Namespace, gpus: list[dict[str, str]]) -> tuple[Path, Path]:
+    """(library, test program), from --build, --library or the installed package."""
+    if args.build:
+        folder = build(args.build, gpus)
+    elif args.library:
+        folder = args.library
+    else:
+        try:
+            folder = Path(str(metadata.distribution("awq_trt").locate_file("awq_trt/lib")))
+        except metadata.PackageNotFoundError as error:
+            raise UsageError("awq_trt is not installed here: give --library DIR or --build DIR") from error
+    paths = folder / LIBRARY, folder / HOST_CHECK
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: build it with `pip install .` or --build DIR")
+    return paths[0].resolve(), paths[1].resolve()
+
+
+def build(folder: Path, gpus: list[dict[str, str]]) -> Path:
+    """Build library and test program with CMake and nvcc; for the first GPU only, else for every architecture."""
+    options = []
+    if gpus:
+        options.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpus[0]['compute_cap'].replace('.', '')}-real")
+    try:
+        subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True, stdout=sys.stderr)
+        subprocess.run(["cmake", "--build", folder, "--parallel"], check=True, stdout=sys.stderr)
+    except FileNotFoundError as error:
+        raise UsageError("--build needs cmake, which is not installed (pip install cmake ninja)") from error
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"the build failed with exit code {error.returncode}; its words are above") from error
+    return folder
+
+
+def check_plugin(library: Path, host_check: Path, seed: int) -> dict[str, Any]:
+    """Run the test program on the library; its JSON lines, the summary apart."""
+    command = [str(host_check), "gpu", str(library), "--seed", str(seed)]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HOST_CHECK_SECONDS)
+        stdout, stderr, code = done.stdout, done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        stdout = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        stderr, code = f"stopped after {HOST_CHECK_SECONDS} seconds", -1
+    lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{") and line.endswith("}")]
+    summary = next((line for line in lines if line.get("summary")), None)
+    return {
+        "exit_code": code,
+        "seconds": round(time.monotonic() - started, 1),
+        "summary": summary,
+        "max_error_over_tolerance": max((line.get("error_over_tolerance", 0.0) for line in lines), default=0.0),
+        "stderr": stderr[-4000:],
+        "checks": [line for line in lines if not line.get("summary")],
+    }
+
+
+def check_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Load and run a plan in a child process, which may die with it; what it printed, or its last words."""
+    onnx = args.onnx or args.engine.with_suffix(".onnx")
+    for path in (args.engine, onnx):
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist")
+    child = Path(__file__).with_name("run_plan.py")
+    started = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, child, args.engine, onnx], capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        return {"ran": False, "refusal": "stopped after 150 seconds", "onnx": str(onnx)}
+    answer = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), None)
+    result: dict[str, Any] = {"engine": str(args.engine), "onnx": str(onnx), "exit_code": done.returncode}
+    if answer is not None:
+        result |= json.loads(answer)
+    else:
+        result |= {"ran": False, "refusal": done.stderr[-4000:]}
+    return result | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def main() -> int:
+    """Run everything, write the file, say the outcome in a line."""
+    args = parser().parse_args()
+    seed = args.seed if args.seed is not None else int(time.time())
+    gpus = hardware()
+    try:
+        library, host_check = find_binaries(args, gpus)
+        result: dict[str, Any] = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": gpus,
+            "versions": versions(),
+            "library": str(library),
+            "seed": seed,
+            "plugin": check_plugin(library, host_check, seed),
+            "engine": check_engine(args) if args.engine else None,
+        }
+    except UsageError as problem:
+        print(f"gpu_check: {problem}", file=sys.stderr)
+        return 2
+    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(args.output)
+
+    plugin, engine = result["plugin"], result["engine"]
+    summary = plugin["summary"] or {}
+    where = summary.get("gpu") or "no GPU: launch checks skipped"
+    print(
+        f"{where}: {summary.get('passed', 0)} passed, {summary.get('failed', '?')} failed, "
+        f"{summary.get('skipped', '?')} skipped in {plugin['seconds']} s; written to {args.output}"
+    )
+    if engine is not None:
+        print(
+            "engine: " + (f"agrees: {engine['agrees']}" if engine.get("ran") else f"did not run: {engine['refusal']}")
+        )
+    engine_failed = engine is not None and engine.get("ran") and not engine["agrees"]
+    return 0 if plugin["exit_code"] == 0 and not engine_failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
