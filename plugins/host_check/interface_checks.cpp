@@ -235,12 +235,15 @@ void CheckSerialization(Library const& library, Log10& log, Report& report) {
     if (!ok) break;
     Plugin const copy(restored->clone());
     restored.reset();  // a clone owns what it serializes
-    nvinfer1::PluginFieldCollection const* fields = RuntimeOf(*copy)->getFieldsToSerialize();
     std::vector<Field> const expected = FieldsOf(layer);
-    ok &= fields->nbFields == static_cast<int32_t>(expected.size());
-    for (size_t i = 0; ok && i < expected.size(); ++i) {
-      ok &= expected[i].name == fields->fields[i].name && fields->fields[i].type == PluginFieldType::kINT32 &&
-            fields->fields[i].length == 1 && *static_cast<int32_t const*>(fields->fields[i].data) == expected[i].value;
+    for (nvinfer1::IPluginV3* plugin : {built.get(), copy.get()}) {
+      nvinfer1::PluginFieldCollection const* fields = RuntimeOf(*plugin)->getFieldsToSerialize();
+      ok &= fields->nbFields == static_cast<int32_t>(expected.size());
+      for (size_t i = 0; ok && i < expected.size(); ++i) {
+        nvinfer1::PluginField const& field = fields->fields[i];
+        ok &= expected[i].name == field.name && field.type == PluginFieldType::kINT32 && field.length == 1 &&
+              *static_cast<int32_t const*>(field.data) == expected[i].value;
+      }
     }
     ok &= std::string(CoreOf(*copy)->getPluginName()) == "W4A16Gemm";
   }
@@ -284,6 +287,23 @@ void CheckEnqueueArguments(Library const& library, Log10& log, Report& report) {
               "limit 1073741824");
 }
 
+// A launch of too many blocks is refused before it reaches a GPU, and its message names the tactic.
+void CheckTooManyBlocks(Library const& library, Log10& log, Report& report) {
+  LayerConfig const widest{1 << 20, 32, 32, false, false, false};
+  Plugin const plugin = CreatePlugin(library, FieldsOf(widest));
+  alignas(256) static char memory[256];
+  std::vector<void const*> const pointers(3, memory);
+  void* y = memory;
+  for (Tactic const& tactic : kTactics) {
+    RuntimeOf(*plugin)->setTactic(tactic.id);
+    Plugin const copy(plugin->clone());
+    std::vector<InputSpec> const inputs = InputsOf(widest, DataType::kHALF, {kMaxTokens, 32});
+    CheckLogged(report, log, "too many blocks; a clone keeps tactic " + std::to_string(tactic.id),
+                RuntimeOf(*copy)->enqueue(DescsOf(inputs).data(), nullptr, pointers.data(), &y, nullptr, nullptr) != 0,
+                "group_size=32, tactic " + std::to_string(tactic.id));
+  }
+}
+
 void CheckLoggers(Library const& library, Log10& log, Report& report) {
   Log11 log11;
   Finder11 finder11(log11);
@@ -309,6 +329,7 @@ void CheckInterface(Library const& library, Report& report) {
   CheckTactics(library, log, report);
   CheckSerialization(library, log, report);
   CheckEnqueueArguments(library, log, report);
+  CheckTooManyBlocks(library, log, report);
   CheckLoggers(library, log, report);
   library.set_logger_finder(nullptr);
 }
