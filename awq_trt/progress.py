@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-MAX_DEPTH = 2
+MAX_DEPTH = 3
 """Phases below that are not shown: they come and go in milliseconds."""
 
 
