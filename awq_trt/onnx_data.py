@@ -48,8 +48,10 @@ class DataFile:
 
     def store(self, name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
         """Append a tensor to the file; small ones stay inline."""
-        data = _bytes(values, elem_type)
-        proto = _header(name, values, elem_type)
+        return self.place(_header(name, values, elem_type), _bytes(values, elem_type))
+
+    def place(self, proto: onnx.TensorProto, data: memoryview) -> onnx.TensorProto:
+        """Append the data of a tensor that is described already, and say in `proto` where they are."""
         if len(data) < INLINE_LIMIT:
             proto.raw_data = bytes(data)
             return proto
@@ -57,10 +59,10 @@ class DataFile:
         self._file.write(bytes(offset - self.size))
         self._file.write(data)
         self.size = offset + len(data)
-        place = {"location": self._location, "offset": str(offset), "length": str(len(data))}
         proto.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in place.items():
-            proto.external_data.add(key=key, value=value)
+        del proto.external_data[:]
+        for key, value in (("location", self._location), ("offset", offset), ("length", len(data))):
+            proto.external_data.add(key=key, value=str(value))
         return proto
 
 

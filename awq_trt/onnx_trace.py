@@ -181,7 +181,12 @@ def _is_decoder(model: transformers.PreTrainedModel) -> bool:
             f"{type(model).__name__} is an encoder-decoder; only decoders (causal language models) and encoders are "
             "supported."
         )
-    return bool(model.can_generate()) and "past_key_values" in signature(model.forward).parameters
+    if model.can_generate() and "past_key_values" not in signature(model.forward).parameters:
+        raise AwqTrtError(
+            f"{type(model).__name__} keeps its state in something else than a cache of keys and values (a recurrent "
+            "model); only attention caches are supported."
+        )
+    return bool(model.can_generate())
 
 
 def _decoder(model: transformers.PreTrainedModel) -> _Interface:
