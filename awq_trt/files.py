@@ -43,11 +43,11 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
 def _swap(source: Path, target: Path) -> None:
     """Rename `source` to `target`; a directory in the way is moved aside first and deleted last."""
     if not target.is_dir():
-        os.replace(source, target)
+        source.replace(target)
         return
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    os.rename(target, old)
-    os.rename(source, target)
+    target.rename(old)
+    source.rename(target)
     remove(old)
 
 

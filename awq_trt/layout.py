@@ -16,8 +16,8 @@ kernels. A tile of 16 n x 64 k takes 512 bytes, one 16-byte load per lane; tiles
       a4, a5 : row n0+g    columns k0+2t+8, k0+2t+9      register 2
       a6, a7 : row n0+g+8  columns k0+2t+8, k0+2t+9      register 3
 
-    so `(word >> 4j) & 0x000f000f` is register j as two integers, ready for `lop3` with the exponent of 1024 (fp16) or
-    128 (bf16). Source of the fragment: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", .f16/.bf16.
+    so `(word >> 4j) & 0x000f000f` is register j as two integers, ready for `lop3` with the exponent of 1024 (fp16)
+    or 128 (bf16). Source of the fragment: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
 
     scales[tn, group, i, h] = scale of row n0 + i + 8h     a lane's two rows in one 4-byte load, i = lane / 4
     zeros [tn, group, w]    : little-endian bytes i = 4w .. 4w+3, each  zero(n0+i) | zero(n0+i+8) << 4

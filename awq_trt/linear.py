@@ -10,7 +10,7 @@ SYMMETRIC_ZERO = 8
 """Zero point of a layer stored without zeros: q = 8 is the weight 0."""
 
 SMALLEST_SCALE = 2.0**-20
-"""Scales stay above it: a group of zeros must not divide by zero, and an fp16 subnormal keeps 4 bits of precision here."""
+"""Scales stay above it: a group of zeros must not divide by zero, and fp16 subnormals keep 4 bits of precision here."""
 
 
 @dataclass(frozen=True)
