@@ -7,12 +7,14 @@ plain ONNX Runtime on a CPU.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 import transformers
@@ -25,6 +27,7 @@ from awq_trt.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.checkpoint import Checkpoint, empty_model
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
+from awq_trt.onnx_float32 import float32_copy
 
 AGREEMENT_TOKENS = 128
 """Tokens of held-out text whose every logit is compared."""
@@ -128,6 +131,8 @@ def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.
 def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """The ONNX file in ONNX Runtime on the CPU, in the most exact arithmetic it has for 4-bit weights.
 
+    A bfloat16 file is run as its copy with fp32 activations, because ONNX Runtime has no bfloat16 kernels for the CPU.
+
     Raises:
         AwqTrtError: ONNX Runtime does not take the file.
     """
@@ -136,9 +141,21 @@ def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if not has_bfloat16(path):
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".float32.") as folder:
+            float32_copy(path, Path(folder) / path.name)
+            return onnxruntime.InferenceSession(str(Path(folder) / path.name), options, ["CPUExecutionProvider"])
+    except AwqTrtError:
+        raise
     except Exception as error:
         raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+
+
+def has_bfloat16(path: Path) -> bool:
+    """Whether the file has bfloat16 weights."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(t.data_type == onnx.TensorProto.BFLOAT16 for t in graph.initializer)
 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
