@@ -321,7 +321,7 @@ def _name_dims(graph: onnx.GraphProto, interface: _Interface) -> None:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Name every node by its module, /model/layers.0/mlp/up_proj/MatMul; drop torch's notes, which hold file paths."""
+    """Name every node by its module, /model/layers.0/mlp/up_proj/MatMul, with the help of torch's notes."""
     seen: Counter[str] = Counter()
     for node in graph.node:
         notes = {p.key: p.value for p in node.metadata_props}
@@ -330,11 +330,8 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         path = f"{module_path(f'{scope}.'.removeprefix(PREFIX).rstrip('.'))}/{node.op_type}"
         seen[path] += 1
         node.name = path if seen[path] == 1 else f"{path}_{seen[path] - 1}"
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del value.metadata_props[:]
-    del graph.metadata_props[:]
+    for tensor in graph.initializer:
+        del tensor.metadata_props[:]  # the rewriter drops the notes of everything else
 
 
 def _reason(error: BaseException) -> str:

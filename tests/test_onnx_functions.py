@@ -134,6 +134,16 @@ def test_roundings_in_the_letter_of_onnx() -> None:
     assert evaluate(1.0) == 2054  # 2054.004 rounded once; twice is 2054 + 1 = 2055, a tie, which goes to 2056
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_rounded_before_they_are_multiplied(dtype: torch.dtype) -> None:
+    """w - round(w), which is what is left of a weight when the bias takes its rounded value away, must be nothing."""
+    linear = random_linear(64, 32, 32, zeros=True, dtype=dtype)
+    first = linear.dequantize()[:, 0]
+    exact = (linear.q[:, 0].float() - linear.zeros[:, 0].float()) * linear.scales[:, 0].float()
+    assert (exact != first.float()).any()
+    assert (run(one_node(linear, -first), torch.eye(32)[:1, None]) == 0).all()
+
+
 def test_one_function_per_combination_in_use() -> None:
     model = one_node(random_linear(32, 32, 32, zeros=True), nodes=3)
     assert [f.overload for f in model.functions] == ["zeros"]
