@@ -8,6 +8,7 @@ left. What a model is called does not matter; that it has such a list does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +79,10 @@ def empty(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
+class _EnoughError(Exception):
+    """Ends a forward early."""
+
+
 class BlockStream:
     """The model around the blocks, filled; the blocks, empty; and what each block is called with for each input.
 
@@ -114,20 +119,17 @@ class BlockStream:
     def _returns_tuple(self, weights: Weights) -> bool:
         """Whether blocks return the hidden states alone or first in a tuple: run block 0 once to see."""
 
-        class ReachedBlock(Exception):  # noqa: N818, not an error
-            pass
-
         def stub(i: int) -> Callable[..., Any]:
             def stop(*args: Any, **kwargs: Any) -> Any:
                 call.append((args, kwargs))
-                raise ReachedBlock
+                raise _EnoughError
 
             return stop
 
         call: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         try:
             self._forward(self.inputs[0], stub)
-        except ReachedBlock:
+        except _EnoughError:
             pass
         except Exception as error:
             raise AwqTrtError(
@@ -149,12 +151,15 @@ class BlockStream:
                 if i == 0:
                     start.append(first)
                 self._calls[i].append((rest, named))
+                if i == len(self.blocks) - 1:
+                    raise _EnoughError  # the head is not needed, and a large vocabulary makes it the dearest layer
                 return (first,) if self._tuples else first
 
             return record
 
         start: list[torch.Tensor] = []
-        self._forward(sample, stub)
+        with suppress(_EnoughError):
+            self._forward(sample, stub)
         return start[0]
 
     def load(self, i: int, weights: Weights) -> nn.Module:

@@ -116,15 +116,18 @@ def export(args: argparse.Namespace, console: Console) -> None:
         raise AwqTrtError("--triton-repo serves a plan: give --engine too.")
     if args.engine:
         check_engine(args)
+    from awq_trt.awq_checkpoint import is_quantized
+
     model = Path(args.model)
     if model.suffix == ".onnx":
         onnx_path, accuracy = model, None
     else:
-        awq_dir = quantize_stage(args, named.with_suffix(".awq"), console)
+        original = None if is_quantized(model) else open_model(args)
+        awq_dir = model if original is None else quantize_stage(args, original, named.with_suffix(".awq"), console)
         if not (args.engine or args.onnx):
             return
         onnx_path = args.onnx or args.engine.with_suffix(".onnx")
-        accuracy = onnx_stage(args, awq_dir, onnx_path, console)
+        accuracy = onnx_stage(args, original, awq_dir, onnx_path, console)
     if args.engine:
         engine_stage(args, onnx_path, accuracy, console)
 
@@ -146,17 +149,13 @@ def check_engine(args: argparse.Namespace) -> None:
         )
 
 
-def quantize_stage(args: argparse.Namespace, default: Path, console: Console) -> Path:
-    """The quantized checkpoint: `--model` if it is one, else made from it."""
-    from awq_trt.awq_checkpoint import is_quantized
+def quantize_stage(args: argparse.Namespace, original: Any, default: Path, console: Console) -> Path:
+    """The quantized checkpoint, made from an open one."""
     from awq_trt.quantize import quantize
 
-    model = Path(args.model)
-    if is_quantized(model):
-        return model
     output: Path = args.awq or default
     report = quantize(
-        open_model(args),
+        original,
         output,
         method=args.method,
         group_size=args.group_size,
@@ -187,9 +186,10 @@ def open_model(args: argparse.Namespace) -> Any:
     return dataclasses.replace(checkpoint, dtype=getattr(torch, args.dtype)) if args.dtype else checkpoint
 
 
-def onnx_stage(args: argparse.Namespace, awq_dir: Path, onnx_path: Path, console: Console) -> dict[str, Any] | None:
-    """ONNX file from the quantized checkpoint, and what the verification says of both."""
-    from awq_trt.awq_checkpoint import is_quantized
+def onnx_stage(
+    args: argparse.Namespace, original: Any, awq_dir: Path, onnx_path: Path, console: Console
+) -> dict[str, Any] | None:
+    """ONNX file from the quantized checkpoint, and what the verification says of both and the original, if open."""
     from awq_trt.onnx_export import export_onnx
     from awq_trt.verify import verify
 
@@ -200,7 +200,6 @@ def onnx_stage(args: argparse.Namespace, awq_dir: Path, onnx_path: Path, console
     if args.no_verify:
         return None
     with console.status("Verifying: eager model against ONNX Runtime, perplexity of float, rounding and AWQ"):
-        original = None if is_quantized(Path(args.model)) else open_model(args)
         found = verify(onnx_path, awq_dir, original, inputs=args.calibration)
     show_accuracy(found, console)
     return found
@@ -227,7 +226,6 @@ def show_accuracy(found: dict[str, Any], console: Console) -> None:
 def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, Any] | None, console: Console) -> None:
     """The plan, its sidecar, and a Triton repository if asked for."""
     from awq_trt.engine import build_engine
-    from awq_trt.sidecar import read_sidecar
     from awq_trt.triton import write_triton_repo
 
     report = build_engine(
@@ -252,21 +250,7 @@ def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, 
         triton = write_triton_repo(args.engine, args.triton_repo)
         for warning in triton.warnings:
             console.print(f"[yellow]Triton:[/] {warning}", highlight=False)
-    launch = read_sidecar(report.sidecar)["launch"]
-    console.print(f"lines to run it, also in {report.sidecar}:", highlight=False)
-    for line in launch_lines(launch):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def launch_lines(launch: dict[str, Any]) -> list[str]:
-    """Every command line in the sidecar's "launch" part."""
-    lines = []
-    for value in launch.values():
-        if isinstance(value, dict):
-            lines += launch_lines(value)
-        elif isinstance(value, str):
-            lines.append(value)
-    return lines
+    console.print(f'Lines to time and to serve it are under "launch" in [bold]{report.sidecar}[/]', highlight=False)
 
 
 if __name__ == "__main__":
