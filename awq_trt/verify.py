@@ -132,6 +132,8 @@ def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """The ONNX file in ONNX Runtime on the CPU, in the most exact arithmetic it has for 4-bit weights.
 
     A bfloat16 file is run as its copy with fp32 activations, because ONNX Runtime has no bfloat16 kernels for the CPU.
+    Constants are not folded: folding unpacks all weights at once and holds every intermediate result, 31 bytes for each
+    weight. So memory stays bounded, and each run unpacks anew.
 
     Raises:
         AwqTrtError: ONNX Runtime does not take the file.
@@ -142,14 +144,19 @@ def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
         if not has_bfloat16(path):
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return _session(path, options)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".float32.") as folder:
             float32_copy(path, Path(folder) / path.name)
-            return onnxruntime.InferenceSession(str(Path(folder) / path.name), options, ["CPUExecutionProvider"])
+            return _session(Path(folder) / path.name, options)
     except AwqTrtError:
         raise
     except Exception as error:
         raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+
+
+def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    cpu = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(str(path), options, cpu, disabled_optimizers=["ConstantFolding"])
 
 
 def has_bfloat16(path: Path) -> bool:
