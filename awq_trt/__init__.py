@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from awq_trt.engine import build_engine
     from awq_trt.errors import AwqTrtError
     from awq_trt.onnx_export import export_onnx
-    from awq_trt.quantize import quantize
+    from awq_trt.quantization import quantize
     from awq_trt.triton import write_triton_repo
 
 __all__ = ["AwqTrtError", "build_engine", "export_onnx", "quantize", "write_triton_repo"]
@@ -26,7 +26,7 @@ _HOME = {
     "AwqTrtError": "awq_trt.errors",
     "build_engine": "awq_trt.engine",
     "export_onnx": "awq_trt.onnx_export",
-    "quantize": "awq_trt.quantize",
+    "quantize": "awq_trt.quantization",
     "write_triton_repo": "awq_trt.triton",
 }
 

@@ -18,7 +18,7 @@ from awq_trt.blocks import quantizable_linears
 from awq_trt.checkpoint import empty_model, open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
-from awq_trt.quantize import quantize
+from awq_trt.quantization import quantize
 
 
 def autoawq_weight(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:

@@ -151,7 +151,7 @@ def check_engine(args: argparse.Namespace) -> None:
 
 def quantize_stage(args: argparse.Namespace, original: Any, default: Path, console: Console) -> Path:
     """The quantized checkpoint, made from an open one."""
-    from awq_trt.quantize import quantize
+    from awq_trt.quantization import quantize
 
     output: Path = args.awq or default
     report = quantize(
