@@ -24,7 +24,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from awq_trt.checkpoint import Checkpoint, empty_model, load_tokenizer, read_json, safetensors_index
+from awq_trt.checkpoint import (
+    Checkpoint,
+    empty_model,
+    load_tokenizer,
+    read_json,
+    safetensors_index,
+    transposed_weights,
+)
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear
 
@@ -232,6 +239,7 @@ def open_quantized(directory: Path | str) -> AwqCheckpoint:
     linears = _Linears(files)
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.qweight" not in files]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
-    transposed = frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
-    dtype = next((linear.scales.dtype for linear in linears.values()), torch.float16)
-    return AwqCheckpoint(str(directory), config, dtype, linears, left, report, load_tokenizer(path), files, transposed)
+    dtype = next((read_tensor(files, f"{name}.scales").dtype for name in linears), torch.float16)
+    return AwqCheckpoint(
+        str(directory), config, dtype, linears, left, report, load_tokenizer(path), files, transposed_weights(model)
+    )

@@ -249,16 +249,17 @@ def _checkpoint(
 ) -> Checkpoint:
     """Match the names in the file with the model's parameters and turn Conv1D weights round."""
     model = empty_model(config)
-    transposed = frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
+    transposed = transposed_weights(model)
     prefix = f"{model.base_model_prefix}."
-    names = [n for n, _ in model.named_parameters()] + persistent_buffers(model)
+    buffers = persistent_buffers(model)
+    names = [n for n, _ in model.named_parameters()] + buffers
     readers: dict[str, Reader] = {}
     for name in names:
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         key = next((c for c in (name, name.removeprefix(prefix), prefix + name, old) if c in stored), None)
         if key is not None:
             readers[name] = _transposing(stored[key]) if name in transposed else stored[key]
-    if missing := [n for n in names if n not in readers and n not in persistent_buffers(model)]:
+    if missing := [n for n in names if n not in readers and n not in buffers]:
         readers = _converted_by_transformers(source, path, type(model), missing[0])
     first = next((t.dtype for t in (readers[n]() for n in names[:1]) if t.is_floating_point()), torch.float32)
     dtype = first if first in (torch.float16, torch.bfloat16) else torch.float16
@@ -286,6 +287,11 @@ def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing:
 
 def _transposing(read: Reader) -> Reader:
     return lambda: read().t().contiguous()
+
+
+def transposed_weights(model: torch.nn.Module) -> frozenset[str]:
+    """Weights that a file holds as [in, out] and `empty_model` as [out, in]."""
+    return frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
 
 
 def persistent_buffers(model: torch.nn.Module) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any
 from awq_trt import sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
-from awq_trt.graph_facts import PLUGIN_OP, Profile, optimization_profiles, read_graph
+from awq_trt.graph_facts import Profile, optimization_profiles, read_graph
+from awq_trt.onnx_functions import OP_TYPE
 from awq_trt.plugin import library_path
 from awq_trt.progress import Phases
 
@@ -190,7 +191,7 @@ def _run_child(job: dict[str, Any], quiet: bool, on_event: OnEvent | None) -> tu
         output.seek(0)
         printed = output.read().splitlines()
     if "done" in outcome:
-        said = [text for _, text in logs] + [line for line in printed if line.startswith(PLUGIN_OP)]
+        said = [text for _, text in logs] + [line for line in printed if line.startswith(OP_TYPE)]
         return outcome["done"], _without_noise(said)
     if outcome.get("errno"):
         raise OSError(outcome["errno"], os.strerror(outcome["errno"]))

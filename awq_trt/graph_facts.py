@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.onnx_functions import OP_TYPE
 
-PLUGIN_OP = "W4A16Gemm"
 METADATA_KEY = "awq_trt"
 
 Shape = tuple[int, ...]
@@ -79,14 +79,14 @@ def read_graph(path: Path) -> GraphFacts:
         raise AwqTrtError(f"{path}: not an ONNX model: it holds no operators. Export it again.")
     sizes = {t.name: _bytes(t) for t in graph.initializer}
     # inputs 1, 2 and the zeros are INT4 data and its scales; bias and pre-scale are small and counted with them
-    quantized = {i for n in graph.node if n.op_type == PLUGIN_OP for i in n.input[1:] if i in sizes}
+    quantized = {i for n in graph.node if n.op_type == OP_TYPE for i in n.input[1:] if i in sizes}
     return GraphFacts(
         path=path,
         opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
         inputs=tuple(_tensor(v) for v in graph.input if v.name not in sizes),
         outputs=tuple(_tensor(v) for v in graph.output),
         metadata=_metadata(model, path),
-        plugin_nodes=sum(n.op_type == PLUGIN_OP for n in graph.node),
+        plugin_nodes=sum(n.op_type == OP_TYPE for n in graph.node),
         quantized_bytes=sum(sizes[name] for name in quantized),
         float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
         onnx_bytes=path.stat().st_size,

@@ -20,13 +20,13 @@ import transformers
 from awq_trt.checkpoint import empty_model, persistent_buffers
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
+from awq_trt.graph_facts import METADATA_KEY
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
 from awq_trt.onnx_data import ELEM_TYPES, DataFile
 from awq_trt.onnx_trace import Trace, trace
 from awq_trt.rewrite import QuantizedNode, rewrite
 
-METADATA_KEY = "awq_trt"
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -161,12 +162,12 @@ def default_group_size(linears: dict[str, nn.Linear]) -> int:
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if all(k % g == 0 for k in widths)), min(GROUP_SIZES))
 
 
-def round_block(block: nn.Module, settings: Settings) -> dict[str, QuantizedLinear]:
-    """Round every layer of a block to nearest."""
+def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
+    """Round every layer of a block to nearest, except those named in `but`."""
     return {
         name: quantize_weight(m.weight, settings.group(m.in_features), settings.symmetric, settings.dtype)
         for name, m in block.named_modules()
-        if isinstance(m, nn.Linear) and settings.why_float(m) is None
+        if isinstance(m, nn.Linear) and name not in but and settings.why_float(m) is None
     }
 
 
@@ -208,7 +209,7 @@ def awq_block(
                 tokens=group.statistics.tokens,
                 largest_activation=group.statistics.largest,
             )
-    unseen = {n: q for n, q in round_block(block, settings).items() if n not in quantized}  # experts no token chose
+    unseen = round_block(block, settings, but=quantized)  # experts no token chose
     return quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports]
 
 

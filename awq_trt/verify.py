@@ -26,6 +26,7 @@ from awq_trt.blocks import BlockStream, Inputs, Weights, quantizable_linears
 from awq_trt.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.checkpoint import Checkpoint, empty_model
 from awq_trt.errors import AwqTrtError
+from awq_trt.graph_facts import read_graph
 from awq_trt.linear import quantize_weight
 from awq_trt.onnx_float32 import float32_copy
 
@@ -72,12 +73,8 @@ class RoundedWeights:
     """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.source, self.config, self._checkpoint, self._settings = (
-            checkpoint.source,
-            checkpoint.config,
-            checkpoint,
-            settings,
-        )
+        self.source, self.config = checkpoint.source, checkpoint.config
+        self._checkpoint, self._settings = checkpoint, settings
         linears = quantizable_linears(empty_model(checkpoint.config))
         self._rounded = {f"{name}.weight" for name, linear in linears.items() if settings.why_float(linear) is None}
 
@@ -128,7 +125,7 @@ def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.
     return (stream.head(hidden, j) for j, hidden in enumerate(stream.hidden))
 
 
-def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def onnx_session(path: Path) -> onnxruntime.InferenceSession:
     """The ONNX file in ONNX Runtime on the CPU, in the most exact arithmetic it has for 4-bit weights.
 
     A bfloat16 file is run as its copy with fp32 activations, because ONNX Runtime has no bfloat16 kernels for the CPU.
@@ -140,7 +137,6 @@ def onnx_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
         if not has_bfloat16(path):
@@ -279,11 +275,11 @@ def random_inputs(onnx_path: Path) -> Inputs:
     """Random inputs of the shapes an ONNX file declares, for a model that came with none: 2 samples, 16 positions."""
     generator = torch.Generator().manual_seed(0)
     inputs = {}
-    for wanted in onnx_session(onnx_path).get_inputs():
+    for wanted in read_graph(onnx_path).inputs:
         if wanted.name.startswith("past_key_values") or wanted.name == "attention_mask":
             continue
         shape = [d if isinstance(d, int) else 2 if "batch" in d else 16 for d in wanted.shape]
-        integer = wanted.type == "tensor(int64)"
+        integer = wanted.dtype == "int64"
         inputs[wanted.name] = (
             torch.randint(0, 100, shape, generator=generator) if integer else torch.randn(shape, generator=generator)
         )

@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
+    from awq_trt.awq_checkpoint import is_quantized
+
     named = args.engine or args.onnx or args.awq
     if named is None:
         raise AwqTrtError("nothing to write: give --engine out.plan (or --onnx, or --awq, to stop earlier).")
@@ -116,8 +118,6 @@ def export(args: argparse.Namespace, console: Console) -> None:
         raise AwqTrtError("--triton-repo serves a plan: give --engine too.")
     if args.engine:
         check_engine(args)
-    from awq_trt.awq_checkpoint import is_quantized
-
     model = Path(args.model)
     if model.suffix == ".onnx":
         onnx_path, accuracy = model, None
