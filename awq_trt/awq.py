@@ -11,17 +11,20 @@ Where 1/s goes is the business of fold.py; how rounding works, of linear.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from awq_trt.fold import Fold, find_fold
 from awq_trt.layout import why_not
 from awq_trt.linear import QuantizedLinear, quantize_weight
+from awq_trt.statistics import Calls, Group
 
 ALPHAS = [i / 20 for i in range(21)]
-Run = Callable[[], object]
 Constrain = Callable[[torch.Tensor], torch.Tensor]
 """Makes a scale [K] one that the place it goes to can hold: equal over heads that share, or exact in fp16."""
 
@@ -45,41 +48,6 @@ class Settings:
         return why_not(linear.out_features, k, self.group(k), str(self.dtype).removeprefix("torch."))
 
 
-@dataclass
-class Statistics:
-    """What calibration leaves of the inputs of one group of linear layers (K input channels).
-
-    Attributes:
-        hessian: sum of x^T x over the tokens, fp32 [K, K]. total_abs: sum of |x|, fp32 [K]. tokens: how many.
-        largest: the largest |x| seen (fp16 ends at 65504).
-    """
-
-    hessian: torch.Tensor
-    total_abs: torch.Tensor
-    tokens: int = 0
-    largest: float = 0.0
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add activations [..., K]."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.hessian.addmm_(rows.t(), rows)
-        magnitude = rows.abs()
-        self.total_abs += magnitude.sum(0)
-        self.tokens += len(rows)
-        self.largest = max(self.largest, float(magnitude.amax()))
-
-
-@dataclass
-class Group:
-    """Linear layers of one block that read the same tensor, so that one scale serves all of them."""
-
-    names: list[str]
-    linears: list[nn.Linear]
-    statistics: Statistics
-    before: list[str]
-    """Names of the norms and linear layers that ran earlier in the block, the latest first: where s may be folded."""
-
-
 @dataclass(frozen=True)
 class LayerReport:
     """What the search found for one layer. Errors are |x dW^T| / |x W^T| over the calibration tokens."""
@@ -91,60 +59,6 @@ class LayerReport:
     error: float
     tokens: int
     largest_activation: float
-
-
-def observe(block: nn.Module, runs: Iterable[Run]) -> list[Group]:
-    """Run the block and gather statistics of the inputs of its linear layers, grouped by the tensor they read.
-
-    Returns the groups in order of execution. Layers that never ran (experts no token chose) are in no group.
-    """
-    groups: list[Group] = []
-    by_linear: dict[str, Group] = {}
-    order: list[str] = []
-    inputs: list[tuple[torch.Tensor, Group]] = []  # of the current run; keeps them alive, so `is` is enough
-
-    def on_linear(name: str, module: nn.Linear, x: torch.Tensor) -> None:
-        group = by_linear.get(name)
-        if group is None:
-            group = next((g for tensor, g in inputs if tensor is x), None)
-            if group is None:
-                k = module.in_features
-                group = Group([], [], Statistics(torch.zeros(k, k), torch.zeros(k)), order[::-1])
-                groups.append(group)
-            group.names.append(name)
-            group.linears.append(module)
-            by_linear[name] = group
-        if not any(g is group for _, g in inputs):
-            group.statistics.add(x)
-            inputs.append((x, group))
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if isinstance(module, nn.Linear):
-                on_linear(name, module, args[0])
-            if name not in order:
-                order.append(name)
-
-        return before
-
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in block.named_modules() if scaled_weight(m) is not None]
-    try:
-        for run in runs:
-            inputs.clear()
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return groups
-
-
-def scaled_weight(module: nn.Module) -> torch.Tensor | None:
-    """The weight of a linear layer, or of a norm (a module with one weight per channel); None for anything else."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return module.weight
-    is_norm = isinstance(weight, torch.Tensor) and weight.dim() == 1 and not list(module.children())
-    return weight if is_norm else None
 
 
 def scale_for(mean_abs: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -204,3 +118,69 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
     size = {name: max(output_error(linear.weight, hessian), 1e-30) for name, linear in linears.items()}
     relative = {n: ((max(plain[n], 0) / size[n]) ** 0.5, (max(best[n], 0) / size[n]) ** 0.5) for n in linears}
     return Found(s, alpha, {n: rounded(linear, s) for n, linear in linears.items()}, relative)
+
+
+def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
+    """Round every layer of a block to nearest, except those named in `but`."""
+    return {
+        name: quantize_weight(m.weight, settings.group(m.in_features), settings.symmetric, settings.dtype)
+        for name, m in block.named_modules()
+        if isinstance(m, nn.Linear) and name not in but and settings.why_float(m) is None
+    }
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One block, quantized. layers: name within the block -> INT4. reports: of the layers that saw an input."""
+
+    layers: dict[str, QuantizedLinear]
+    reports: list[LayerReport]
+
+
+def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: dict[Any, Fold | None]) -> BlockResult:
+    """AWQ on one block, filled. Folds change its norms and layers in place.
+
+    Groups are taken from the last to the first, so that a layer is rounded after the layers behind it have folded
+    their scales into it. `folds` remembers, per structure of block, where the scales of a group can go.
+    """
+    groups = calls.groups(block)
+    quantized: dict[str, QuantizedLinear] = {}
+    reports: dict[str, LayerReport] = {}
+    shape = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+    for group in reversed(groups):
+        key = (type(block), shape, tuple(group.names))
+        if key not in folds:
+            block.double()
+            folds[key] = find_fold(block, group, lambda: calls.run(torch.float64))
+            block.float()
+        fold = folds[key]
+        result = search(group, settings, constrain(block, fold, settings))
+        if fold is not None:
+            for linear in group.linears:
+                linear.weight.data = linear.weight * result.s
+            fold.apply(block, result.s)
+        for name, layer in result.layers.items():
+            if fold is None and result.alpha > 0:
+                layer = dataclasses.replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
+            quantized[name] = layer
+            reports[name] = LayerReport(
+                name=f"{calls.name}.{name}",
+                alpha=result.alpha,
+                folded_into=f"{calls.name}.{fold.into}" if fold and result.alpha > 0 else None,
+                error_rounding=result.errors[name][0],
+                error=result.errors[name][1],
+                tokens=group.statistics.tokens,
+                largest_activation=group.statistics.largest,
+            )
+    unseen = round_block(block, settings, but=quantized)  # experts no token chose
+    return BlockResult(quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports])
+
+
+def constrain(block: nn.Module, fold: Fold | None, settings: Settings) -> Constrain | None:
+    """What a scale must be to go where it has to go: into the fold, or into a pre-scale of 16 bits, or nowhere."""
+    if fold is not None:
+        rows = len(block.get_submodule(fold.into).weight)  # type: ignore[arg-type]
+        return lambda s: fold.shared(s, rows)
+    if settings.pre_scale:
+        return lambda s: 1 / (1 / s).to(settings.dtype).float()
+    return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from awq_trt.checkpoint import empty_model
 from awq_trt.errors import AwqTrtError
+from awq_trt.statistics import Group, observe
 
 Inputs = dict[str, torch.Tensor]
 
@@ -191,6 +194,26 @@ class BlockStream:
         output = self._forward(self.inputs[sample], stub)
         result: torch.Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
         return result
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """Block i and what it is called with, as `statistics.Calls`."""
+
+    stream: BlockStream
+    i: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stream.prefix}.{self.i}"
+
+    def groups(self, block: nn.Module) -> list[Group]:
+        """Statistics of the linear layers of the block as it is now."""
+        return observe(block, [partial(self.stream.run, self.i, h, j) for j, h in enumerate(self.stream.hidden)])
+
+    def run(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The block's output for the first window."""
+        return self.stream.run(self.i, self.stream.hidden[0], 0, dtype)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq_trt.awq import Group
+from awq_trt.statistics import Group
 
 UNCHANGED = 1e-4
 """A fold may change the block's output by this part of what the scale alone changes. Norms compute in fp32 inside."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from awq_trt.awq import ALPHAS, Constrain, LayerReport, Settings, observe, search
-from awq_trt.awq_checkpoint import Writer, to_tensors
-from awq_trt.blocks import BlockStream, Inputs, fill, find_blocks
+from awq_trt.awq import ALPHAS, LayerReport, Settings, quantize_block, round_block
+from awq_trt.blocks import BlockCalls, BlockStream, Inputs, fill, find_blocks
 from awq_trt.calibration import DEFAULT_TEXT, calibration_inputs
 from awq_trt.checkpoint import Checkpoint, empty_model, open_checkpoint, persistent_buffers
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
-from awq_trt.fold import Fold, find_fold
+from awq_trt.fold import Fold
 from awq_trt.layout import GROUP_SIZES
-from awq_trt.linear import QuantizedLinear, quantize_weight
+from awq_trt.linear import QuantizedLinear
 from awq_trt.plugin import package_version
+from awq_trt.quantized_checkpoint import Writer, to_tensors
 
 PATCHES = 256
 """Tokens that an image is taken for in the estimate."""
@@ -127,8 +124,9 @@ def quantize(
                 name = f"{prefix}.{i}"
                 if stream:
                     block = stream.load(i, checkpoint)
-                    quantized, found = awq_block(stream, i, name, settings, folds)
-                    layers += found
+                    result = quantize_block(block, BlockCalls(stream, i), settings, folds)
+                    quantized = result.layers
+                    layers += result.reports
                 else:
                     block = blocks[i]
                     fill(block, f"{name}.", checkpoint)
@@ -160,67 +158,6 @@ def default_group_size(linears: dict[str, nn.Linear]) -> int:
     """The largest of 128, 64, 32 that divides the input features of every layer; 32 where none does."""
     widths = {linear.in_features for linear in linears.values()}
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if all(k % g == 0 for k in widths)), min(GROUP_SIZES))
-
-
-def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
-    """Round every layer of a block to nearest, except those named in `but`."""
-    return {
-        name: quantize_weight(m.weight, settings.group(m.in_features), settings.symmetric, settings.dtype)
-        for name, m in block.named_modules()
-        if isinstance(m, nn.Linear) and name not in but and settings.why_float(m) is None
-    }
-
-
-def awq_block(
-    stream: BlockStream, i: int, block_name: str, settings: Settings, folds: dict[Any, Fold | None]
-) -> tuple[dict[str, QuantizedLinear], list[LayerReport]]:
-    """AWQ on block i, filled. Folds change its norms and layers in place.
-
-    Groups are taken from the last to the first, so that a layer is rounded after the layers behind it have folded
-    their scales into it. `folds` remembers, per structure of block, where the scales of a group can go.
-    """
-    block = stream.blocks[i]
-    groups = observe(block, [partial(stream.run, i, h, j) for j, h in enumerate(stream.hidden)])
-    quantized: dict[str, QuantizedLinear] = {}
-    reports: dict[str, LayerReport] = {}
-    shape = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
-    for group in reversed(groups):
-        key = (type(block), shape, tuple(group.names))
-        if key not in folds:
-            block.double()
-            folds[key] = find_fold(block, group, lambda: stream.run(i, stream.hidden[0], 0, torch.float64))
-            block.float()
-        fold = folds[key]
-        result = search(group, settings, constrain(block, fold, settings))
-        if fold is not None:
-            for linear in group.linears:
-                linear.weight.data = linear.weight * result.s
-            fold.apply(block, result.s)
-        for name, layer in result.layers.items():
-            if fold is None and result.alpha > 0:
-                layer = dataclasses.replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
-            quantized[name] = layer
-            reports[name] = LayerReport(
-                name=f"{block_name}.{name}",
-                alpha=result.alpha,
-                folded_into=f"{block_name}.{fold.into}" if fold and result.alpha > 0 else None,
-                error_rounding=result.errors[name][0],
-                error=result.errors[name][1],
-                tokens=group.statistics.tokens,
-                largest_activation=group.statistics.largest,
-            )
-    unseen = round_block(block, settings, but=quantized)  # experts no token chose
-    return quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports]
-
-
-def constrain(block: nn.Module, fold: Fold | None, settings: Settings) -> Constrain | None:
-    """What a scale must be to go where it has to go: into the fold, or into a pre-scale of 16 bits, or nowhere."""
-    if fold is not None:
-        rows = len(block.get_submodule(fold.into).weight)  # type: ignore[arg-type]
-        return lambda s: fold.shared(s, rows)
-    if settings.pre_scale:
-        return lambda s: 1 / (1 / s).to(settings.dtype).float()
-    return None
 
 
 def block_tensors(block: nn.Module, name: str, quantized: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from awq_trt.awq import Group, Settings, Statistics, observe, output_error, scale_for, search
+from awq_trt.awq import Settings, output_error, scale_for, search
 from awq_trt.fold import find_fold
 from awq_trt.linear import quantize_weight
+from awq_trt.statistics import Group, Statistics, observe
 
 SETTINGS = Settings(group_size=32)
 
