@@ -25,7 +25,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Weights(Protocol):
-    """Whatever parameters can be read from: a `Checkpoint`, or an `AwqCheckpoint` (then dequantized)."""
+    """Whatever parameters can be read from: a `Checkpoint`, or a `QuantizedCheckpoint` (then dequantized)."""
 
     @property
     def source(self) -> str: ...

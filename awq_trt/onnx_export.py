@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Quantized(Protocol):
-    """What is exported; awq_checkpoint.open_quantized gives one. Nothing is read before it is asked for."""
+    """What is exported; quantized_checkpoint.open_quantized gives one. Nothing is read before it is asked for."""
 
     @property
     def config(self) -> transformers.PretrainedConfig: ...
@@ -74,7 +74,7 @@ def export_onnx(
     """Export a quantized checkpoint to ONNX.
 
     Args:
-        quantized_dir: what awq_checkpoint wrote. onnx_path: file to write; the weights go to `<onnx_path>.data`.
+        quantized_dir: what quantized_checkpoint wrote. onnx_path: file to write; the weights go to `<onnx_path>.data`.
         format: "plugin" (W4A16Gemm nodes, for TensorRT and, through their functions, ONNX Runtime) or "qdq"
             (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
         progress: called now and then.
@@ -83,7 +83,7 @@ def export_onnx(
         AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full. Then nothing is
             written.
     """
-    from awq_trt.awq_checkpoint import open_quantized
+    from awq_trt.quantized_checkpoint import open_quantized
 
     return export_quantized(open_quantized(quantized_dir), onnx_path, format=format, dtype=dtype, progress=progress)
 

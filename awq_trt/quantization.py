@@ -22,7 +22,7 @@ from awq_trt.fold import Fold
 from awq_trt.layout import GROUP_SIZES
 from awq_trt.linear import QuantizedLinear
 from awq_trt.plugin import package_version
-from awq_trt.quantized_checkpoint import Writer, to_tensors
+from awq_trt.quantized_checkpoint import Writer
 
 PATCHES = 256
 """Tokens that an image is taken for in the estimate."""
@@ -113,7 +113,7 @@ def quantize(
         writer = Writer(directory, checkpoint)
         outside = {n for n, _ in network.named_parameters() if not n.startswith(f"{prefix}.")}
         buffers = [b for b in persistent_buffers(network) if b in checkpoint.readers]
-        writer.add({n: checkpoint.tensor(n) for n in sorted(outside) + buffers})
+        writer.add("outside", {n: checkpoint.tensor(n) for n in sorted(outside) + buffers})
         stream = BlockStream(checkpoint, inputs) if inputs else None
         layers: list[LayerReport] = []
         pre_scales = 0
@@ -132,7 +132,7 @@ def quantize(
                     fill(block, f"{name}.", checkpoint)
                     quantized = round_block(block, settings)
                 pre_scales += sum(q.pre_scale is not None for q in quantized.values())
-                writer.add(block_tensors(block, name, quantized))
+                writer.add_block(f"block-{i:05}", name, {n: p.data for n, p in block.named_parameters()}, quantized)
                 if stream:
                     advance(stream, i, block, quantized)
                     stream.unload(i)
@@ -148,7 +148,7 @@ def quantize(
             "layers": [asdict(layer) for layer in layers],
             "left_in_float": left,
         }
-        writer.finish(settings.group_size, pre_scales > 0, report)
+        writer.finish(settings.group_size, symmetric, report)
     return QuantizeReport(
         output, settings.group_size, names, tuple(layers), left, pre_scales, time.monotonic() - started
     )
@@ -158,15 +158,6 @@ def default_group_size(linears: dict[str, nn.Linear]) -> int:
     """The largest of 128, 64, 32 that divides the input features of every layer; 32 where none does."""
     widths = {linear.in_features for linear in linears.values()}
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if all(k % g == 0 for k in widths)), min(GROUP_SIZES))
-
-
-def block_tensors(block: nn.Module, name: str, quantized: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
-    """Everything of one block that goes to the file: packed layers, and the parameters that stay as they are."""
-    rounded = {f"{layer}.weight" for layer in quantized}
-    tensors = {f"{name}.{n}": p.data for n, p in block.named_parameters() if n not in rounded}
-    for layer, value in quantized.items():
-        tensors |= to_tensors(f"{name}.{layer}", value)
-    return tensors
 
 
 def advance(stream: BlockStream, i: int, block: nn.Module, quantized: dict[str, QuantizedLinear]) -> None:

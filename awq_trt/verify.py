@@ -21,7 +21,6 @@ import transformers
 from torch import nn
 
 from awq_trt.awq import Settings
-from awq_trt.awq_checkpoint import open_quantized
 from awq_trt.blocks import BlockStream, Inputs, Weights, quantizable_linears
 from awq_trt.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.checkpoint import Checkpoint, empty_model
@@ -29,6 +28,7 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.graph_facts import read_graph
 from awq_trt.linear import quantize_weight
 from awq_trt.onnx_float32 import float32_copy
+from awq_trt.quantized_checkpoint import open_quantized
 
 AGREEMENT_TOKENS = 128
 """Tokens of held-out text whose every logit is compared."""

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from awq_trt.awq_checkpoint import open_quantized
 from awq_trt.checkpoint import empty_model, open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
 from awq_trt.quantization import default_group_size, quantize
+from awq_trt.quantized_checkpoint import open_quantized
 
 SHORT = {"samples": 2, "length": 128}
 

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
-    from awq_trt.awq_checkpoint import is_quantized
+    from awq_trt.quantized_checkpoint import is_quantized
 
     named = args.engine or args.onnx or args.awq
     if named is None:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from awq_trt.checkpoint import (
     Checkpoint,
@@ -34,6 +33,7 @@ from awq_trt.checkpoint import (
 )
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear
+from awq_trt.safetensors_file import Stored, read_header, write_safetensors
 
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REPORT = "awq_trt.json"
@@ -95,34 +95,64 @@ def from_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedLin
 
 
 class Writer:
-    """Writes a quantized checkpoint into a directory, one shard per block, as the blocks come."""
+    """Writes a quantized checkpoint into a directory, one shard per label, in any order and by any number of runs.
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
+    A shard is there whole or not at all, so a run that was killed goes on with those that are missing (`has`).
+    """
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint, save_format: str = "awq") -> None:
         self.directory = directory
         self.checkpoint = checkpoint
-        self.weight_map: dict[str, str] = {}
-        self.bytes = 0
+        self.save_format = save_format
         directory.mkdir(parents=True, exist_ok=True)
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one shard. Floats become the checkpoint's dtype; Conv1D weights go back to [in, out]."""
-        shard = f"{len(set(self.weight_map.values())) + 1:05}.safetensors"
-        out = {}
-        for name, tensor in tensors.items():
-            value = tensor.to(self.checkpoint.dtype) if tensor.is_floating_point() else tensor
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise AwqTrtError(
-                    f"{self.checkpoint.source}: tensor {name} overflows {str(value.dtype).removeprefix('torch.')} "
-                    f"(largest value {float(tensor.abs().max()):.4g}); use --dtype bfloat16."
-                )
-            out[name] = (value.t() if name in self.checkpoint.transposed else value).contiguous()
-            self.bytes += value.numel() * value.element_size()
-        if out:
-            save_file(out, self.directory / shard, metadata={"format": "pt"})
-            self.weight_map.update(dict.fromkeys(out, shard))
+    def has(self, label: str) -> bool:
+        """Whether this shard is already written."""
+        return any((self.directory / f"{stem}{label}.safetensors").exists() for stem in ("", "model-", "awq_trt-"))
 
-    def finish(self, group_size: int, pre_scales: bool, report: dict[str, Any]) -> None:
-        """Write the index, the configuration, the tokenizer and the report."""
+    def add(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one shard. Floats become the checkpoint's dtype; Conv1D weights go back to [in, out].
+
+        Args:
+            label: names the shard, unique in this checkpoint: "outside", "block-00007".
+
+        Raises:
+            AwqTrtError: a value is NaN or Inf, or too large for the dtype.
+        """
+        stored = {
+            name: Stored(
+                tensor.t() if name in self.checkpoint.transposed else tensor,
+                self.checkpoint.dtype if tensor.is_floating_point() else tensor.dtype,
+            )
+            for name, tensor in tensors.items()
+        }
+        try:
+            write_safetensors(self.directory / f"{label}.safetensors", stored)
+        except AwqTrtError as error:
+            raise AwqTrtError(f"{self.checkpoint.source}: {error}") from error
+
+    def add_block(
+        self, label: str, name: str, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, QuantizedLinear]
+    ) -> None:
+        """Write one block.
+
+        Args:
+            name: of the block ("model.layers.7"). tensors: its parameters in float, by their names in the block; the
+                weights of `layers` among them are left out. layers: name in the block -> quantized layer.
+        """
+        out = {f"{name}.{n}": t for n, t in tensors.items() if n.removesuffix(".weight") not in layers}
+        for layer, value in layers.items():
+            out |= to_tensors(f"{name}.{layer}", value)
+        self.add(label, out)
+
+    def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
+        """Name the shards, write configuration, tokenizer, report and, last, the index. May be repeated.
+
+        What the index holds is read from the shards that lie in the directory, whichever run wrote them.
+        """
+        shards = sorted(self.directory.glob("*.safetensors"))
+        headers = {shard: read_header(shard) for shard in shards}
+        pre_scales = any(name.endswith(".pre_scale") for header in headers.values() for name in header)
         config = copy.deepcopy(self.checkpoint.config)
         config.dtype = self.checkpoint.dtype
         config.quantization_config = {
@@ -134,15 +164,19 @@ class Writer:
             "modules_to_not_convert": sorted(report["left_in_float"]) or None,
         }
         config.save_pretrained(self.directory)
-        stem = "awq_trt" if pre_scales else "model"
-        for shard in sorted(set(self.weight_map.values())):
-            (self.directory / shard).rename(self.directory / f"{stem}-{shard}")
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(self.directory)
-        weight_map = {name: f"{stem}-{shard}" for name, shard in self.weight_map.items()}
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-        (self.directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (self.directory / REPORT).write_text(json.dumps(report, indent=1))
+        stem = "awq_trt" if pre_scales else "model"
+        weight_map: dict[str, str] = {}
+        size = 0
+        for shard, header in headers.items():
+            target = shard.name if shard.name.startswith(f"{stem}-") else f"{stem}-{shard.name}"
+            shard.rename(self.directory / target)
+            weight_map |= dict.fromkeys(header, target)
+            size += sum(entry.bytes for entry in header.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (self.directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 class _Linears(Mapping[str, QuantizedLinear]):
@@ -166,7 +200,7 @@ class _Linears(Mapping[str, QuantizedLinear]):
 
 
 @dataclass(frozen=True)
-class AwqCheckpoint:
+class QuantizedCheckpoint:
     """A quantized checkpoint on disk; nothing is read before it is asked for.
 
     Attributes:
@@ -216,7 +250,7 @@ def is_quantized(directory: Path) -> bool:
     )
 
 
-def open_quantized(directory: Path | str) -> AwqCheckpoint:
+def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     """Open an AWQ checkpoint in AutoAWQ's GEMM layout (or the same with pre-scales, as this package writes it).
 
     Raises:
@@ -240,6 +274,6 @@ def open_quantized(directory: Path | str) -> AwqCheckpoint:
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.qweight" not in files]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
     dtype = next((read_tensor(files, f"{name}.scales").dtype for name in linears), torch.float16)
-    return AwqCheckpoint(
+    return QuantizedCheckpoint(
         str(directory), config, dtype, linears, left, report, load_tokenizer(path), files, transposed_weights(model)
     )

@@ -13,12 +13,20 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from awq_trt.awq_checkpoint import from_tensors, is_quantized, open_quantized, pack_nibbles, to_tensors, unpack_nibbles
 from awq_trt.blocks import quantizable_linears
-from awq_trt.checkpoint import empty_model, open_checkpoint
+from awq_trt.checkpoint import empty_model, open_checkpoint, safetensors_index
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
 from awq_trt.quantization import quantize
+from awq_trt.quantized_checkpoint import (
+    Writer,
+    from_tensors,
+    is_quantized,
+    open_quantized,
+    pack_nibbles,
+    to_tensors,
+    unpack_nibbles,
+)
 
 
 def autoawq_weight(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
@@ -147,3 +155,34 @@ def test_truncated(quantized: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(AwqTrtError, match="truncated or damaged"):
         open_quantized(other)
+
+
+def test_a_second_run_writes_what_is_missing(models: Path, tmp_path: Path) -> None:
+    """Killed at any point, also while `finish` renames: the directory comes out the same."""
+    checkpoint = open_checkpoint(models / "llama")
+    layer = quantize_weight(torch.randn(16, 64), 32, False, torch.float16)
+    blocks = {f"block-{i:05}": (f"model.layers.{i}", {"norm.weight": torch.rand(64)}) for i in range(3)}
+
+    def write(directory: Path, labels: list[str]) -> Writer:
+        writer = Writer(directory, checkpoint)
+        for label in labels:
+            if not writer.has(label):
+                writer.add_block(label, *blocks[label], {"a": layer})
+        return writer
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    report = {"left_in_float": {}}
+    write(whole, list(blocks)).finish(32, False, report)
+    write(resumed, ["block-00002"])
+    (resumed / ".block-00000.safetensors.tmp").write_bytes(b"half a shard")
+    write(resumed, ["block-00000"])
+    (resumed / "block-00002.safetensors").rename(resumed / "model-block-00002.safetensors")
+    write(resumed, list(blocks)).finish(32, False, report)
+    write(resumed, list(blocks)).finish(32, False, report)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
+    for file in whole.iterdir():
+        assert file.read_bytes() == (resumed / file.name).read_bytes()
+    assert {p.name for p in whole.glob("*.safetensors")} == {f"model-{label}.safetensors" for label in blocks}
+    assert set(safetensors_index(whole, "")) == {
+        f"model.layers.{i}.{n}" for i in range(3) for n in ("norm.weight", "a.qweight", "a.qzeros", "a.scales")
+    }
