@@ -1,9 +1,9 @@
 """The procedure published as llm-awq (Lin et al., "AWQ", MLSys 2024), written for comparison from the paper.
 
 Block by block, on the float model's activations: the scales of every group of linear layers that share an input are
-s = mean|x|^alpha, alpha out of 20 steps in [0, 1), chosen by the squared error of the output of the module that the group
-feeds, computed anew for every candidate; then every weight group is clipped at the best of 10 ratios in (0.5, 1], by the
-squared error of its part of the layer's output on 512 sampled tokens; queries and keys are not clipped. As in
+s = mean|x|^alpha, alpha out of 20 steps in [0, 1), chosen by the squared error of the output of the module that the
+group feeds, computed anew for every candidate; then every weight group is clipped at the best of 10 ratios in (0.5, 1],
+by the squared error of its part of the layer's output on 512 sampled tokens; queries and keys are not clipped. As in
 the published code, the output projection is scaled only where value and output projections have the same shape
 (no grouped-query attention).
 """
@@ -52,7 +52,7 @@ class Part:
     before: str
 
 
-def parts(block: nn.Module) -> list[Part]:
+def parts(block: Any) -> list[Part]:
     """The groups of a Llama-like block that get a scale.
 
     Raises:
@@ -64,7 +64,7 @@ def parts(block: nn.Module) -> list[Part]:
     if names != {*attention, "self_attn.o_proj", *gate_up, "mlp.down_proj"}:
         raise SystemExit(f"llm-awq is written for Llama-like blocks, not for one of {sorted(names)}")
     found = [Part(attention, "self_attn", "input_layernorm")]
-    if block.self_attn.v_proj.weight.shape == block.self_attn.o_proj.weight.shape:  # type: ignore[union-attr]
+    if block.self_attn.v_proj.weight.shape == block.self_attn.o_proj.weight.shape:
         found.append(Part(["self_attn.o_proj"], "self_attn.o_proj", "self_attn.v_proj"))
     return [
         *found,
@@ -74,14 +74,14 @@ def parts(block: nn.Module) -> list[Part]:
 
 
 @torch.inference_mode()
-def quantize(model: nn.Module, ids: torch.Tensor, rounding: Rounding) -> None:
+def quantize(model: Any, ids: torch.Tensor, rounding: Rounding) -> None:
     """Scale, clip and round the linear layers of a transformers decoder in place.
 
     Args:
         model: LlamaForCausalLM or alike, fp32. ids: int64 [windows, length].
     """
     hidden, arguments = first_block_inputs(model, ids)
-    for block in model.model.layers:  # type: ignore[union-attr]
+    for block in model.model.layers:
         inputs, attention_arguments, following = record(block, hidden, arguments)
         for part in parts(block):
             extra = attention_arguments if part.inspect == "self_attn" else {}
@@ -99,7 +99,7 @@ class _EnoughError(Exception):
     """Ends a forward early."""
 
 
-def first_block_inputs(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+def first_block_inputs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     """Hidden states [windows, length, K] that go into block 0, and its other arguments."""
     seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
@@ -107,7 +107,7 @@ def first_block_inputs(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tenso
         seen.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
         raise _EnoughError
 
-    handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)  # type: ignore[union-attr,index]
+    handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(ids, use_cache=False)
     except _EnoughError:
@@ -118,7 +118,7 @@ def first_block_inputs(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tenso
 
 
 def record(
-    block: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]
+    block: Any, hidden: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], torch.Tensor]:
     """Run a block: the input of every linear layer [windows, length, K], other arguments of the attention, output."""
     inputs: dict[str, torch.Tensor] = {}
@@ -129,7 +129,7 @@ def record(
 
     handles = [m.register_forward_pre_hook(keep(n)) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
     handles.append(
-        block.self_attn.register_forward_pre_hook(  # type: ignore[union-attr]
+        block.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: attention.update({k: v for k, v in kwargs.items() if k != "hidden_states"}),
             with_kwargs=True,
         )
@@ -141,7 +141,7 @@ def record(
 
 
 def search_scale(
-    block: nn.Module, part: Part, x: torch.Tensor, arguments: dict[str, Any], rounding: Rounding
+    block: Any, part: Part, x: torch.Tensor, arguments: dict[str, Any], rounding: Rounding
 ) -> torch.Tensor:
     """The scale [K] of a group with the least error at the output of `part.inspect`. x: its input [..., K]."""
 
@@ -166,7 +166,7 @@ def search_scale(
     return best
 
 
-def apply_scale(block: nn.Module, part: Part, scale: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+def apply_scale(block: Any, part: Part, scale: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     """Multiply the group's columns by `scale` and divide what goes into them by it: the same function."""
     before = block.get_submodule(part.before)
     before.weight.div_(scale if before.weight.dim() == 1 else scale.unsqueeze(1))
