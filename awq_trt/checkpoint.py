@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ class Checkpoint:
         readers: parameter name (of `empty_model`) -> function that reads it, in the orientation of `empty_model`.
         tokenizer: the model's tokenizer, or None (vision models).
         transposed: parameters that are stored as [in, out] (GPT-2's Conv1D) and read as [out, in].
+        files: everything on disk that the weights come from.
     """
 
     source: str
@@ -42,9 +43,10 @@ class Checkpoint:
     readers: Mapping[str, Reader]
     tokenizer: Any = None
     transposed: frozenset[str] = field(default_factory=frozenset)
+    files: tuple[Path, ...] = ()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one parameter, in the dtype of the file.
+        """Read one parameter, in the dtype of the file; from safetensors it is a memory map of the file, not a copy.
 
         Raises:
             AwqTrtError: it is missing, or holds NaN or Inf.
@@ -52,13 +54,41 @@ class Checkpoint:
         if name not in self.readers:
             raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
         tensor = self.readers[name]()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if bad := not_finite(tensor):
             raise AwqTrtError(
                 f"{self.source}: tensor {name} holds {bad} NaN or Inf values; such a model cannot be quantized. "
                 "Download it again, or save it in a dtype that can hold its weights."
             )
         return tensor
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of a parameter (int64 [R] -> [R, ...]), reading no more than them where the file allows it."""
+        reader = self.readers[name]
+        return reader.rows(index) if isinstance(reader, RowReader) else self.tensor(name)[index]
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A reader that can also give single rows."""
+
+    def __call__(self) -> torch.Tensor:
+        """The whole tensor."""
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows int64 [R] of it."""
+
+
+def not_finite(tensor: torch.Tensor) -> int:
+    """How many values are NaN or Inf; looks at 2^22 values at a time, because a mask of all of them is large."""
+    if not tensor.is_floating_point():
+        return 0
+    rows = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
+    pieces = rows.split(max(1, (1 << 22) // max(rows[:1].numel(), 1)))
+    return sum(
+        int((~torch.isfinite(p)).sum())
+        for p in pieces
+        if p.numel() and not all(torch.isfinite(bound) for bound in p.aminmax())
+    )
 
 
 def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -82,7 +112,9 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
     if path.is_file() and path.suffix != ".gguf":
         raise AwqTrtError(f"{model}: a file, but not a .gguf; --model wants a directory, a .gguf file or a hub id.")
     if path.is_file():
-        return _open_gguf(path)
+        from awq_trt.gguf_checkpoint import open_gguf
+
+        return open_gguf(path)
     return _open_directory(path, str(model), trust_remote_code)
 
 
@@ -116,8 +148,9 @@ def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpo
             "If it ships its own code and you trust it, pass --trust-remote-code."
         ) from error
     keys = safetensors_index(path, source)
-    readers: dict[str, Reader] = {key: _safetensors_reader(file, key) for key, file in keys.items()}
-    return _checkpoint(source, path, config, readers, load_tokenizer(path))
+    readers: dict[str, Reader] = {key: SafetensorsReader(file, key) for key, file in keys.items()}
+    files = (*sorted(set(keys.values())), path / "config.json")
+    return match_names(source, path, config, readers, load_tokenizer(path), files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,13 +204,20 @@ def safetensors_index(path: Path, source: str, stem: str = "model") -> dict[str,
     return found
 
 
-def _safetensors_reader(file: Path, key: str) -> Reader:
-    def read() -> torch.Tensor:
-        with safe_open(str(file), framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(key)
+@dataclass(frozen=True)
+class SafetensorsReader:
+    """Reads one tensor of a file through a memory map, which lives as long as the tensor."""
+
+    file: Path
+    key: str
+
+    def __call__(self) -> torch.Tensor:
+        with safe_open(str(self.file), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(self.key)
         return tensor
 
-    return read
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self()[index]
 
 
 def load_tokenizer(path: Path, **kwargs: Any) -> Any:
@@ -192,62 +232,20 @@ def load_tokenizer(path: Path, **kwargs: Any) -> Any:
         raise AwqTrtError(f"{path}: the tokenizer could not be loaded: {error}") from error
 
 
-def _open_gguf(path: Path) -> Checkpoint:
-    """GGUF through gguf-py's memory map and transformers' table of names, each tensor dequantized when asked for."""
-    from gguf import GGUFReader, dequantize
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-        read_field,
-    )
-
-    try:
-        reader = GGUFReader(path)
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        config.architectures = [_causal_lm_class(config).__name__]
-        architecture = read_field(reader, "general.architecture")[0]
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-        names = get_gguf_hf_weights_map(empty_model(config), processor)
-    except AwqTrtError:
-        raise
-    except Exception as error:
-        raise AwqTrtError(
-            f"{path}: not a GGUF file that transformers {transformers.__version__} can map to a model: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-    def make(tensor: Any) -> Reader:
-        def read() -> torch.Tensor:
-            side: dict[str, Any] = {"tensors": {}}  # processors of mixtures of experts put merged tensors here
-            result = processor.process(
-                weights=dequantize(tensor.data, tensor.tensor_type),
-                name=tensor.name,
-                tensor_key_mapping=names,
-                parsed_parameters=side,
-            )
-            if side["tensors"] or result.name is None:
-                raise AwqTrtError(f"{path}: tensor {tensor.name} is stored in parts; convert the model to safetensors.")
-            return torch.from_numpy(result.weights.copy())
-
-        return read
-
-    readers = {names[t.name]: make(t) for t in reader.tensors if t.name in names}
-    return _checkpoint(str(path), path, config, readers, load_tokenizer(path.parent, gguf_file=path.name))
-
-
-def _causal_lm_class(config: transformers.PretrainedConfig) -> type:
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in mapping:
-        raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
-    found: Any = mapping[type(config)]
-    return found
-
-
-def _checkpoint(
-    source: str, path: Path, config: transformers.PretrainedConfig, stored: Mapping[str, Reader], tokenizer: Any
+def match_names(
+    source: str,
+    path: Path,
+    config: transformers.PretrainedConfig,
+    stored: Mapping[str, Reader],
+    tokenizer: Any,
+    files: tuple[Path, ...],
+    dtype: torch.dtype | None = None,
 ) -> Checkpoint:
-    """Match the names in the file with the model's parameters and turn Conv1D weights round."""
+    """Match the names in the file with the model's parameters and turn Conv1D weights round.
+
+    Args:
+        dtype: of the values that the readers give; None looks at the first.
+    """
     model = empty_model(config)
     transposed = transposed_weights(model)
     prefix = f"{model.base_model_prefix}."
@@ -261,9 +259,9 @@ def _checkpoint(
             readers[name] = _transposing(stored[key]) if name in transposed else stored[key]
     if missing := [n for n in names if n not in readers and n not in buffers]:
         readers = _converted_by_transformers(source, path, type(model), missing[0])
-    first = next((t.dtype for t in (readers[n]() for n in names[:1]) if t.is_floating_point()), torch.float32)
-    dtype = first if first in (torch.float16, torch.bfloat16) else torch.float16
-    return Checkpoint(source, config, dtype, readers, tokenizer, transposed)
+    first = readers[names[0]]().dtype if dtype is None and names else dtype
+    activations = first if first in (torch.float16, torch.bfloat16) else torch.float16
+    return Checkpoint(source, config, activations, readers, tokenizer, transposed, files)
 
 
 def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
