@@ -113,7 +113,7 @@ class BlockStream:
             arguments: dict[str, Any] = dict(sample)
             if getattr(self.model.config, "use_cache", None) is not None:
                 arguments["use_cache"] = False
-            with torch.inference_mode():
+            with torch.no_grad():
                 return self.model(**arguments)
         finally:
             for block in self.blocks:
@@ -142,7 +142,7 @@ class BlockStream:
         if not call:
             raise AwqTrtError(f"{type(self.model).__name__}: its forward never calls {self.prefix}.0.")
         self.load(0, weights)
-        with torch.inference_mode():
+        with torch.no_grad():
             output = self.blocks[0](*call[0][0], **call[0][1])
         self.unload(0)
         return isinstance(output, tuple)
@@ -177,7 +177,7 @@ class BlockStream:
     def run(self, i: int, hidden: torch.Tensor, sample: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Block i on `hidden`, called as for input number `sample`; floats are cast to `dtype` if given."""
         hidden, rest, named = _cast((hidden, *self._calls[i][sample]), dtype)
-        with torch.inference_mode():
+        with torch.no_grad():
             output = self.blocks[i](hidden, *rest, **named)
         return output[0] if self._tuples else output
 
