@@ -1,0 +1,38 @@
+"""This package, as a method of the benchmark: from a directory to a directory, reading and writing included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import awq_trt
+
+REMARKS = ["seconds include reading the model and writing the quantized directory"]
+
+
+def load(directory: str) -> str:
+    """Nothing: `quantize` reads one block at a time."""
+    return directory
+
+
+def quantize(model: str, ids: torch.Tensor, job: dict[str, Any]) -> None:
+    """Quantize to `job["output"]`/model. The text is cut into the same windows as `ids`."""
+    options = {} if job["effort"] is None else {"effort": job["effort"]}
+    awq_trt.quantize(
+        model,
+        Path(job["output"]) / "model",
+        method=job["method"],
+        group_size=job["group_size"],
+        symmetric=job["symmetric"],
+        calibration=job["text"],
+        samples=len(ids),
+        length=ids.shape[1],
+        **options,
+    )
+
+
+def deliver(model: str, output: Path) -> list[str]:
+    """It is there already."""
+    return ["model"]

