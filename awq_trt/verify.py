@@ -6,9 +6,8 @@ plain ONNX Runtime on a CPU.
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import transformers
-from torch import nn
 
+from awq_trt.accuracy import RoundedWeights, accuracy, eager_outputs, is_causal_lm
 from awq_trt.awq import Settings
-from awq_trt.blocks import BlockStream, Inputs, Weights, quantizable_linears
+from awq_trt.blocks import Inputs, Weights
 from awq_trt.calibration import HELD_OUT_TEXT, arrays, windows
-from awq_trt.checkpoint import Checkpoint, empty_model
+from awq_trt.checkpoint import Checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.graph_facts import read_graph
-from awq_trt.linear import quantize_weight
 from awq_trt.onnx_float32 import float32_copy
 from awq_trt.quantized_checkpoint import open_quantized
 
@@ -34,19 +31,6 @@ AGREEMENT_TOKENS = 128
 """Tokens of held-out text whose every logit is compared."""
 
 PROMPT = "The first thing to know about the sea is that"
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """One model on the held-out text.
-
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood of the next token; None for models that predict none.
-        top1: part of the positions where the arg max is that of the float model.
-    """
-
-    perplexity: float | None
-    top1: float
 
 
 @dataclass(frozen=True)
@@ -67,62 +51,6 @@ class Agreement:
     generated: str = ""
     tokens: int = 0
     tokens_equal: int = 0
-
-
-class RoundedWeights:
-    """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would."""
-
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.source, self.config = checkpoint.source, checkpoint.config
-        self._checkpoint, self._settings = checkpoint, settings
-        linears = quantizable_linears(empty_model(checkpoint.config))
-        self._rounded = {f"{name}.weight" for name, linear in linears.items() if settings.why_float(linear) is None}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A parameter; a rounded weight as its dequantized value."""
-        weight = self._checkpoint.tensor(name)
-        if name not in self._rounded:
-            return weight
-        group = self._settings.group(weight.shape[1])
-        return quantize_weight(weight, group, self._settings.symmetric, self._settings.dtype).dequantize()
-
-
-def is_causal_lm(config: transformers.PretrainedConfig) -> bool:
-    """True where the architecture predicts the next token."""
-    name = (config.architectures or [""])[0]
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, Accuracy]:
-    """Perplexity and top-1 agreement of several weights of one architecture; the first is the reference.
-
-    Args:
-        models: name -> weights. inputs: windows of held-out text ({"input_ids": [1, S]}), or other model inputs.
-    """
-    results: dict[str, Accuracy] = {}
-    reference: list[torch.Tensor] = []
-    for name, weights in models.items():
-        chosen, losses = [], []
-        for logits, sample in zip(eager_outputs(weights, inputs), inputs, strict=True):
-            chosen.append(logits.argmax(-1))
-            if is_causal_lm(weights.config):
-                loss = nn.functional.cross_entropy(logits[0, :-1], sample["input_ids"][0, 1:])
-                losses.append(float(loss))
-        reference = reference or chosen
-        same = torch.cat([(a == b).flatten() for a, b in zip(chosen, reference, strict=True)])
-        perplexity = math.exp(sum(losses) / len(losses)) if losses else None
-        results[name] = Accuracy(perplexity, float(same.float().mean()))
-    return results
-
-
-def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:
-    """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time."""
-    stream = BlockStream(weights, list(inputs))
-    for i in range(len(stream.blocks)):
-        stream.load(i, weights)
-        stream.hidden = [stream.run(i, hidden, j) for j, hidden in enumerate(stream.hidden)]
-        stream.unload(i)
-    return (stream.head(hidden, j) for j, hidden in enumerate(stream.hidden))
 
 
 def onnx_session(path: Path) -> onnxruntime.InferenceSession:

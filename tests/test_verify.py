@@ -11,13 +11,14 @@ import torch
 import transformers
 from onnx import numpy_helper
 
+from awq_trt.accuracy import RoundedWeights, accuracy, eager_outputs
 from awq_trt.awq import Settings
 from awq_trt.checkpoint import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.onnx_export import export_onnx
 from awq_trt.quantization import quantize
 from awq_trt.quantized_checkpoint import open_quantized
-from awq_trt.verify import RoundedWeights, accuracy, agreement, eager_outputs, onnx_session, random_inputs, verify
+from awq_trt.verify import agreement, onnx_session, random_inputs, verify
 
 
 @pytest.fixture(scope="module")

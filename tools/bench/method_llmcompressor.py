@@ -12,7 +12,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
-
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 from bench import float_model
