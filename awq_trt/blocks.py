@@ -9,29 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from awq_trt.checkpoint import empty_model
 from awq_trt.errors import AwqTrtError
-from awq_trt.statistics import Group, observe
+from awq_trt.outside import Outside, Weights, read_parameter
 
 Inputs = dict[str, torch.Tensor]
-
-
-class Weights(Protocol):
-    """Whatever parameters can be read from: a `Checkpoint`, or a `QuantizedCheckpoint` (then dequantized)."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def config(self) -> transformers.PretrainedConfig: ...
-    def tensor(self, name: str) -> torch.Tensor: ...
+COMPARED = 4
+"""Tensors of a shape that those of further windows are compared with; where each window has its own, none is equal."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -55,19 +44,18 @@ def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
 
 
-def fill(module: nn.Module, prefix: str, weights: Weights, leave: nn.Module | None = None) -> None:
-    """Give the meta parameters of `module` their values, in fp32; those of `leave` stay. Tied ones stay tied."""
-    left = {id(p) for p in leave.parameters()} if leave is not None else set()
+def fill(
+    module: nn.Module,
+    prefix: str,
+    weights: Weights,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give the meta parameters of `module` their values. Tied ones stay tied."""
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():  # a tied parameter appears once, under its first name
-        if parameter.is_meta and id(parameter) not in left:
-            value = weights.tensor(prefix + name).to(torch.float32)
-            if value.shape != parameter.shape:
-                raise AwqTrtError(
-                    f"{weights.source}: tensor {prefix + name} has shape {list(value.shape)}, "
-                    f"its configuration says {list(parameter.shape)}."
-                )
-            filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        if parameter.is_meta:
+            filled[id(parameter)] = read_parameter(weights, prefix + name, parameter, dtype, device)
     for child in module.modules():
         for name, old in child._parameters.items():
             if old is not None and id(old) in filled:
@@ -87,23 +75,38 @@ class _EnoughError(Exception):
 
 
 class BlockStream:
-    """The model around the blocks, filled; the blocks, empty; and what each block is called with for each input.
+    """The model around the blocks; the blocks, empty; and what each block is called with for each input.
 
     Attributes:
         prefix: module name of the list of blocks ("model.layers"). blocks: the list.
-        hidden: per input, the hidden states that go into the next block, as block 0 gets them at first.
+        dtype, device: of a block that is loaded, and of what it computes.
+        hidden: per input, the hidden states that go into block 0; [] where a `sink` took them.
     """
 
-    def __init__(self, weights: Weights, inputs: list[Inputs]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        inputs: list[Inputs],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        sink: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         self.model = empty_model(weights.config)
         self.prefix, self.blocks = find_blocks(self.model)
-        fill(self.model, "", weights, leave=self.blocks)
-        self.inputs = inputs
+        self.inputs, self.dtype, self.device = inputs, dtype, torch.device(device)
         self.hidden: list[torch.Tensor] = []
+        self._outside = Outside(self.model, self.blocks, weights)
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.blocks]
-        self._tuples: bool = self._returns_tuple(weights)
-        for sample in inputs:
-            self.hidden.append(self._record(sample))
+        self._tuples: bool = self._returns_tuple(weights) if inputs else False
+        known: dict[Any, list[torch.Tensor]] = {}
+        for number, sample in enumerate(inputs):
+            states = self._record(sample, known)
+            if sink is None:
+                self.hidden.append(states)
+            else:
+                sink(number, states.to(dtype))
+        self._outside.empty()
 
     def _forward(self, sample: Inputs, stub: Callable[[int], Callable[..., Any]]) -> Any:
         """The model's forward with every block i replaced by stub(i)."""
@@ -113,7 +116,7 @@ class BlockStream:
             arguments: dict[str, Any] = dict(sample)
             if getattr(self.model.config, "use_cache", None) is not None:
                 arguments["use_cache"] = False
-            with torch.no_grad():
+            with torch.no_grad(), self._outside:
                 return self.model(**arguments)
         finally:
             for block in self.blocks:
@@ -131,29 +134,46 @@ class BlockStream:
 
         call: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         try:
-            self._forward(self.inputs[0], stub)
-        except _EnoughError:
-            pass
+            with suppress(_EnoughError):
+                self._forward(self.inputs[0], stub)
+        except AwqTrtError:
+            raise
+        except Exception:
+            self._outside.fill_all()
+            self._forward_or_explain(stub)
+        if not call:
+            raise AwqTrtError(f"{type(self.model).__name__}: its forward never calls {self.prefix}.0.")
+        (args, kwargs), block = call[0], self.blocks[0]
+        try:
+            with torch.no_grad():
+                output = block(*_to(args, device="meta"), **_to(kwargs, device="meta"))
+        except Exception:  # its buffers are on the CPU, or its shapes depend on values: run it in earnest
+            fill(block, f"{self.prefix}.0.", weights)
+            with torch.no_grad():
+                output = block(*args, **kwargs)
+            self.unload(0)
+        return isinstance(output, tuple)
+
+    def _forward_or_explain(self, stub: Callable[[int], Callable[..., Any]]) -> None:
+        try:
+            with suppress(_EnoughError):
+                self._forward(self.inputs[0], stub)
         except Exception as error:
             raise AwqTrtError(
                 f"{type(self.model).__name__}: the model could not be run on the calibration inputs "
                 f"{ {n: list(t.shape) for n, t in self.inputs[0].items()} }: {type(error).__name__}: {error}"
             ) from error
-        if not call:
-            raise AwqTrtError(f"{type(self.model).__name__}: its forward never calls {self.prefix}.0.")
-        self.load(0, weights)
-        with torch.no_grad():
-            output = self.blocks[0](*call[0][0], **call[0][1])
-        self.unload(0)
-        return isinstance(output, tuple)
 
-    def _record(self, sample: Inputs) -> torch.Tensor:
+    def _record(self, sample: Inputs, known: dict[Any, list[torch.Tensor]]) -> torch.Tensor:
+        """Note what the blocks are called with for one input; returns the states that go into block 0."""
+        same: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
         def stub(i: int) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
                 first, rest, named = _split(args, kwargs)
                 if i == 0:
                     start.append(first)
-                self._calls[i].append((rest, named))
+                self._calls[i].append(_deduplicated((rest, named), known, same))
                 if i == len(self.blocks) - 1:
                     raise _EnoughError  # the head is not needed, and a large vocabulary makes it the dearest layer
                 return (first,) if self._tuples else first
@@ -166,17 +186,18 @@ class BlockStream:
         return start[0]
 
     def load(self, i: int, weights: Weights) -> nn.Module:
-        """Fill block i and return it."""
-        fill(self.blocks[i], f"{self.prefix}.{i}.", weights)
+        """Fill block i."""
+        fill(self.blocks[i], f"{self.prefix}.{i}.", weights, self.dtype, self.device)
         return self.blocks[i]
 
     def unload(self, i: int) -> None:
-        """Empty block i."""
+        """Free block i."""
         empty(self.blocks[i])
 
     def run(self, i: int, hidden: torch.Tensor, sample: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Block i on `hidden`, called as for input number `sample`; floats are cast to `dtype` if given."""
-        hidden, rest, named = _cast((hidden, *self._calls[i][sample]), dtype)
+        """Block i on `hidden`, called as for input number `sample`; floats are cast to `dtype`, else the block's."""
+        arguments = (hidden, *self._calls[i][sample])
+        hidden, rest, named = _to(arguments, dtype or self.dtype, self.device)
         with torch.no_grad():
             output = self.blocks[i](hidden, *rest, **named)
         return output[0] if self._tuples else output
@@ -196,26 +217,6 @@ class BlockStream:
         return result
 
 
-@dataclass(frozen=True)
-class BlockCalls:
-    """Block i and what it is called with, as `statistics.Calls`."""
-
-    stream: BlockStream
-    i: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.stream.prefix}.{self.i}"
-
-    def groups(self, block: nn.Module) -> list[Group]:
-        """Statistics of the linear layers of the block as it is now."""
-        return observe(block, [partial(self.stream.run, self.i, h, j) for j, h in enumerate(self.stream.hidden)])
-
-    def run(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The block's output for the first window."""
-        return self.stream.run(self.i, self.stream.hidden[0], 0, dtype)
-
-
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
     """(hidden states, other positional arguments, other named arguments) of a block's call."""
     if args:
@@ -223,14 +224,38 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A nest of tuples, lists and dicts with its floating-point tensors in `dtype`; unchanged for None."""
-    if dtype is None:
-        return value
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A nest of tuples, lists and dicts with its tensors changed."""
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(v, dtype) for v in value)
+        return type(value)(_map(v, change) for v in value)
     if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
+        return {k: _map(v, change) for k, v in value.items()}
     return value
+
+
+def _to(value: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
+    """A nest with its tensors on `device`, the floating-point ones in `dtype`."""
+    return _map(value, lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+
+def _deduplicated(
+    value: Any, known: dict[Any, list[torch.Tensor]], same: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> Any:
+    """A nest with every tensor replaced by one that equals it: masks and rotary tables are those of other windows.
+
+    Args:
+        known: (shape, dtype) -> the tensors kept so far. same: id of a tensor of this window -> it, the one kept.
+    """
+
+    def first(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in same:
+            kept = known.setdefault((tensor.shape, tensor.dtype), [])
+            found = next((t for t in kept if torch.equal(t, tensor)), None)
+            if found is None and len(kept) < COMPARED:
+                kept.append(tensor)
+            same[id(tensor)] = (tensor, tensor if found is None else found)
+        return same[id(tensor)][1]
+
+    return _map(value, first)

@@ -8,3 +8,7 @@ class AwqTrtError(Exception):
 
     The command-line tools print the message without a stack trace and exit with code 2.
     """
+
+
+class OtherRankError(Exception):
+    """Another process of the same run (torchrun) failed and says why; this one only ends."""

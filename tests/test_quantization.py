@@ -17,7 +17,8 @@ from torch import nn
 from awq_trt.checkpoint import empty_model, open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
-from awq_trt.quantization import default_group_size, quantize
+from awq_trt.plan import default_group_size
+from awq_trt.quantization import quantize
 from awq_trt.quantized_checkpoint import open_quantized
 
 SHORT = {"samples": 2, "length": 128}
@@ -118,7 +119,8 @@ def test_estimate_and_progress_are_printed(models: Path, tmp_path: Path) -> None
     text = StringIO()
     quantize(models / "llama", tmp_path / "out", console=Console(file=text, width=200), **SHORT)
     assert re.search(
-        r"14 layers to INT4 \(asymmetric, group 64\) by AWQ on 2 calibration inputs, 1 stay", text.getvalue()
+        r"14 layers to INT4 \(asymmetric, group 64\) by AWQ on 2 calibration inputs in float32 on cpu, 1 stay",
+        text.getvalue(),
     )
     assert re.search(r"Estimate: \d+ s, \d+ MiB", text.getvalue())
     assert "2/2" in text.getvalue()

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, OtherRankError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +73,22 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument(
         "--calibration-length", type=int, default=512, metavar="N", help="tokens each (default: %(default)s)"
     )
+    q.add_argument(
+        "--memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="such as 8GiB: refuse to start where more is needed; room left over keeps states in memory, not only on disk",
+    )
+    q.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="to quantize on (default: the GPU, if any)"
+    )
+    q.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the calibration forward (default: %(default)s)",
+    )
+    q.add_argument("--no-resume", action="store_true", help="do not go on with the work of a run that was killed")
 
     e = p.add_argument_group("engine")
     e.add_argument(
@@ -90,10 +107,25 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def first_rank() -> bool:
+    """Of the processes that torchrun starts to share the calibration, the first one prints and goes on after it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it: 8GiB, 8G, 500MB, 1073741824."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 8GiB or 500MB")
+    number, prefix, binary = match.groups()
+    decimal = text.lower().rstrip().endswith("b") and not binary
+    return int(float(number) * (1000 if decimal else 1024) ** " kmgt".index(prefix.lower() or " "))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
     args = parser().parse_args(arguments)
-    console = Console(stderr=True, quiet=args.quiet)
+    console = Console(stderr=True, quiet=args.quiet or not first_rank())
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -101,8 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AwqTrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+    except OtherRankError:
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; nothing half-written is left", file=sys.stderr)
         return 130
     return 0
 
@@ -124,7 +158,7 @@ def export(args: argparse.Namespace, console: Console) -> None:
     else:
         original = None if is_quantized(model) else open_model(args)
         awq_dir = model if original is None else quantize_stage(args, original, named.with_suffix(".awq"), console)
-        if not (args.engine or args.onnx):
+        if not (args.engine or args.onnx) or not first_rank():
             return
         onnx_path = args.onnx or args.engine.with_suffix(".onnx")
         accuracy = onnx_stage(args, original, awq_dir, onnx_path, console)
@@ -151,6 +185,8 @@ def check_engine(args: argparse.Namespace) -> None:
 
 def quantize_stage(args: argparse.Namespace, original: Any, default: Path, console: Console) -> Path:
     """The quantized checkpoint, made from an open one."""
+    import torch
+
     from awq_trt.quantization import quantize
 
     output: Path = args.awq or default
@@ -164,6 +200,10 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
         calibration=args.calibration,
         samples=args.calibration_samples,
         length=args.calibration_length,
+        memory=args.memory,
+        resume=not args.no_resume,
+        device=args.device,
+        compute_dtype=getattr(torch, args.compute_dtype),
         console=console,
     )
     left = "".join(f"\n  in float: {name} ({why})" for name, why in report.left_in_float.items())
@@ -181,8 +221,10 @@ def open_model(args: argparse.Namespace) -> Any:
     import torch
 
     from awq_trt.checkpoint import open_checkpoint
+    from awq_trt.ranks import join_ranks
 
-    checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+    with join_ranks(args.device).together():
+        checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     return dataclasses.replace(checkpoint, dtype=getattr(torch, args.dtype)) if args.dtype else checkpoint
 
 

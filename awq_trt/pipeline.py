@@ -1,0 +1,268 @@
+"""The loop over the blocks: read, observe, search, write, and run the rounded block for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from awq_trt.awq import quantize_block, round_block
+from awq_trt.blocks import BlockStream, fill, find_blocks
+from awq_trt.calls import BlockCalls, Share
+from awq_trt.checkpoint import empty_model
+from awq_trt.estimate import Budget, Took, extrapolate, resident_bytes
+from awq_trt.files import remove
+from awq_trt.linear import QuantizedLinear
+from awq_trt.plan import Plan
+from awq_trt.quantized_checkpoint import Writer
+from awq_trt.ranks import Ranks
+from awq_trt.resume import Folds, WorkDirectory
+from awq_trt.states import States, StatesWriter
+
+LARGE = 1 << 24
+"""Bytes of a tensor outside the blocks that gets a shard of its own, so that no two are in memory together."""
+REHEARSED = 2
+"""Windows of the rehearsal."""
+ROUNDED, FLOAT = "rounded", "float"
+"""Whose states: the rounded model's, and the float model's, which go along where something compares with them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the functions of this file need. console: None is silent, as it is on ranks other than 0."""
+
+    plan: Plan
+    work: WorkDirectory
+    ranks: Ranks
+    budget: Budget
+    console: Console | None
+
+    def writer(self) -> Writer:
+        """Writes shards of the result."""
+        return Writer(self.work.result, self.plan.checkpoint, self.plan.save_format)
+
+
+def awq_blocks(job: Job) -> Took | None:
+    """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take."""
+    plan, work, ranks = job.plan, job.work, job.ranks
+    share = Share(len(plan.inputs), ranks, work.scratch)
+    kinds = (ROUNDED, FLOAT) if plan.with_float else (ROUNDED,)
+    done = first_block(job, share, kinds)
+    expected = None
+    with ranks.together():
+        if ranks.rank == 0:
+            write_outside(job)
+        stream = record(job, share, kinds if done == 0 else ())
+    states = {kind: States(work.states(done, kind)) for kind in kinds}
+    with ranks.together():
+        if ranks.rank == 0 and done < plan.blocks:
+            expected = rehearse(job, stream, done, states)
+            announce(job, expected, done)
+    bytes_each = sum(file.stat().st_size for file in work.states(done))
+    keep = expected is not None and job.budget.spare(expected.bytes, 2 * len(kinds) * bytes_each)
+    keep = ranks.tell(keep)
+    folds = Folds.from_json(work.block_reports()[-1]["folds"]) if done and ranks.rank == 0 else Folds()
+    for i in steps(job, done):
+        with ExitStack() as stack:
+            into: dict[str, StatesWriter] = {}
+            for kind in kinds if i + 1 < plan.blocks else ():
+                path = work.new_states(i + 1, ranks.rank, kind)
+                into[kind] = stack.enter_context(StatesWriter(path, len(share.windows), keep))
+            calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT), into.get(FLOAT))
+            report = process(plan, calls, job.writer(), folds, into.get(ROUNDED))
+        with ranks.together():
+            if report is not None:
+                work.finish_block(i, report)
+        work.forget_states(i + 1)
+        states = {kind: States(work.states(i + 1, kind), writer.kept) for kind, writer in into.items()}
+    return expected
+
+
+def first_block(job: Job, share: Share, kinds: tuple[str, ...]) -> int:
+    """The block to go on with: behind the finished ones if every rank finds the states of its windows, else 0."""
+    done: int = job.ranks.tell(job.work.finished if job.ranks.rank == 0 else None)
+    if 0 < done < job.plan.blocks:
+        found = [States(job.work.states(done, kind)) for kind in kinds]
+        if not all(job.ranks.collect(all(w in states for w in share.windows for states in found))):
+            with job.ranks.together():
+                if job.ranks.rank == 0:
+                    job.work.restart()
+            return 0
+    return done
+
+
+def record(job: Job, share: Share, kinds: tuple[str, ...]) -> BlockStream:
+    """Note what blocks are called with, and write the states that go into block 0, for these kinds."""
+    plan, windows = job.plan, share.windows
+    with ExitStack() as stack:
+        paths = [job.work.new_states(0, job.ranks.rank, kind) for kind in kinds]
+        writers = [stack.enter_context(StatesWriter(path, len(windows))) for path in paths]
+
+        def sink(number: int, states: torch.Tensor) -> None:
+            for writer in writers:
+                writer.add(windows[number], states)
+
+        inputs = [plan.inputs[w] for w in windows]
+        return BlockStream(plan.checkpoint, inputs, dtype=plan.dtype, device=plan.device, sink=sink)
+
+
+def process(
+    plan: Plan, calls: BlockCalls, writer: Writer, folds: Folds, into: StatesWriter | None
+) -> dict[str, Any] | None:
+    """One block, from the checkpoint to the shard; its report on rank 0, None on the others.
+
+    Args:
+        into: takes what the rounded block makes of its inputs; None behind the last block.
+    """
+    ranks, clock, stream = calls.share.ranks, calls.clock, calls.stream
+    with ranks.together(), clock.stage("load"):
+        block = stream.load(calls.i, plan.checkpoint)
+    with clock.stage("search"):
+        result = calls.searched(block, lambda: quantize_block(block, calls, plan.settings, folds))
+    with ranks.together(), clock.stage("write"):
+        if result is not None:
+            layers = {name: on_cpu(layer) for name, layer in result.layers.items()}
+            writer.add_block(f"block-{calls.i:05}", calls.name, parameters(block), layers)
+            if into is not None:
+                put_rounded(block, result.layers, stream.dtype)
+    if into is not None:
+        with clock.stage("advance"):
+            calls.advance(block, into)
+    stream.unload(calls.i)
+    if result is None:
+        return None
+    reports = [asdict(report) for report in result.reports]
+    return {"layers": reports, "pre_scales": count_pre_scales(result.layers), "folds": folds.to_json()}
+
+
+def rounded_blocks(job: Job) -> Took | None:
+    """Round the layers of all blocks that are not finished yet to nearest."""
+    plan, work = job.plan, job.work
+    _, blocks = find_blocks(empty_model(plan.checkpoint.config))
+    write_outside(job)
+    expected = None
+    for i in steps(job, work.finished):
+        begin = job.budget.took()
+        name, block = f"{plan.prefix}.{i}", blocks[i]
+        fill(block, f"{name}.", plan.checkpoint)
+        layers = round_block(block, plan.settings)
+        job.writer().add_block(f"block-{i:05}", name, parameters(block), layers)
+        block.to_empty(device="meta")
+        work.finish_block(i, {"layers": [], "pre_scales": count_pre_scales(layers), "folds": {}})
+        if expected is None:
+            took = job.budget.took()
+            expected = replace(took, seconds=begin.seconds + (took.seconds - begin.seconds) * (plan.blocks - i))
+            announce(job, expected, i)
+    return expected
+
+
+def write_outside(job: Job) -> None:
+    """Write what is outside the blocks, as it is: large tensors to shards of their own, the others to one."""
+    plan, writer = job.plan, job.writer()
+    small = {}
+    for number, name in enumerate(plan.outside):
+        label = f"outside-{number:05}"
+        if writer.has(label):
+            continue
+        tensor = plan.checkpoint.tensor(name)
+        if tensor.nbytes < LARGE:
+            small[name] = tensor
+        else:
+            writer.add(label, {name: tensor})
+    if small and not writer.has("outside"):
+        writer.add("outside", small)
+
+
+def parameters(block: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a block by their names in it."""
+    return {name: p.data.cpu() for name, p in block.named_parameters()}
+
+
+def on_cpu(layer: QuantizedLinear) -> QuantizedLinear:
+    """The same layer, its tensors on the CPU."""
+    named = {n: t.cpu() for n in ("q", "scales", "zeros", "pre_scale") if (t := getattr(layer, n)) is not None}
+    return replace(layer, **named)
+
+
+def count_pre_scales(layers: Mapping[str, QuantizedLinear]) -> int:
+    """How many of the layers carry a pre-scale."""
+    return sum(layer.pre_scale is not None for layer in layers.values())
+
+
+def put_rounded(block: nn.Module, layers: Mapping[str, QuantizedLinear], dtype: torch.dtype) -> None:
+    """Give a block the values of its quantized layers, pre-scales included; parameters in the compute dtype."""
+    for name, layer in layers.items():
+        weight = layer.dequantize().float()
+        linear = block.get_submodule(name)
+        linear.weight.data = weight if layer.pre_scale is None else weight * layer.pre_scale.float()
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def rehearse(job: Job, stream: BlockStream, done: int, states: Mapping[str, States]) -> Took:
+    """Measure one block, the largest, with two windows, and throw the result away.
+
+    Raises:
+        KeepError: the run needs more memory than the limit allows.
+    """
+    plan, work = job.plan, job.work
+    sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
+    i = max(range(done, plan.blocks), key=sizes.__getitem__)
+    job.budget.check(resident_bytes("VmRSS") + least_bytes(stream.blocks[i], plan.dtype))
+    share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
+    calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT))
+    folder = work.scratch / "rehearsal"
+    with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
+        process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)
+    remove(folder)
+    took = job.budget.took()
+    job.budget.check(took.bytes)
+    windows = len(stream.inputs)
+    seconds = extrapolate(calls.clock, share.total, windows, sum(sizes[done:]) / sizes[i])
+    return Took(took.seconds + seconds, took.bytes)
+
+
+def least_bytes(block: nn.Module, dtype: torch.dtype) -> int:
+    """What one block takes at the very least: its parameters, and one Hessian for each width."""
+    widths = {m.in_features for m in block.modules() if isinstance(m, nn.Linear)}
+    return sum(p.numel() for p in block.parameters()) * dtype.itemsize + 4 * sum(k * k for k in widths)
+
+
+def announce(job: Job, expected: Took, done: int) -> None:
+    """The line printed before the work starts."""
+    if job.console is None:
+        return
+    plan, ranks = job.plan, job.ranks
+    group = "whole row" if plan.settings.group_size == -1 else f"group {plan.settings.group_size}"
+    kind = "symmetric" if plan.settings.symmetric else "asymmetric"
+    what = f"AWQ on {len(plan.inputs)} calibration inputs" if plan.inputs else "rounding to nearest"
+    where = f" in {str(plan.dtype).removeprefix('torch.')} on {plan.device.type}" if plan.inputs else ""
+    shared = f", shared by {ranks.world} processes" if ranks.world > 1 else ""
+    again = f" {done} of {plan.blocks} blocks are finished by an earlier run." if done else ""
+    job.console.print(
+        f"{len(plan.names)} layers to INT4 ({kind}, {group}) by {what}{where}{shared}, {len(plan.left)} stay in float."
+        f"{again} Estimate: {max(expected.seconds, 1):.0f} s, {expected.bytes / 2**20:.0f} MiB.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _bar(job: Job, done: int) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=job.console or Console(quiet=True), disable=job.console is None) as progress:
+        progress.add_task("Quantizing blocks", total=job.plan.blocks, completed=done)
+        yield progress
+
+
+def steps(job: Job, done: int) -> Iterator[int]:
+    """The blocks that are not finished, behind a progress bar."""
+    with _bar(job, done) as progress:
+        for i in range(done, job.plan.blocks):
+            yield i
+            progress.advance(progress.task_ids[0])
