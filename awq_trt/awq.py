@@ -1,12 +1,16 @@
 """AWQ: find the scale of every input channel that makes INT4 rounding hurt least (Lin et al., MLSys 2024).
 
 For a linear layer y = x W^T and a positive scale s per input channel, (x / s)(W s)^T is the same function, but rounding
-W s to INT4 treats the columns with large s more gently. The search is over s = meanabs(x)^alpha, alpha in [0, 1].
+W s to INT4 treats the columns with large s more gently. The search is over
+    s = meanabs(x)^alpha                            (the paper's), and
+    s = meanabs(x)^alpha / meanabs(w)^(1 - alpha)   (w as a part of the largest in its group),
+alpha in [0, 1].
 
 The output error of a candidate needs no activations, only H = X^T X summed over all calibration tokens:
     sum over tokens |x dW^T|^2 = tr(dW H dW^T),   dW = Q(W s) / s - W.
+So a candidate costs the same however many tokens there are, and a sample of the rows of W is enough to compare two.
 
-Where 1/s goes is the business of fold.py; how rounding works, of linear.py.
+Where 1/s goes is the business of fold.py; clipping and error feedback, of rounding.py.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +27,36 @@ from torch import nn
 from awq_trt.fold import Fold, find_fold
 from awq_trt.layout import why_not
 from awq_trt.linear import QuantizedLinear, quantize_weight
+from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, row_chunks
 from awq_trt.statistics import Calls, Group
 
-ALPHAS = [i / 20 for i in range(21)]
+COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
+FINE = (0.125, 0.0625)
+"""Exponents tried first, and the steps to either side of the best one that are tried after."""
+
+SAMPLE = 128
+"""Rows of each layer that candidates are compared on."""
+
 Constrain = Callable[[torch.Tensor], torch.Tensor]
 """Makes a scale [K] one that the place it goes to can hold: equal over heads that share, or exact in fp16."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize. group_size: 32, 64, 128, or -1 for the whole row."""
+    """How to quantize.
+
+    Attributes:
+        group_size: 32, 64, 128, or -1 for the whole row. symmetric: no zero points. dtype: of activations and scales.
+        pre_scale: allow scales that no operator before the layer can absorb.
+        clip: search the range of every group. feedback: round with error feedback (rounding.py).
+    """
 
     group_size: int
     symmetric: bool = False
     dtype: torch.dtype = torch.float16
     pre_scale: bool = True
+    clip: bool = True
+    feedback: bool = True
 
     def group(self, in_features: int) -> int:
         """Columns per scale for a layer with `in_features` columns."""
@@ -50,27 +70,56 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the search found for one layer. Errors are |x dW^T| / |x W^T| over the calibration tokens."""
+    """What the search found for one layer.
+
+    Attributes:
+        name: of the layer. alpha: exponent of its scale. weights: whether the scale is the form with weights.
+        folded_into: the operator that took 1/s, None for a pre-scale or no scale.
+        error_rounding, error: |x dW^T| / |x W^T| over the calibration tokens, of plain rounding and of the result,
+            on a sample of the rows of W. clip: mean over its groups of the part of the range that was kept.
+        feedback: whether it was rounded with error feedback. tokens: that reached it. largest_activation: |x|.
+    """
 
     name: str
     alpha: float
+    weights: bool
     folded_into: str | None
     error_rounding: float
     error: float
+    clip: float
+    feedback: bool
     tokens: int
     largest_activation: float
 
 
-def scale_for(mean_abs: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s = meanabs^alpha, its largest and smallest value multiplying to 1; dead channels get the smallest."""
-    floor = max(float(mean_abs.max()) * 1e-4, torch.finfo(torch.float32).tiny)
-    s = mean_abs.clamp(min=floor).pow(alpha)
+def scale_for(mean_abs: torch.Tensor, alpha: float, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """s = meanabs^alpha (/ weights^(1 - alpha)), its largest and smallest value multiplying to 1.
+
+    Dead channels get what the smallest live ones would; no scale is further than 10^4 from the largest.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    s = mean_abs.clamp(min=max(float(mean_abs.max()) * 1e-4, tiny)).pow(alpha)
+    if weights is not None:
+        s = s / weights.clamp(min=max(float(weights.max()) * 1e-4, tiny)).pow(1 - alpha)
+        s = s.clamp(min=float(s.max()) * 1e-4)
     return s / (s.max() * s.min()).sqrt()
 
 
-def output_error(delta: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(delta H delta^T): the squared error of the layer's outputs, summed over the calibration tokens."""
-    return float(((delta @ hessian) * delta).sum())
+def weight_parts(linears: Collection[nn.Linear], group_of: Callable[[int], int]) -> torch.Tensor:
+    """Mean over the rows of all layers of |w| / (largest |w| of its group): [K], in 0..1."""
+    sums, rows = [], 0
+    for linear in linears:
+        n, k = linear.weight.shape
+        for part in row_chunks(n, k):
+            grouped = linear.weight[part].float().abs().reshape(-1, k // group_of(k), group_of(k))
+            sums.append((grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-30)).sum(0).reshape(k))
+        rows += n
+    return torch.stack(sums).sum(0) / rows
+
+
+def output_errors(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """delta H delta^T, its diagonal [N]: the squared error of each output, summed over the calibration tokens."""
+    return ((delta @ hessian) * delta).sum(1)
 
 
 @dataclass(frozen=True)
@@ -78,46 +127,130 @@ class Found:
     """The result of one group's search.
 
     Attributes:
-        s: the scale [K]. alpha: its exponent. layers: layer -> rounded W s, still without pre-scale.
-        errors: layer -> relative output error of plain rounding and with s.
+        s: the scale [K]. alpha, weights: its exponent and form. layers: layer -> rounded W s, still without pre-scale.
+        errors: layer -> relative output error of plain rounding and of the result. clips: layer -> mean ratio kept.
     """
 
     s: torch.Tensor
     alpha: float
+    weights: bool
     layers: dict[str, QuantizedLinear]
     errors: dict[str, tuple[float, float]]
+    clips: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scale [K] that was tried, and what it costs: layer -> squared output error of its sampled rows."""
+
+    s: torch.Tensor
+    alpha: float
+    weights: bool
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """Summed over the layers of the group."""
+        return sum(self.errors.values())
 
 
 def search(group: Group, settings: Settings, constrain: Constrain | None) -> Found:
-    """Find the alpha with the least output error summed over the group's layers, and round them with its scale.
+    """Find the scale of one group's layers and round them with it.
+
+    In place, to save memory: the weights of the layers that are rounded are multiplied by s, and the group's Hessian
+    is used up.
 
     Args:
         constrain: see `Constrain`; None where the group may have no scale at all, then s = 1.
     """
     linears = {n: m for n, m in zip(group.names, group.linears, strict=True) if settings.why_float(m) is None}
-    hessian, k = group.statistics.hessian, group.linears[0].in_features
-    mean_abs = group.statistics.total_abs / max(group.statistics.tokens, 1)
-
-    def rounded(linear: nn.Linear, s: torch.Tensor) -> QuantizedLinear:
-        return quantize_weight(linear.weight * s, settings.group(k), settings.symmetric, settings.dtype)
-
-    def errors(s: torch.Tensor) -> dict[str, float]:
-        return {
-            name: output_error(rounded(linear, s).dequantize().float() / s - linear.weight, hessian)
-            for name, linear in linears.items()
-        }
-
-    s, alpha = torch.ones(k), 0.0
-    plain = best = errors(s)
+    hessian = group.statistics.hessian
+    rows = {name: sampled_rows(linear.weight) for name, linear in linears.items()}
+    samples = {name: linear.weight[rows[name]].float() for name, linear in linears.items()}
+    size = {name: float(output_errors(weight, hessian).sum()) for name, weight in samples.items()}
+    plain = attempt(samples, group, settings, torch.ones_like(group.statistics.total_abs))
+    best = plain
     if constrain is not None and linears:
-        for candidate in ALPHAS[1:]:
-            scale = constrain(scale_for(mean_abs, candidate))
-            found = errors(scale)
-            if sum(found.values()) < sum(best.values()):
-                best, s, alpha = found, scale, candidate
-    size = {name: max(output_error(linear.weight, hessian), 1e-30) for name, linear in linears.items()}
-    relative = {n: ((max(plain[n], 0) / size[n]) ** 0.5, (max(best[n], 0) / size[n]) ** 0.5) for n in linears}
-    return Found(s, alpha, {n: rounded(linear, s) for n, linear in linears.items()}, relative)
+        best = min((plain, find_scale(samples, group, settings, constrain)), key=lambda c: c.error)
+    for linear in linears.values():
+        linear.weight.data = linear.weight.data.mul_(best.s)
+    hessian.div_(best.s).div_(best.s.unsqueeze(1))
+    rounded = round_scaled(linears, hessian, settings)
+    errors = {}
+    for name, (layer, error_of, _) in rounded.items():
+        delta = layer.dequantize()[rows[name]].float() - linears[name].weight[rows[name]].float()
+        relative = [max(e, 0.0) / max(size[name], 1e-30) for e in (plain.errors[name], float(error_of(delta).sum()))]
+        errors[name] = (relative[0] ** 0.5, relative[1] ** 0.5)
+    layers = {name: layer for name, (layer, _, _) in rounded.items()}
+    clips = {name: kept for name, (_, _, kept) in rounded.items()}
+    return Found(best.s, best.alpha, best.weights, layers, errors, clips)
+
+
+def sampled_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Indices of SAMPLE rows, evenly spread; of all where there are fewer."""
+    n = len(weight)
+    return torch.arange(min(n, SAMPLE), device=weight.device) * n // min(n, SAMPLE)
+
+
+def attempt(
+    samples: dict[str, torch.Tensor],
+    group: Group,
+    settings: Settings,
+    s: torch.Tensor,
+    alpha: float = 0.0,
+    weights: bool = False,
+) -> Candidate:
+    """Round sampled rows, layer -> fp32 [n, K], with the scale s [K]."""
+    group_size = settings.group(len(s))
+    errors = {}
+    for name, weight in samples.items():
+        scaled = weight * s
+        grid = full_range(scaled, group_size, settings.symmetric, settings.dtype)
+        nearest = grid.nearest(scaled.reshape(len(scaled), -1, group_size)).reshape(scaled.shape)
+        errors[name] = float(output_errors(nearest.sub_(scaled).div_(s), group.statistics.hessian).sum())
+    return Candidate(s, alpha, weights, errors)
+
+
+def find_scale(samples: dict[str, torch.Tensor], group: Group, settings: Settings, constrain: Constrain) -> Candidate:
+    """The best scale, from coarse to fine: both forms on a coarse grid of alpha, then to either side of the best."""
+    statistics = group.statistics
+    mean_abs = statistics.total_abs / max(statistics.tokens, 1)
+    parts = weight_parts([m for n, m in zip(group.names, group.linears, strict=True) if n in samples], settings.group)
+
+    def at(alpha: float, weights: bool) -> Candidate:
+        s = constrain(scale_for(mean_abs, alpha, parts if weights else None))
+        return attempt(samples, group, settings, s, alpha, weights)
+
+    best = min((at(alpha, form) for form in (False, True) for alpha in COARSE), key=lambda c: c.error)
+    for step in FINE:
+        near = [alpha for alpha in (best.alpha - step, best.alpha + step) if 0 <= alpha <= 1]
+        best = min([best, *(at(alpha, best.weights) for alpha in near)], key=lambda c: c.error)
+    return best
+
+
+def round_scaled(
+    linears: dict[str, nn.Linear], hessian: torch.Tensor, settings: Settings
+) -> dict[str, tuple[QuantizedLinear, Callable[[torch.Tensor], torch.Tensor], float]]:
+    """Round layers that read the same input, as they are, by the means the settings allow. Uses up the Hessian.
+
+    Returns:
+        Layer -> rounded, function that gives the squared output errors of weight errors, mean part of ranges kept.
+    """
+    group_size = settings.group(len(hessian))
+    blocks = diagonal_blocks(hessian, group_size)
+    factored = factor(hessian) if settings.feedback else None
+    error_of = factored.error if factored else partial(output_errors, hessian=hessian)
+    rounded: dict[str, tuple[QuantizedLinear, Callable[[torch.Tensor], torch.Tensor], float]] = {}
+    for name, linear in linears.items():
+        weight, kept = linear.weight.float(), 1.0
+        if settings.clip:
+            grid, ratios = clip(weight, blocks, group_size, settings.symmetric, settings.dtype)
+            kept = float(ratios.mean())
+        else:
+            grid = full_range(weight, group_size, settings.symmetric, settings.dtype)
+        q = feedback(weight, grid, factored) if factored else nearest(weight, grid)
+        rounded[name] = (grid.layer(q), error_of, kept)
+    return rounded
 
 
 def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
@@ -150,25 +283,31 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
     for group in reversed(groups):
         key = (type(block), shape, tuple(group.names))
         if key not in folds:
+            dtype = next(block.parameters()).dtype
             block.double()
             folds[key] = find_fold(block, group, lambda: calls.run(torch.float64))
-            block.float()
+            block.to(dtype)
         fold = folds[key]
         result = search(group, settings, constrain(block, fold, settings))
-        if fold is not None:
-            for linear in group.linears:
-                linear.weight.data = linear.weight * result.s
+        scaled = bool((result.s != 1).any())
+        if fold is not None and scaled:
+            for name, linear in zip(group.names, group.linears, strict=True):
+                if name not in result.layers:
+                    linear.weight.data = linear.weight * result.s
             fold.apply(block, result.s)
         for name, layer in result.layers.items():
-            if fold is None and result.alpha > 0:
+            if fold is None and scaled:
                 layer = dataclasses.replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
             quantized[name] = layer
             reports[name] = LayerReport(
                 name=f"{calls.name}.{name}",
                 alpha=result.alpha,
-                folded_into=f"{calls.name}.{fold.into}" if fold and result.alpha > 0 else None,
+                weights=result.weights,
+                folded_into=f"{calls.name}.{fold.into}" if fold and scaled else None,
                 error_rounding=result.errors[name][0],
                 error=result.errors[name][1],
+                clip=result.clips[name],
+                feedback=settings.feedback,
                 tokens=group.statistics.tokens,
                 largest_activation=group.statistics.largest,
             )

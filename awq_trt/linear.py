@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,31 +40,81 @@ class QuantizedLinear:
         return (grouped * self.scales.unsqueeze(-1).float()).reshape(n, k).to(self.scales.dtype)
 
 
-def quantize_weight(weight: torch.Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> QuantizedLinear:
-    """Round a weight to INT4, group-wise along K.
+@dataclass(frozen=True)
+class Grid:
+    """The 16 values that each group of weights is rounded to: (q - zero) * scale, q = 0..15.
 
-    Asymmetric: scale = (max - min) / 15 with the range widened to hold 0, zero = round(-min / scale). Symmetric:
-    scale = max|w| / 7.5, zero = 8, so the largest magnitude loses at most half a step on the positive side.
-    The scale is rounded to `dtype` before the weights are divided by it, so its rounding is not an extra error.
+    Attributes:
+        scales: [N, G], fp32 with values that `dtype` holds exactly. zeros: fp32 [N, G], whole numbers 0..15, or None
+        for symmetric grids (8 everywhere). dtype: the one scales are stored in.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    dtype: torch.dtype
+
+    def zero_points(self) -> torch.Tensor:
+        """fp32 [N, G], also where they are 8 everywhere."""
+        return torch.full_like(self.scales, SYMMETRIC_ZERO) if self.zeros is None else self.zeros
+
+    def group_size(self, in_features: int) -> int:
+        """Columns per scale."""
+        return in_features // self.scales.shape[1]
+
+    def steps(self, grouped: torch.Tensor) -> torch.Tensor:
+        """The nearest q, fp32 [N, G, g], of weights [N, G, g]."""
+        zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros.unsqueeze(-1)
+        return (grouped / self.scales.unsqueeze(-1)).round_().add_(zeros).clamp_(0, 15)
+
+    def nearest(self, grouped: torch.Tensor) -> torch.Tensor:
+        """The nearest value of the grid, fp32 [N, G, g], of weights [N, G, g]."""
+        zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros.unsqueeze(-1)
+        return self.steps(grouped).sub_(zeros).mul_(self.scales.unsqueeze(-1))
+
+    def where(self, mask: torch.Tensor, other: Grid) -> Grid:
+        """This grid for the groups where mask [N, G] is true, `other` elsewhere."""
+        zeros = None if self.zeros is None else torch.where(mask, self.zeros, other.zero_points())
+        return Grid(torch.where(mask, self.scales, other.scales), zeros, self.dtype)
+
+    @staticmethod
+    def cat(grids: Sequence[Grid]) -> Grid:
+        """Grids of rows, one under the other."""
+        zeros = None if grids[0].zeros is None else torch.cat([g.zero_points() for g in grids])
+        return Grid(torch.cat([g.scales for g in grids]), zeros, grids[0].dtype)
+
+    def layer(self, q: torch.Tensor) -> QuantizedLinear:
+        """The layer whose weights are the steps q, uint8 [N, K]."""
+        zeros = None if self.zeros is None else self.zeros.to(torch.uint8)
+        return QuantizedLinear(q, self.scales.to(self.dtype), zeros, self.group_size(q.shape[1]))
+
+
+def range_of(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest value of each group, widened to hold 0: [N, G, g] -> two of [N, G]."""
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def grid_between(low: torch.Tensor, high: torch.Tensor, symmetric: bool, dtype: torch.dtype) -> Grid:
+    """The grid over a range that holds 0.
+
+    Asymmetric: scale = (high - low) / 15, zero = round(-low / scale). Symmetric: scale = max(-low, high) / 7.5,
+    zero = 8, so the largest magnitude loses at most half a step on the positive side. The scale is rounded to `dtype`
+    before anything is divided by it, so its rounding is not an extra error.
+
+    Args:
+        low, high: [N, G], low <= 0 <= high. dtype: torch.float16 or torch.bfloat16.
+    """
+    scales = torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
+    scales = scales.to(dtype).clamp(min=SMALLEST_SCALE).float()
+    return Grid(scales, None if symmetric else (-low / scales).round().clamp(0, 15), dtype)
+
+
+def quantize_weight(weight: torch.Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> QuantizedLinear:
+    """Round a weight to nearest, group-wise along K, on grids over the whole range of each group.
 
     Args:
         weight: [N, K], any float dtype. group_size: divides K. dtype: torch.float16 or torch.bfloat16.
     """
     n, k = weight.shape
     grouped = weight.float().reshape(n, k // group_size, group_size)
-    if symmetric:
-        scales = grouped.abs().amax(-1) / 7.5
-        zeros = None
-    else:
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales = (high - low) / 15
-    scales = scales.to(dtype).clamp(min=SMALLEST_SCALE)
-    if symmetric:
-        offset: torch.Tensor | int = SYMMETRIC_ZERO
-    else:
-        zeros = (-low / scales.float()).round().clamp(0, 15)
-        offset = zeros.unsqueeze(-1)
-    q = (grouped / scales.float().unsqueeze(-1)).round().add(offset).clamp(0, 15)
-    return QuantizedLinear(
-        q.to(torch.uint8).reshape(n, k), scales, None if zeros is None else zeros.to(torch.uint8), group_size
-    )
+    grid = grid_between(*range_of(grouped), symmetric, dtype)
+    return grid.layer(grid.steps(grouped).to(torch.uint8).reshape(n, k))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from awq_trt.awq import Settings, output_error, scale_for, search
+from awq_trt.awq import Settings, find_scale, output_errors, scale_for, search, weight_parts
 from awq_trt.fold import find_fold
 from awq_trt.linear import quantize_weight
 from awq_trt.statistics import Group, Statistics, observe
@@ -159,33 +160,95 @@ def test_statistics_are_the_sums_they_say() -> None:
 
 def test_output_error_is_the_error_of_the_outputs() -> None:
     x, delta = torch.randn(100, 16), torch.randn(8, 16)
-    assert output_error(delta, x.t() @ x) == pytest.approx(float((x @ delta.t()).pow(2).sum()), rel=1e-4)
+    torch.testing.assert_close(output_errors(delta, x.t() @ x), (x @ delta.t()).pow(2).sum(0), rtol=1e-4, atol=0)
 
 
-def test_search_beats_rounding_where_channels_are_uneven() -> None:
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_search_beats_rounding_where_channels_are_uneven(clip: bool, feedback: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(512, 64)
     x[:, ::16] *= 30
-    group = group_of(torch.randn(48, 64), x)
-    found = search(group, SETTINGS, lambda s: s)
+    weight = torch.randn(48, 64)
+    group = group_of(weight.clone(), x)
+    found = search(group, replace(SETTINGS, clip=clip, feedback=feedback), lambda s: s)
     before, after = found.errors["layer"]
     assert found.alpha > 0
     assert after < 0.6 * before
+    assert (found.clips["layer"] < 1) == clip
     # the errors are those of the layer's outputs
-    exact = x @ group.linears[0].weight.t()
+    exact = x @ weight.t()
     got = (x / found.s) @ found.layers["layer"].dequantize().float().t()
     assert float((got - exact).norm() / exact.norm()) == pytest.approx(after, rel=1e-2)
-    plain = x @ quantize_weight(group.linears[0].weight, 32, False, torch.float16).dequantize().float().t()
+    plain = x @ quantize_weight(weight, 32, False, torch.float16).dequantize().float().t()
     assert float((plain - exact).norm() / exact.norm()) == pytest.approx(before, rel=1e-2)
+    torch.testing.assert_close(group.linears[0].weight.data, weight * found.s)
+
+
+def test_clipping_and_feedback_each_make_the_error_smaller() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2000, 64) @ torch.randn(64, 64)
+    weight = torch.randn(96, 64)
+    weight[:, 3] *= 6
+    error = {
+        (clip, feedback): search(
+            group_of(weight.clone(), x), replace(SETTINGS, clip=clip, feedback=feedback), lambda s: s
+        ).errors["layer"][1]
+        for clip in (False, True)
+        for feedback in (False, True)
+    }
+    assert error[True, True] < error[True, False] < error[False, False]
+    assert error[False, True] < error[False, False]
 
 
 def test_search_without_permission_to_scale_only_rounds() -> None:
     torch.manual_seed(0)
-    group = group_of(torch.randn(48, 64), torch.randn(64, 64) * torch.logspace(-1, 1, 64))
-    found = search(group, SETTINGS, None)
+    weight = torch.randn(48, 64)
+    group = group_of(weight.clone(), torch.randn(64, 64) * torch.logspace(-1, 1, 64))
+    found = search(group, replace(SETTINGS, clip=False, feedback=False), None)
     assert found.alpha == 0
     assert (found.s == 1).all()
-    assert torch.equal(found.layers["layer"].q, quantize_weight(group.linears[0].weight, 32, False, torch.float16).q)
+    assert torch.equal(found.layers["layer"].q, quantize_weight(weight, 32, False, torch.float16).q)
+
+
+def test_the_form_with_weights_is_found_where_only_weights_are_uneven() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    weight[:, ::4] *= 0.05
+    group = group_of(weight.clone(), torch.randn(512, 64))
+    parts = weight_parts(group.linears, SETTINGS.group)
+    grouped = weight.abs().reshape(64, 2, 32)
+    torch.testing.assert_close(parts, (grouped / grouped.amax(-1, keepdim=True)).mean(0).reshape(64))
+    best = find_scale({"layer": weight}, group, SETTINGS, lambda s: s)
+    assert best.weights
+    assert best.s[::4].mean() > 2 * best.s[1::4].mean()
+
+
+def test_alpha_is_refined_around_the_best_coarse_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 64) * torch.logspace(-1.5, 0.5, 64)[torch.randperm(64)]
+    group = group_of(torch.randn(64, 64), x)
+    weight = group.linears[0].weight.data
+    tried: list[torch.Tensor] = []
+
+    def note(s: torch.Tensor) -> torch.Tensor:
+        tried.append(s)
+        return s
+
+    best = find_scale({"layer": weight}, group, SETTINGS, note)
+    assert len(tried) <= 14
+    assert best.alpha * 16 == round(best.alpha * 16)
+    fine = [scale_for(group.statistics.total_abs / 512, i / 40) for i in range(41)]
+    errors = [
+        float(
+            output_errors(
+                quantize_weight(weight * s, 32, False, torch.float16).dequantize().float() / s - weight,
+                group.statistics.hessian,
+            ).sum()
+        )
+        for s in fine
+    ]
+    assert best.error <= 1.05 * min(errors)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(8, 32), torch.ones(8, 32), torch.eye(32)[:4] * 1e4])
