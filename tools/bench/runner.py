@@ -1,0 +1,179 @@
+"""Running a method in its child process, and scoring what it delivered with the one function that scores all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq_trt.accuracy import Predictions, eager_predictions
+from awq_trt.blocks import Inputs, Weights
+from awq_trt.checkpoint import open_checkpoint
+from awq_trt.errors import AwqTrtError
+from awq_trt.quantized_checkpoint import is_quantized, open_quantized
+from bench.environments import NotInstalledError, interpreter
+from bench.methods import LLM_AWQ_SECONDS, Method
+from bench.prepare import save_ids
+
+CHILD = Path(__file__).with_name("child.py")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is the same for every method.
+
+    Attributes:
+        model: directory with the float weights. cache: where everything is kept. threads: of every process.
+        text: calibration text. tokenizer: the model's. calibration: all windows of the text that may be used.
+        windows: how many of them a method gets unless it says otherwise. held_out: windows to score with.
+        reference: predictions of the float model on them.
+    """
+
+    model: Path
+    cache: Path
+    threads: int
+    group_size: int
+    text: Path
+    calibration: Any
+    windows: int
+    held_out: list[Inputs]
+    reference: Predictions
+
+
+def run_method(bench: Bench, method: Method, rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows of one method, by name; a row with "error" where it could not be run.
+
+    Args:
+        rows: those of the methods before it, from which the number of windows may follow.
+    """
+    if method.module is None:
+        return {method.name: scores(bench.reference, bench.reference)}
+    output = bench.cache / "work" / method.name
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    try:
+        python = interpreter(method.environment, bench.cache)
+        result = run_child(bench, method, windows_for(bench, method, rows), python, output)
+        delivered: list[str] = result.pop("delivered")
+        found = {}
+        for folder in delivered:
+            name = method.name if folder == delivered[0] else f"{method.name}-exported"
+            found[name] = result | score(bench, output / folder)
+        return found
+    except (NotInstalledError, ChildError) as error:
+        return {method.name: {"error": str(error)}}
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+class ChildError(Exception):
+    """A method failed; the message is the end of what it printed."""
+
+
+def run_child(bench: Bench, method: Method, windows: int, python: str, output: Path) -> Row:
+    """Run the method in a process of its own and return what it measured.
+
+    Raises:
+        ChildError: the process failed.
+    """
+    samples = bench.calibration(windows)
+    job = {
+        "module": method.module,
+        "model": str(bench.model),
+        "ids": str(save_ids(samples, output / "ids.npy")),
+        "text": str(bench.text),
+        "output": str(output),
+        "group_size": bench.group_size,
+        "symmetric": method.symmetric,
+        "threads": bench.threads,
+        **dict(method.options),
+    }
+    (output / "job.json").write_text(json.dumps(job))
+    threads = str(bench.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, str(CHILD), str(output / "job.json")],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=environment,
+        cwd=output,
+    )
+    if done.returncode:
+        raise ChildError(f"exit code {done.returncode}: {done.stderr.strip()[-800:]}")
+    result: Row = json.loads((output / "result.json").read_text())
+    return result
+
+
+def windows_for(bench: Bench, method: Method, rows: dict[str, Row]) -> int:
+    """How many calibration windows a method gets.
+
+    Raises:
+        ChildError: the number follows from rows that are not there.
+    """
+    if method.windows != LLM_AWQ_SECONDS:
+        return method.windows or bench.windows
+    few, many, limit = (rows.get(name, {}) for name in ("best", "best-48", "llm-awq"))
+    if not all("seconds" in row for row in (few, many, limit)):
+        raise ChildError("not run: it takes its number of windows from the rows best, best-48 and llm-awq")
+    return windows_within(
+        limit["seconds"],
+        (few["calibration_windows"], few["seconds"]),
+        (many["calibration_windows"], many["seconds"]),
+        len(bench.calibration(10**9)),
+    )
+
+
+def windows_within(seconds: float, few: tuple[int, float], many: tuple[int, float], most: int) -> int:
+    """How many windows take 95 % of `seconds`, on the line through two measurements (windows, seconds)."""
+    per_window = (many[1] - few[1]) / max(many[0] - few[0], 1)
+    if per_window <= 0:
+        return most
+    return max(1, min(most, int(few[0] + (0.95 * seconds - few[1]) / per_window)))
+
+
+def score(bench: Bench, directory: Path) -> Row:
+    """Scores of a directory with rounded fp32 weights, or of a quantized one in any format that is read."""
+    try:
+        opened: Weights = open_quantized(directory) if is_quantized(directory) else open_checkpoint(directory)
+        return scores(eager_predictions(opened, bench.held_out), bench.reference)
+    except AwqTrtError as error:
+        return {"error": f"its result cannot be read: {error}"}
+
+
+def scores(found: Predictions, reference: Predictions) -> Row:
+    """Perplexity, its increase over the float model and that increase's standard error over windows, agreement."""
+    accuracy = found.compared(reference)
+    if accuracy.perplexity is None:
+        raise AwqTrtError("this model predicts no next token, so there is no perplexity to compare methods by.")
+    differences = [a - b for a, b in zip(found.losses, reference.losses, strict=True)]
+    spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    increase = accuracy.perplexity - math.exp(statistics.fmean(reference.losses))
+    return {
+        "perplexity": round(accuracy.perplexity, 4),
+        "increase": round(increase, 4),
+        "increase_error": round(accuracy.perplexity * spread, 4),
+        "top1": round(accuracy.top1, 4),
+    }
+
+
+def float_predictions(model: Path, held_out: list[Inputs], cache: Path, key: str) -> Predictions:
+    """Predictions of the float model, kept in the cache under `key`."""
+    path = cache / "predictions" / f"{key}.pt"
+    if not path.exists():
+        found = eager_predictions(open_checkpoint(model), held_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([found.losses, found.chosen], path)
+        return found
+    losses, chosen = torch.load(path, weights_only=True)
+    return Predictions(losses, chosen)
