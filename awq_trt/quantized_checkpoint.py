@@ -1,24 +1,24 @@
-"""Quantized checkpoints on disk: a Hugging Face directory in AutoAWQ's GEMM layout, written and read block by block.
+"""Quantized checkpoints on disk: Hugging Face directories, written block by block and read layer by layer.
 
-AutoAWQ GEMM layout (its WQLinear_GEMM): for a layer of N outputs and K inputs, group size g, G = K / g
-    <layer>.qweight  int32 [K, N/8]   8 outputs a word, nibble i is output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
-    <layer>.qzeros   int32 [G, N/8]   the same order
-    <layer>.scales   fp16 or bf16 [G, N]
-A layer with a pre-scale also has `<layer>.pre_scale` [K], which AutoAWQ's format cannot carry: such a directory is
-marked quant_method "awq_trt" and its files are not called model-*, so that other loaders refuse it instead of computing
-something else (transformers only warns of an unknown method and goes on with random weights).
+Read: what quantization_methods.py lists, in the layouts of packed_formats.py. Written: AutoAWQ's GEMM layout ("awq")
+and compressed-tensors' pack-quantized ("compressed-tensors").
+
+AutoAWQ's format cannot carry a pre-scale, and transformers' loader for it skips the Conv1D layers of a GPT-2. A
+directory that has one of them is marked quant_method "awq_trt" and its files are not called model-*, so that other
+loaders refuse it instead of computing something else (transformers only warns of an unknown method and goes on with
+random weights). compressed-tensors has no such way out: what it cannot carry is refused.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -32,78 +32,43 @@ from awq_trt.checkpoint import (
     transposed_weights,
 )
 from awq_trt.errors import AwqTrtError
-from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear
+from awq_trt.layout import DTYPES
+from awq_trt.linear import QuantizedLinear
+from awq_trt.packed_formats import OPTIONAL_PARTS, PARTS, from_parts, to_parts
+from awq_trt.quantization_methods import START_AGAIN, Scheme, find_quantization, read_scheme
+from awq_trt.quantized_names import match_floats, match_layers
 from awq_trt.safetensors_file import Stored, read_header, write_safetensors
 
-NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REPORT = "awq_trt.json"
 """Beside the weights: settings, what the search found per layer, and why layers stayed in float."""
 
-
-def pack_nibbles(values: np.ndarray) -> np.ndarray:
-    """uint8 [R, N], values 0..15, N a multiple of 8 -> int32 [R, N/8] in AutoAWQ's order."""
-    words = np.zeros((values.shape[0], values.shape[1] // 8), np.uint32)
-    for i, column in enumerate(NIBBLE_ORDER):
-        words |= values[:, column::8].astype(np.uint32) << np.uint32(4 * i)
-    return words.view(np.int32)
-
-
-def unpack_nibbles(words: np.ndarray) -> np.ndarray:
-    """Inverse of `pack_nibbles`: int32 [R, N/8] -> uint8 [R, N]."""
-    values = np.empty((words.shape[0], words.shape[1] * 8), np.uint8)
-    for i, column in enumerate(NIBBLE_ORDER):
-        values[:, column::8] = words.view(np.uint32) >> np.uint32(4 * i) & np.uint32(15)
-    return values
-
-
-def to_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The tensors of one layer in the file."""
-    groups = layer.scales.shape[1]
-    zeros = layer.zeros if layer.zeros is not None else torch.full((len(layer.q), groups), SYMMETRIC_ZERO)
-    tensors = {
-        f"{name}.qweight": torch.from_numpy(pack_nibbles(layer.q.numpy().T)),
-        f"{name}.qzeros": torch.from_numpy(pack_nibbles(zeros.numpy().T)),
-        f"{name}.scales": layer.scales.t().contiguous(),
-    }
-    if layer.pre_scale is not None:
-        tensors[f"{name}.pre_scale"] = layer.pre_scale
-    return tensors
-
-
-def from_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedLinear:
-    """Inverse of `to_tensors`. Zeros that are 8 everywhere are the symmetric layer they stand for.
-
-    Raises:
-        AwqTrtError: shapes that do not fit each other.
-    """
-    qweight, qzeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
-    k, groups, n = qweight.shape[0], scales.shape[0], scales.shape[1]
-    if qweight.shape[1] * 8 != n or qzeros.shape != (groups, n // 8) or k % groups:
-        raise AwqTrtError(
-            f"{name}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} do "
-            "not fit each other; expected [K, N/8], [K/g, N/8] and [K/g, N]."
-        )
-    zeros = torch.from_numpy(np.ascontiguousarray(unpack_nibbles(qzeros.numpy()).T))
-    q = torch.from_numpy(np.ascontiguousarray(unpack_nibbles(qweight.numpy()).T))
-    return QuantizedLinear(
-        q,
-        scales.t().contiguous(),
-        None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros,
-        k // groups,
-        tensors.get(f"{name}.pre_scale"),
-    )
+SAVE_FORMATS = {"awq": "awq-gemm", "compressed-tensors": "pack-quantized"}
+"""What a checkpoint can be saved as -> the layout of its layers."""
 
 
 class Writer:
     """Writes a quantized checkpoint into a directory, one shard per label, in any order and by any number of runs.
 
     A shard is there whole or not at all, so a run that was killed goes on with those that are missing (`has`).
+
+    Args:
+        save_format: a key of SAVE_FORMATS.
+
+    Raises:
+        AwqTrtError: the format cannot hold this model.
     """
 
     def __init__(self, directory: Path, checkpoint: Checkpoint, save_format: str = "awq") -> None:
         self.directory = directory
         self.checkpoint = checkpoint
         self.save_format = save_format
+        if save_format not in SAVE_FORMATS:
+            raise AwqTrtError(f"save format {save_format!r} is not one of {', '.join(SAVE_FORMATS)}.")
+        if save_format == "compressed-tensors" and checkpoint.transposed:
+            raise AwqTrtError(
+                f"{checkpoint.source}: this model has Conv1D layers, which transformers does not look for in a "
+                "compressed-tensors checkpoint; save with --save-format awq."
+            )
         directory.mkdir(parents=True, exist_ok=True)
 
     def has(self, label: str) -> bool:
@@ -139,10 +104,14 @@ class Writer:
         Args:
             name: of the block ("model.layers.7"). tensors: its parameters in float, by their names in the block; the
                 weights of `layers` among them are left out. layers: name in the block -> quantized layer.
+
+        Raises:
+            AwqTrtError: as `add`; a pre-scale that the format cannot carry.
         """
         out = {f"{name}.{n}": t for n, t in tensors.items() if n.removesuffix(".weight") not in layers}
         for layer, value in layers.items():
-            out |= to_tensors(f"{name}.{layer}", value)
+            parts = to_parts(SAVE_FORMATS[self.save_format], value)
+            out |= {f"{name}.{layer}.{part}": tensor for part, tensor in parts.items()}
         self.add(label, out)
 
     def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
@@ -152,22 +121,20 @@ class Writer:
         """
         shards = sorted(self.directory.glob("*.safetensors"))
         headers = {shard: read_header(shard) for shard in shards}
-        pre_scales = any(name.endswith(".pre_scale") for header in headers.values() for name in header)
+        parts = {name.rpartition(".")[2] for header in headers.values() for name in header}
+        ours = self.save_format == "awq" and ("pre_scale" in parts or bool(self.checkpoint.transposed))
+        left = sorted(report["left_in_float"])
         config = copy.deepcopy(self.checkpoint.config)
         config.dtype = self.checkpoint.dtype
-        config.quantization_config = {
-            "quant_method": "awq_trt" if pre_scales else "awq",
-            "bits": 4,
-            "group_size": group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": sorted(report["left_in_float"]) or None,
-        }
+        if self.save_format == "awq":
+            config.quantization_config = awq_config("awq_trt" if ours else "awq", group_size, left)
+        else:
+            config.quantization_config = compressed_tensors_config(group_size, symmetric, left)
         config.save_pretrained(self.directory)
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(self.directory)
         (self.directory / REPORT).write_text(json.dumps(report, indent=1))
-        stem = "awq_trt" if pre_scales else "model"
+        stem = "awq_trt" if ours else "model"
         weight_map: dict[str, str] = {}
         size = 0
         for shard, header in headers.items():
@@ -179,24 +146,74 @@ class Writer:
         (self.directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-class _Linears(Mapping[str, QuantizedLinear]):
-    """Layer name -> QuantizedLinear, read from the file at every access."""
+def awq_config(method: str, group_size: int, left_in_float: list[str]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint in AutoAWQ's GEMM layout.
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-        self._names = [name.removesuffix(".qweight") for name in files if name.endswith(".qweight")]
+    Layers in float are given by their whole names: transformers compares to the end of a component, vLLM looks for them
+    anywhere in a name.
+    """
+    return {
+        "quant_method": method,
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": left_in_float or None,
+    }
+
+
+def compressed_tensors_config(group_size: int, symmetric: bool, left_in_float: list[str]) -> dict[str, Any]:
+    """`quantization_config` of a pack-quantized checkpoint, with the fields that every version of its readers knows."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": left_in_float,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+class _Linears(Mapping[str, QuantizedLinear]):
+    """Layer name -> QuantizedLinear, read from the file at every access, floats in one dtype."""
+
+    def __init__(
+        self, files: Mapping[str, Path], layers: Mapping[str, str], scheme: Scheme, dtype: torch.dtype
+    ) -> None:
+        self._files, self._layers, self._scheme, self._dtype = files, layers, scheme, dtype
 
     def __getitem__(self, name: str) -> QuantizedLinear:
-        parts = [p for p in ("qweight", "qzeros", "scales", "pre_scale") if f"{name}.{p}" in self._files]
-        if "qweight" not in parts:
-            raise KeyError(name)
-        return from_tensors(name, {f"{name}.{p}": read_tensor(self._files, f"{name}.{p}") for p in parts})
+        stored, format = self._layers[name], self._scheme.format
+        wanted = PARTS[format] + OPTIONAL_PARTS.get(format, ())
+        parts = {p: read_tensor(self._files, f"{stored}.{p}") for p in wanted if f"{stored}.{p}" in self._files}
+        layer = from_parts(format, stored, parts, self._scheme.group_size)
+        scale = None if layer.pre_scale is None else _rounded(f"{stored}: pre-scale", layer.pre_scale, self._dtype)
+        scales = _rounded(f"{stored}: scales", layer.scales, self._dtype)
+        return dataclasses.replace(layer, scales=scales, pre_scale=scale)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._layers)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._layers)
+
+
+def _rounded(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """ModelOpt stores its scales in fp32; the kernels multiply in 16 bits."""
+    rounded = tensor.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise AwqTrtError(f"{what}: {float(tensor.abs().max()):.4g} overflows {dtype}. {START_AGAIN}")
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -207,6 +224,8 @@ class QuantizedCheckpoint:
         source, config, dtype, tokenizer: as in `Checkpoint`; the configuration without its quantization part.
         linears: layer name -> QuantizedLinear. left_in_float: layer name -> why it was not quantized.
         report: the file awq_trt.json, {} where another tool wrote the checkpoint.
+        scheme: how the layers are stored. files: tensor name in the file -> file.
+        names: parameter or buffer of the model that is stored in float -> its name in the file.
     """
 
     source: str
@@ -216,7 +235,9 @@ class QuantizedCheckpoint:
     left_in_float: Mapping[str, str]
     report: Mapping[str, Any]
     tokenizer: Any
+    scheme: Scheme
     files: Mapping[str, Path] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
     transposed: frozenset[str] = frozenset()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -226,13 +247,13 @@ class QuantizedCheckpoint:
             AwqTrtError: it is not in the checkpoint.
         """
         layer = name.removesuffix(".weight")
-        if f"{layer}.qweight" in self.files and name.endswith(".weight"):
+        if name.endswith(".weight") and layer in self.linears:
             linear = self.linears[layer]
             weight = linear.dequantize().float()
             return weight if linear.pre_scale is None else weight * linear.pre_scale.float()
-        if name not in self.files:
-            raise AwqTrtError(f"{self.source}: the tensor {name} is missing; quantize the model again.")
-        tensor = read_tensor(self.files, name)
+        if name not in self.names:
+            raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
+        tensor = read_tensor(self.files, self.names[name])
         return tensor.t().contiguous() if name in self.transposed else tensor
 
 
@@ -244,36 +265,56 @@ def read_tensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
 
 
 def is_quantized(directory: Path) -> bool:
-    """True for a directory whose config.json says that it is quantized."""
-    return (directory / "config.json").exists() and bool(
-        read_json(directory / "config.json").get("quantization_config")
-    )
+    """True for a directory whose configuration files say that it is quantized."""
+    return find_quantization(directory) is not None
 
 
 def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
-    """Open an AWQ checkpoint in AutoAWQ's GEMM layout (or the same with pre-scales, as this package writes it).
+    """Open a checkpoint that is quantized already, by this package or by another tool.
 
     Raises:
-        AwqTrtError: another quantization method, bit width or layout; missing or truncated files.
+        AwqTrtError: a quantization that the kernels cannot run or that is not known; missing or truncated files;
+            tensors that the model of the configuration has no place for.
     """
-    path = Path(directory)
-    raw = read_json(path / "config.json")
-    quantization = raw.get("quantization_config") or {}
-    found = {key: quantization.get(key) for key in ("quant_method", "bits", "version")}
-    if found["quant_method"] not in ("awq", "awq_trt") or found["bits"] != 4 or str(found["version"]).lower() != "gemm":
-        raise AwqTrtError(
-            f"{directory}: quantized as {found}; only AWQ with 4 bits in the GEMM layout is read. "
-            "Start from the checkpoint before quantization."
-        )
+    path, source = Path(directory), str(directory)
+    quantization = find_quantization(path)
+    if quantization is None:
+        raise AwqTrtError(f"{source}: config.json does not say how it is quantized.")
+    try:
+        scheme = read_scheme(quantization)
+    except AwqTrtError as error:
+        raise AwqTrtError(f"{source}: {error}") from error
     config = transformers.AutoConfig.from_pretrained(path)
-    del config.quantization_config
-    files = safetensors_index(path, str(directory), "awq_trt" if found["quant_method"] == "awq_trt" else "model")
-    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    files = safetensors_index(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
     model = empty_model(config)
-    linears = _Linears(files)
-    others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.qweight" not in files]
+    layers = match_layers(model, files, scheme.format, source)
+    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
-    dtype = next((read_tensor(files, f"{name}.scales").dtype for name in linears), torch.float16)
+    dtype = _dtype(files, layers, scheme, config)
     return QuantizedCheckpoint(
-        str(directory), config, dtype, linears, left, report, load_tokenizer(path), files, transposed_weights(model)
+        source,
+        config,
+        dtype,
+        _Linears(files, layers, scheme, dtype),
+        left,
+        report,
+        load_tokenizer(path),
+        scheme,
+        files,
+        match_floats(model, files, layers, source),
+        transposed_weights(model),
+    )
+
+
+def _dtype(
+    files: Mapping[str, Path], layers: Mapping[str, str], scheme: Scheme, config: transformers.PretrainedConfig
+) -> torch.dtype:
+    """The dtype of the scales, if it is one of activations; else the configuration's, or float16."""
+    part = next(part for part in PARTS[scheme.format] if "scale" in part)
+    stored = read_tensor(files, f"{next(iter(layers.values()))}.{part}").dtype
+    return next((t for t in DTYPES.values() if t == stored), None) or next(
+        (t for t in DTYPES.values() if t == config.dtype), torch.float16
     )
