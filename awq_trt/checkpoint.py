@@ -300,8 +300,12 @@ def persistent_buffers(model: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real."""
+    """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real.
+
+    Parameters are given no first values: on the meta device that takes a second for 30 blocks and does nothing.
+    """
     register = torch.nn.Module.register_parameter
+    initialize = transformers.PreTrainedModel.initialize_weights
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:  # a parameter that is already there is a tied one: keep it
@@ -309,9 +313,11 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    transformers.PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
+        transformers.PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 

@@ -89,11 +89,11 @@ def resident_bytes(key: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def extrapolate(clock: Clock, rehearsed: int, windows: int, blocks: float) -> float:
-    """Seconds for `blocks` blocks of the rehearsed size, `windows` windows each, from one with `rehearsed` windows."""
+def extrapolate(clock: Clock, rehearsed: int, windows: int) -> tuple[float, float]:
+    """Seconds for a block with `windows` windows, and once for the first block, from one with `rehearsed` windows."""
     each = sum(
         seconds * (windows / rehearsed if stage in PER_WINDOW else 1.0)
         for stage, seconds in clock.seconds.items()
         if stage != "prove"
     )
-    return each * blocks + clock.seconds.get("prove", 0.0)
+    return each, clock.seconds.get("prove", 0.0)

@@ -22,7 +22,7 @@ from awq_trt.linear import QuantizedLinear
 from awq_trt.plan import Plan
 from awq_trt.quantized_checkpoint import Writer
 from awq_trt.ranks import Ranks
-from awq_trt.resume import Folds, WorkDirectory
+from awq_trt.resume import Folds, WorkDirectory, read_json_or_none, write_json
 from awq_trt.states import States, StatesWriter
 
 LARGE = 1 << 24
@@ -206,26 +206,29 @@ def put_rounded(block: nn.Module, layers: Mapping[str, QuantizedLinear], dtype: 
 
 
 def rehearse(job: Job, stream: BlockStream, done: int, states: Mapping[str, States]) -> Took:
-    """Measure one block, the largest, with two windows, and throw the result away.
+    """Measure one block, the largest, with two windows, and throw the result away; what it took is kept for resuming.
 
     Raises:
         KeepError: the run needs more memory than the limit allows.
     """
     plan, work = job.plan, job.work
     sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
-    i = max(range(done, plan.blocks), key=sizes.__getitem__)
+    i = max(range(plan.blocks), key=sizes.__getitem__)
     job.budget.check(resident_bytes("VmRSS") + least_bytes(stream.blocks[i], plan.dtype))
-    share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
-    calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT))
-    folder = work.scratch / "rehearsal"
-    with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
-        process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)
-    remove(folder)
-    took = job.budget.took()
-    job.budget.check(took.bytes)
-    windows = len(stream.inputs)
-    seconds = extrapolate(calls.clock, share.total, windows, sum(sizes[done:]) / sizes[i])
-    return Took(took.seconds + seconds, took.bytes)
+    known = read_json_or_none(work.path / "rehearsal.json")
+    if known is None:
+        share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
+        calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT))
+        folder = work.scratch / "rehearsal"
+        with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
+            process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)
+        remove(folder)
+        each, once = extrapolate(calls.clock, share.total, len(stream.inputs))
+        known = {"each": each, "once": once, "bytes": job.budget.took().bytes}
+        write_json(work.path / "rehearsal.json", known)
+    job.budget.check(known["bytes"])
+    seconds = job.budget.took().seconds + known["each"] * sum(sizes[done:]) / sizes[i] + known["once"]
+    return Took(seconds, known["bytes"])
 
 
 def least_bytes(block: nn.Module, dtype: torch.dtype) -> int:

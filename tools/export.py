@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--memory",
         type=parse_bytes,
         metavar="SIZE",
-        help="such as 8GiB: refuse to start where more is needed; room left over keeps states in memory, not only on disk",
+        help="such as 8GiB: refuse to start where more is needed; keep states in memory where there is room",
     )
     q.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="to quantize on (default: the GPU, if any)"
