@@ -16,6 +16,7 @@ from awq_trt.estimate import Budget, Took
 from awq_trt.files import remove
 from awq_trt.pipeline import Job, awq_blocks, rounded_blocks
 from awq_trt.plan import make_plan, work_key
+from awq_trt.quantized_checkpoint import CARRY_PRE_SCALES
 from awq_trt.ranks import compute_device, join_ranks
 from awq_trt.resume import WorkDirectory
 
@@ -71,7 +72,8 @@ def quantize(
             which a run that was killed goes on.
         method: "awq" searches scales on calibration inputs; "rtn" rounds to nearest and needs none.
         group_size: 32, 64, 128 or -1 (whole row); None takes the largest of 128, 64, 32 that divides every K.
-        symmetric: no zero points. pre_scale: allow scales that no operator before the layer can absorb.
+        symmetric: no zero points. pre_scale: allow scales that no operator before the layer can absorb, if
+            `save_format` carries them.
         calibration: text file, directory, `datasets` id or .npz of model inputs; None takes the text in the package.
         samples, length: number of calibration windows and tokens per window.
         save_format: a key of quantized_checkpoint.SAVE_FORMATS.
@@ -89,7 +91,8 @@ def quantize(
     console = console if ranks.rank == 0 else None
     with ranks.together():
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        options = {"group_size": group_size, "symmetric": symmetric, "pre_scale": pre_scale}
+        carried = pre_scale and save_format in CARRY_PRE_SCALES
+        options = {"group_size": group_size, "symmetric": symmetric, "pre_scale": carried}
         compute = (compute_dtype, compute_device(device))
         plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format)
     with ExitStack() as stack:

@@ -45,6 +45,9 @@ REPORT = "awq_trt.json"
 SAVE_FORMATS = {"awq": "awq-gemm", "compressed-tensors": "pack-quantized"}
 """What a checkpoint can be saved as -> the layout of its layers."""
 
+CARRY_PRE_SCALES = ("awq",)
+"""Those of them that hold a pre-scale, if only for this package to read."""
+
 
 class Writer:
     """Writes a quantized checkpoint into a directory, one shard per label, in any order and by any number of runs.

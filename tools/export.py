@@ -64,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only scales that fold into the operator before, so that AutoAWQ loaders can read the checkpoint",
     )
+    q.add_argument(
+        "--save-format",
+        choices=("awq", "compressed-tensors"),
+        default="awq",
+        help="of the quantized checkpoint: AutoAWQ's GEMM layout, or compressed-tensors' pack-quantized, which implies "
+        "--no-pre-scale (default: %(default)s)",
+    )
     q.add_argument("--dtype", choices=("float16", "bfloat16"), help="of activations (default: the checkpoint's)")
     q.add_argument(
         "--calibration", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs (default: "
@@ -200,6 +207,7 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
         calibration=args.calibration,
         samples=args.calibration_samples,
         length=args.calibration_length,
+        save_format=args.save_format,
         memory=args.memory,
         resume=not args.no_resume,
         device=args.device,
