@@ -53,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
     q = p.add_argument_group("quantization")
     q.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn only rounds (default: %(default)s)")
     q.add_argument(
+        "--effort",
+        choices=("fast", "default", "best"),
+        default="default",
+        help="fast: no error feedback; best: up to 64 calibration windows (default: %(default)s)",
+    )
+    yes_no = argparse.BooleanOptionalAction
+    q.add_argument("--clip", action=yes_no, default=None, help="search the range of every group (default: yes)")
+    q.add_argument("--feedback", action=yes_no, default=None, help="round with error feedback (default: unless fast)")
+    q.add_argument(
         "--group-size",
         type=int,
         choices=(32, 64, 128, -1),
@@ -76,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
         "--calibration", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs (default: "
         "a text in the package)",
     )  # fmt: skip
-    q.add_argument("--calibration-samples", type=int, default=8, metavar="N", help="windows (default: %(default)s)")
+    q.add_argument(
+        "--calibration-samples", type=int, metavar="N", help="windows (default: 8, 16 or 64, as the effort says)"
+    )
     q.add_argument(
         "--calibration-length", type=int, default=512, metavar="N", help="tokens each (default: %(default)s)"
     )
@@ -195,12 +206,16 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
     import torch
 
     from awq_trt.quantization import quantize
+    from awq_trt.report import warnings
 
     output: Path = args.awq or default
     report = quantize(
         original,
         output,
         method=args.method,
+        effort=args.effort,
+        clip=args.clip,
+        feedback=args.feedback,
         group_size=args.group_size,
         symmetric=args.symmetric,
         pre_scale=not args.no_pre_scale,
@@ -221,6 +236,9 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
             f"{report.pre_scales} layers carry a pre-scale, which AutoAWQ's format cannot hold; other loaders will "
             "refuse the directory. --no-pre-scale avoids it."
         )
+    dtype = str(original.dtype).removeprefix("torch.")
+    for warning in warnings([dataclasses.asdict(layer) for layer in report.layers], report.quantized, dtype):
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     return output
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import awq_trt
+from awq_trt.quantization import quantize as quantize_directory
 
 REMARKS = ["seconds include reading the model and writing the quantized directory"]
 
@@ -20,7 +20,7 @@ def load(directory: str) -> str:
 def quantize(model: str, ids: torch.Tensor, job: dict[str, Any]) -> None:
     """Quantize to `job["output"]`/model. The text is cut into the same windows as `ids`."""
     options = {} if job["effort"] is None else {"effort": job["effort"]}
-    awq_trt.quantize(
+    quantize_directory(
         model,
         Path(job["output"]) / "model",
         method=job["method"],
