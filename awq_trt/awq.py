@@ -37,6 +37,22 @@ FINE = (0.125, 0.0625)
 SAMPLE = 128
 """Rows of each layer that candidates are compared on."""
 
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done to find good weights. windows: of calibration text, if there are as many."""
+
+    windows: int
+    clip: bool
+    feedback: bool
+
+
+EFFORTS = {
+    "fast": Effort(windows=8, clip=True, feedback=False),
+    "default": Effort(windows=16, clip=True, feedback=True),
+    "best": Effort(windows=64, clip=True, feedback=True),
+}
+
 Constrain = Callable[[torch.Tensor], torch.Tensor]
 """Makes a scale [K] one that the place it goes to can hold: equal over heads that share, or exact in fp16."""
 

@@ -93,6 +93,8 @@ def make_plan(
         "awq_trt": package_version(),
         "source": checkpoint.source,
         "method": method,
+        "clip": settings.clip,
+        "feedback": settings.feedback,
         "symmetric": settings.symmetric,
         "group_size": settings.group_size,
         "calibration": {"source": str(calibration or "package default"), "windows": len(inputs), "length": length},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from awq_trt.awq import LayerReport
+from awq_trt.awq import EFFORTS, LayerReport
 from awq_trt.checkpoint import Checkpoint, open_checkpoint
 from awq_trt.estimate import Budget, Took
 from awq_trt.files import remove
@@ -49,11 +49,14 @@ def quantize(
     output: Path,
     *,
     method: str = "awq",
+    effort: str = "default",
+    clip: bool | None = None,
+    feedback: bool | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
     pre_scale: bool = True,
     calibration: str | Path | None = None,
-    samples: int = 8,
+    samples: int | None = None,
     length: int = 512,
     save_format: str = "awq",
     memory: int | None = None,
@@ -71,6 +74,8 @@ def quantize(
         output: directory, replaced as a whole at the end. Until then the work is in `.<name>.partial` beside it, from
             which a run that was killed goes on.
         method: "awq" searches scales on calibration inputs; "rtn" rounds to nearest and needs none.
+        effort: "fast", "default" or "best"; see awq.EFFORTS. It says what the options are that are None by default:
+            clip, search the range of every group; feedback, round with error feedback; samples.
         group_size: 32, 64, 128 or -1 (whole row); None takes the largest of 128, 64, 32 that divides every K.
         symmetric: no zero points. pre_scale: allow scales that no operator before the layer can absorb, if
             `save_format` carries them.
@@ -92,7 +97,11 @@ def quantize(
     with ranks.together():
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         carried = pre_scale and save_format in CARRY_PRE_SCALES
+        means = EFFORTS[effort]
         options = {"group_size": group_size, "symmetric": symmetric, "pre_scale": carried}
+        options["clip"] = means.clip if clip is None else clip
+        options["feedback"] = means.feedback if feedback is None else feedback
+        samples = means.windows if samples is None else samples
         compute = (compute_dtype, compute_device(device))
         plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format)
     with ExitStack() as stack:
