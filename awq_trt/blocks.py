@@ -139,6 +139,9 @@ class BlockStream:
         except AwqTrtError:
             raise
         except Exception:
+            call.clear()
+        if not call or _any_meta(call[0]):  # a weight is used without its module: fill all of them, and try again
+            call.clear()
             self._outside.fill_all()
             self._forward_or_explain(stub)
         if not call:
@@ -195,9 +198,9 @@ class BlockStream:
         empty(self.blocks[i])
 
     def run(self, i: int, hidden: torch.Tensor, sample: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Block i on `hidden`, called as for input number `sample`; floats are cast to `dtype`, else the block's."""
-        arguments = (hidden, *self._calls[i][sample])
-        hidden, rest, named = _to(arguments, dtype or self.dtype, self.device)
+        """Block i on `hidden`, called as for input number `sample`; floats are cast to `dtype`, or to the block's."""
+        own = next((p.dtype for p in self.blocks[i].parameters()), self.dtype)
+        hidden, rest, named = _to((hidden, *self._calls[i][sample]), dtype or own, self.device)
         with torch.no_grad():
             output = self.blocks[i](hidden, *rest, **named)
         return output[0] if self._tuples else output
@@ -233,6 +236,13 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, change) for k, v in value.items()}
     return value
+
+
+def _any_meta(value: Any) -> bool:
+    """Whether a tensor of a nest has no values."""
+    found: list[bool] = []
+    _map(value, lambda t: found.append(t.is_meta) or t)  # type: ignore[func-returns-value]
+    return any(found)
 
 
 def _to(value: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
