@@ -27,7 +27,7 @@ from torch import nn
 from awq_trt.fold import Fold, find_fold
 from awq_trt.layout import why_not
 from awq_trt.linear import QuantizedLinear, quantize_weight
-from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, row_chunks
+from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit, row_chunks
 from awq_trt.statistics import Calls, Group
 
 COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,7 +64,8 @@ class Settings:
     Attributes:
         group_size: 32, 64, 128, or -1 for the whole row. symmetric: no zero points. dtype: of activations and scales.
         pre_scale: allow scales that no operator before the layer can absorb.
-        clip: search the range of every group. feedback: round with error feedback (rounding.py).
+        clip: search the range of every group. feedback: round with error feedback (rounding.py). refit: scales by least
+            squares once the weights are rounded, which needs feedback's factor of H.
     """
 
     group_size: int
@@ -73,6 +74,7 @@ class Settings:
     pre_scale: bool = True
     clip: bool = True
     feedback: bool = True
+    refit: bool = False
 
     def group(self, in_features: int) -> int:
         """Columns per scale for a layer with `in_features` columns."""
@@ -265,6 +267,8 @@ def round_scaled(
         else:
             grid = full_range(weight, group_size, settings.symmetric, settings.dtype)
         q = feedback(weight, grid, factored) if factored else nearest(weight, grid)
+        if factored and settings.refit:
+            grid = refit(weight, q, grid, factored)
         rounded[name] = (grid.layer(q), error_of, kept)
     return rounded
 

@@ -185,3 +185,36 @@ def feedback(weight: torch.Tensor, grid: Grid, factored: Factor) -> torch.Tensor
         restored[factored.order] = steps
         q[rows] = restored.t()
     return q
+
+
+def refit(weight: torch.Tensor, q: torch.Tensor, grid: Grid, factored: Factor) -> Grid:
+    """The scales that are best for steps already chosen: least squares over all groups of a row together.
+
+    With D_g the columns of q - zero of group g and zero elsewhere, the error |(w - sum over g of s_g D_g) L|^2 of a row is
+    quadratic in s, so the best s solves  sum over h of (D_g L)(D_h L)^T s_h = (D_g L)(w L)^T.  A row keeps its scales where
+    the new ones, rounded to 16 bits, are not better, or are not within a factor of 2 of the old.
+
+    Args:
+        weight: fp32 [N, K]. q: uint8 [N, K]. factored: of the H of its inputs.
+    """
+    groups = grid.scales.shape[1]
+    lower, order = factored.lower, factored.order
+    group_of = order // grid.group_size(weight.shape[1])
+    members = [(group_of == g).nonzero().squeeze(1) for g in range(groups)]
+    scales = grid.scales.clone()
+    step = max(1, CHUNK // weight.shape[1] // groups)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        zeros, old = grid.zero_points()[rows], grid.scales[rows]
+        steps = q[rows].float()[:, order] - zeros[:, group_of]  # [n, K], in the order of L
+        parts = torch.stack([steps[:, m] @ lower[m] for m in members], dim=1)  # [n, G, K]
+        target = (weight[rows][:, order] @ lower).unsqueeze(-1)  # [n, K, 1]
+        normal = parts @ parts.transpose(1, 2)
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += diagonal.mean(1, keepdim=True) * 1e-6 + 1e-30
+        change = torch.linalg.solve(normal, parts @ target - normal @ old.unsqueeze(-1)).squeeze(-1)
+        new = (old + change).to(grid.dtype).float()
+        errors = [(target - parts.transpose(1, 2) @ s.unsqueeze(-1)).square().sum((1, 2)) for s in (old, new)]
+        better = (errors[1] < errors[0]) & ((new > old / 2) & (new < old * 2)).all(1)
+        scales[rows] = torch.where(better.unsqueeze(1), new, old)
+    return Grid(scales, grid.zeros, grid.dtype)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from awq_trt import rounding
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import Grid
-from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest
+from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
 
 FP16 = torch.float16
 
@@ -147,3 +147,24 @@ def test_moments_with_nan_are_refused() -> None:
     hessian[3, 3] = torch.nan
     with pytest.raises(AwqTrtError, match="NaN or Inf"):
         factor(hessian)
+
+
+def test_refitted_scales_solve_the_least_squares_problem() -> None:
+    weight, hessian = problem(24, 192, 600, 7)
+    weight[3] = 0
+    grid, _ = clip(weight, diagonal_blocks(hessian, 64), 64, False, FP16)
+    factored = factor(hessian.clone(), 0.0, 1e-3)
+    q = feedback(weight, grid, factored)
+    again = refit(weight, q, grid, factored)
+    assert torch.equal(again.scales.half().float(), again.scales)
+    assert torch.equal(again.scales[3], grid.scales[3])
+    full = hessian + 1e-3 * hessian.diagonal().mean() * torch.eye(192)
+    root = torch.linalg.cholesky(full.double())
+    for row in (0, 11, 23):
+        steps = (q[row].double() - grid.zero_points()[row].double().repeat_interleave(64)).reshape(3, 64)
+        parts = torch.block_diag(*steps) @ root  # [G, K]
+        best = torch.linalg.lstsq(parts.t(), root.t() @ weight[row].double()).solution
+        torch.testing.assert_close(again.scales[row].double(), best, rtol=2e-3, atol=0)
+    before, after = (error(value(q, g), weight, full) for g in (grid, again))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.99 * before.sum()
