@@ -82,6 +82,8 @@ def _awq(method: str, quantization: dict[str, Any]) -> Scheme:
 
 def _gptq(quantization: dict[str, Any]) -> Scheme:
     _four_bits("gptq", quantization.get("bits"))
+    if quantization.get("adapter"):
+        raise AwqTrtError(f"GPTQ with an adapter (a low-rank correction), which is not read. {START_AGAIN}")
     for pattern, rule in (quantization.get("dynamic") or {}).items():
         _four_bits(f"gptq, layers {pattern!r} (dynamic)", (rule or {}).get("bits", 4))
     format = "marlin" if quantization.get("is_marlin_format") else None
@@ -93,6 +95,10 @@ def _gptq(quantization: dict[str, Any]) -> Scheme:
 
 def _compressed_tensors(quantization: dict[str, Any]) -> Scheme:
     _no_cache_scheme(quantization.get("kv_cache_scheme"), "kv_cache_scheme")
+    if (transforms := quantization.get("transform_config") or {}).get("config_groups"):
+        raise AwqTrtError(
+            f"compressed-tensors with rotations ({', '.join(transforms['config_groups'])}). {START_AGAIN}"
+        )
     for name, group in (quantization.get("config_groups") or {}).items():
         if not isinstance(group, dict):  # a preset: name -> targets
             group = {"weights": {"num_bits": 4} if name in ("W4A16", "W4A16_ASYM") else {"num_bits": name}}

@@ -74,6 +74,18 @@ def repacked(
     return output
 
 
+def edited(source: Path, output: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> Path:
+    """A copy in one file with some tensors changed, and some of the configuration."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    change(tensors)
+    output.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | config))
+    return output
+
+
 def linear_of(layer: QuantizedLinear) -> nn.Linear:
     """A float layer that every packer rounds back to this one."""
     linear = nn.Linear(layer.q.shape[1], len(layer.q), bias=False, dtype=layer.scales.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from quantized_models import auto_gptq, autoawq_gemv, autoawq_gemv_fast, gptq_v2, repacked, rounded
+from quantized_models import auto_gptq, autoawq_gemv, autoawq_gemv_fast, edited, gptq_v2, repacked, rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,8 +23,11 @@ from awq_trt.blocks import quantizable_linears
 from awq_trt.checkpoint import empty_model, open_checkpoint, safetensors_index
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear, quantize_weight
+from awq_trt.onnx_export import export_onnx
 from awq_trt.packed_formats import from_parts
+from awq_trt.quantization_methods import Scheme
 from awq_trt.quantized_checkpoint import QuantizedCheckpoint, Writer, is_quantized, open_quantized
+from awq_trt.verify import agreement
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}
@@ -305,11 +310,63 @@ def test_modelopt(modelopt: Path, float_model: Path) -> None:
 
 
 def test_modelopt_with_its_own_file_alone(modelopt: Path, tmp_path: Path) -> None:
+    """tools/export.py goes on to ONNX without a search."""
     other = Path(shutil.copytree(modelopt, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     del config["quantization_config"]
     (other / "config.json").write_text(json.dumps(config))
     assert is_quantized(other)
     assert open_quantized(other).scheme.group_size == 128
+    export = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "export.py"))["main"]
+    assert export(["--quiet", "--no-verify", "--model", str(other), "--onnx", str(tmp_path / "model.onnx")]) == 0
+    assert agreement(tmp_path / "model.onnx", open_quantized(other), [{"input_ids": ids()}]).relative < 2e-3
     (other / "hf_quant_config.json").unlink()
     assert not is_quantized(other)
+
+
+def test_a_quantized_head_outside_the_blocks(quantized: Path, tmp_path: Path) -> None:
+    """Read where it is a parameter of its own, and exported; in a GPTQ checkpoint, as one that has it would be."""
+    head = quantize_weight(torch.randn(384, 128), 64, True, torch.float16)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({f"lm_head.{part}": t for part, t in auto_gptq(head).items()})
+
+    gptq = repacked(quantized, tmp_path / "gptq", auto_gptq, GPTQ | {"lm_head": True})
+    other = edited(gptq, tmp_path / "other", change, tie_word_embeddings=False)
+    source = open_quantized(other)
+    assert torch.equal(source.tensor("lm_head.weight"), head.dequantize().float())
+    report = export_onnx(other, tmp_path / "model.onnx")
+    assert len(report.quantized) == 15
+    assert agreement(tmp_path / "model.onnx", source, [{"input_ids": ids()}]).relative < 2e-3
+
+
+def test_old_configuration_files(quantized: Path, tmp_path: Path) -> None:
+    """AutoAWQ and AutoGPTQ before they wrote config.json, scales in fp16 beside a bfloat16 configuration."""
+    config = json.loads((quantized / "config.json").read_text())
+    del config["quantization_config"]
+    awq = Path(shutil.copytree(quantized, tmp_path / "awq"))
+    (awq / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert not is_quantized(awq)
+    with pytest.raises(AwqTrtError, match="config.json does not say how it is quantized"):
+        open_quantized(awq)
+    (awq / "quant_config.json").write_text('{"zero_point": true, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}')
+    assert open_quantized(awq).scheme == Scheme("awq", "awq-gemm", 64)
+    assert open_quantized(awq).dtype == torch.float16
+    gptq = repacked(quantized, tmp_path / "gptq", auto_gptq, GPTQ)
+    (gptq / "config.json").write_text(json.dumps(config))
+    (gptq / "quantize_config.json").write_text('{"bits": 4, "group_size": 64, "desc_act": false, "sym": false}')
+    assert is_quantized(gptq)
+    assert open_quantized(gptq).scheme == Scheme("gptq", "gptq", 64)
+
+
+def test_damaged(quantized: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(quantized, tmp_path / "other"))
+    shard = sorted(other.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(AwqTrtError, match=f"shard {re.escape(shard.name)} is truncated or damaged"):
+        open_quantized(other)
+    config = json.loads((quantized / "config.json").read_text()) | {"quantization_config": {"quant_method": "new"}}
+    (other / "config.json").write_text(json.dumps(config))
+    assert is_quantized(other)
+    with pytest.raises(AwqTrtError, match=f"{re.escape(str(other))}: quant_method 'new' is not read"):
+        open_quantized(other)
