@@ -133,10 +133,14 @@ class WorkDirectory:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            remove(self._done)
-            self._open()
         except OSError as error:
             raise AwqTrtError(f"could not write {self.path}: {error.strerror or error}.") from error
+        try:
+            remove(self._done)
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     @property

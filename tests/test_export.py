@@ -252,9 +252,11 @@ def test_ctrl_c_leaves_nothing(llama: Path, out: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "nothing half-written is left" in stderr
+    kept = [name for name in everything_in(out) if name.startswith(".")]  # if it was late: some blocks are finished
+    assert ("blocks are kept in" if kept else "nothing half-written is left") in stderr
+    assert all(name.startswith(".m.awq.partial") for name in kept)
     assert "Traceback" not in stderr
-    assert [name for name in everything_in(out) if name.startswith(".") or "plan" in name] == []
+    assert not [name for name in everything_in(out) if "plan" in name]
 
 
 def test_help_names_every_option_group() -> None:
