@@ -190,9 +190,9 @@ def feedback(weight: torch.Tensor, grid: Grid, factored: Factor) -> torch.Tensor
 def refit(weight: torch.Tensor, q: torch.Tensor, grid: Grid, factored: Factor) -> Grid:
     """The scales that are best for steps already chosen: least squares over all groups of a row together.
 
-    With D_g the columns of q - zero of group g and zero elsewhere, the error |(w - sum over g of s_g D_g) L|^2 of a row is
-    quadratic in s, so the best s solves  sum over h of (D_g L)(D_h L)^T s_h = (D_g L)(w L)^T.  A row keeps its scales where
-    the new ones, rounded to 16 bits, are not better, or are not within a factor of 2 of the old.
+    With D_g the columns of q - zero of group g and zero elsewhere, the error |(w - sum over g of s_g D_g) L|^2 of a
+    row is quadratic in s, so the best s solves  sum over h of (D_g L)(D_h L)^T s_h = (D_g L)(w L)^T.  A row keeps its
+    scales where the new ones, rounded to 16 bits, are not better, or are not within a factor of 2 of the old.
 
     Args:
         weight: fp32 [N, K]. q: uint8 [N, K]. factored: of the H of its inputs.
