@@ -95,6 +95,7 @@ def make_plan(
         "method": method,
         "clip": settings.clip,
         "feedback": settings.feedback,
+        "refit": settings.refit,
         "symmetric": settings.symmetric,
         "group_size": settings.group_size,
         "calibration": {"source": str(calibration or "package default"), "windows": len(inputs), "length": length},

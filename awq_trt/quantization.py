@@ -52,6 +52,7 @@ def quantize(
     effort: str = "default",
     clip: bool | None = None,
     feedback: bool | None = None,
+    refit: bool = False,
     group_size: int | None = None,
     symmetric: bool = False,
     pre_scale: bool = True,
@@ -76,6 +77,7 @@ def quantize(
         method: "awq" searches scales on calibration inputs; "rtn" rounds to nearest and needs none.
         effort: "fast", "default" or "best"; see awq.EFFORTS. It says what the options are that are None by default:
             clip, search the range of every group; feedback, round with error feedback; samples.
+        refit: with feedback, least-squares scales after rounding: less error on the calibration text, not elsewhere.
         group_size: 32, 64, 128 or -1 (whole row); None takes the largest of 128, 64, 32 that divides every K.
         symmetric: no zero points. pre_scale: allow scales that no operator before the layer can absorb, if
             `save_format` carries them.
@@ -101,6 +103,7 @@ def quantize(
         options = {"group_size": group_size, "symmetric": symmetric, "pre_scale": carried}
         options["clip"] = means.clip if clip is None else clip
         options["feedback"] = means.feedback if feedback is None else feedback
+        options["refit"] = refit
         samples = means.windows if samples is None else samples
         compute = (compute_dtype, compute_device(device))
         plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format)

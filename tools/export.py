@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     yes_no = argparse.BooleanOptionalAction
     q.add_argument("--clip", action=yes_no, default=None, help="search the range of every group (default: yes)")
     q.add_argument("--feedback", action=yes_no, default=None, help="round with error feedback (default: unless fast)")
+    q.add_argument("--refit", action="store_true", help="with feedback: least-squares scales after rounding")
     q.add_argument(
         "--group-size",
         type=int,
@@ -216,6 +217,7 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
         effort=args.effort,
         clip=args.clip,
         feedback=args.feedback,
+        refit=args.refit,
         group_size=args.group_size,
         symmetric=args.symmetric,
         pre_scale=not args.no_pre_scale,
