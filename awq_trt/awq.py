@@ -34,8 +34,10 @@ COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 FINE = (0.125, 0.0625)
 """Exponents tried first, and the steps to either side of the best one that are tried after."""
 
-SAMPLE = 128
-"""Rows of each layer that candidates are compared on."""
+SAMPLE = 1 << 19
+"""Weights of each layer that candidates are compared on: whole rows, FEWEST to MOST of them."""
+
+FEWEST, MOST = 32, 128
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,10 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
 
 
 def sampled_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Indices of SAMPLE rows, evenly spread; of all where there are fewer."""
-    n = len(weight)
-    return torch.arange(min(n, SAMPLE), device=weight.device) * n // min(n, SAMPLE)
+    """Indices of the rows that stand for all, evenly spread; of all where there are fewer."""
+    n, k = weight.shape
+    count = min(n, max(FEWEST, min(MOST, SAMPLE // k)))
+    return torch.arange(count, device=weight.device) * n // count
 
 
 def attempt(
