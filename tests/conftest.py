@@ -15,3 +15,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for make in (tiny_models.llama, tiny_models.gpt2, tiny_models.bert, tiny_models.vit):
         make(folder / make.__name__)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with llama.awq, the tiny llama quantized, and llama.onnx, made from it. Read only."""
+    from awq_trt.onnx_export import export_onnx
+    from awq_trt.quantization import quantize
+
+    folder = tmp_path_factory.mktemp("exported")
+    quantize(models / "llama", folder / "llama.awq", samples=2, length=128)
+    export_onnx(folder / "llama.awq", folder / "llama.onnx")
+    return folder

@@ -21,15 +21,6 @@ from awq_trt.quantized_checkpoint import open_quantized
 from awq_trt.verify import agreement, onnx_session, random_inputs, verify
 
 
-@pytest.fixture(scope="module")
-def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama.awq and llama.onnx."""
-    folder = tmp_path_factory.mktemp("verify")
-    quantize(models / "llama", folder / "llama.awq", samples=2, length=128)
-    export_onnx(folder / "llama.awq", folder / "llama.onnx")
-    return folder
-
-
 def ids(count: int = 64) -> torch.Tensor:
     return torch.randint(0, 384, (1, count), generator=torch.Generator().manual_seed(0))
 

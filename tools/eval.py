@@ -1,0 +1,105 @@
+"""Perplexity and top-1 agreement of a model at every stage, on the same windows of text.
+
+    python tools/eval.py --float DIR out.awq out.onnx --output eval.json
+
+A model is a Hugging Face directory (float, or quantized by this or another tool), a .gguf or an .onnx file. With
+--float and a quantized directory, plain rounding with the same settings is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from awq_trt.errors import AwqTrtError
+
+FILE_WIDTH = 160
+"""Columns where the output goes to a file or a pipe."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("models", nargs="+", metavar="MODEL", help="directories, .gguf or .onnx files of one model")
+    p.add_argument("--float", dest="float_model", metavar="DIR", help="the model before quantization")
+    p.add_argument("--text", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs "
+                   "(default: the held-out text in the package)")  # fmt: skip
+    p.add_argument("--windows", type=int, default=8, metavar="N", help="of text (default: %(default)s)")
+    p.add_argument("--length", type=int, default=512, metavar="N", help="tokens each (default: %(default)s)")
+    p.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
+    p.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas (pip install lm_eval)")
+    p.add_argument("--lm-eval-limit", type=int, metavar="N", help="documents per task (default: all)")
+    p.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="directory with task files of your own")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for an error the user can mend."""
+    args = parser().parse_args(arguments)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        run(args)
+    except AwqTrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the JSON."""
+    from awq_trt.evaluation import evaluate
+
+    if args.windows < 1 or args.length < 2:
+        raise AwqTrtError(f"--windows {args.windows} --length {args.length}: at least 1 and 2, please.")
+    tasks = [t.strip() for t in (args.lm_eval or "").split(",") if t.strip()]
+    with Console(stderr=True).status("Evaluating"):
+        rows = evaluate(
+            args.models,
+            float_model=args.float_model,
+            text=args.text,
+            samples=args.windows,
+            length=args.length,
+            tasks=tasks,
+            task_options={"limit": args.lm_eval_limit, "include": args.lm_eval_include},
+        )
+    show(rows)
+    if args.output:
+        record = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "text": args.text or "package default",
+            "windows": args.windows,
+            "length": args.length,
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """The table, and under it what lm_eval found."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    table = Table("model", "perplexity", f"top-1 as {next(iter(rows))}", "seconds")
+    for name, row in rows.items():
+        perplexity = "-" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
+        table.add_row(name, perplexity, f"{row['top1']:.2%}", f"{row['seconds']:.0f}")
+    console.print(table)
+    for name, row in rows.items():
+        for task, metrics in row.get("tasks", {}).items():
+            values = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+            console.print(f"{name}  {task}: {values}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
