@@ -307,8 +307,8 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
         key = (type(block), shape, tuple(group.names))
         if key not in folds:
             dtype = next(block.parameters()).dtype
-            block.double()
-            folds[key] = find_fold(block, group, lambda: calls.run(torch.float64))
+            block.float()
+            folds[key] = find_fold(block, group, calls.run)
             block.to(dtype)
         fold = folds[key]
         result = search(group, settings, constrain(block, fold, settings))

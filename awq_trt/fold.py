@@ -8,7 +8,8 @@ is refused, an up-projection behind a product or a ReLU is found, and a new arch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +42,21 @@ class Fold:
         heads = s.reshape(-1, repeats, self.head_dim)
         return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
 
+    def per_row(self, s: torch.Tensor, rows: int) -> torch.Tensor:
+        """What each of the `rows` outputs of `into` is divided by, for s [K] as `shared` made it."""
+        return s.reshape(-1, len(s) // rows, self.head_dim)[:, 0].reshape(-1) if self.head_dim else s
+
     def apply(self, block: nn.Module, s: torch.Tensor) -> None:
         """Divide the outputs of `into` by s, in place. s [K] is as `shared` made it."""
-        module: Any = block.get_submodule(self.into)
+        self.divide(block.get_submodule(self.into), s)
+
+    def divide(self, module: Any, s: torch.Tensor) -> None:
+        """`apply`, for the module that `into` names."""
         weight: torch.Tensor = module.weight
         bias = getattr(module, "bias", None)
-        if self.head_dim:
-            s = s.reshape(-1, len(s) // len(weight), self.head_dim)[:, 0].reshape(-1)
-        s = s.to(weight.dtype)
+        s = self.per_row(s, len(weight)).to(weight.dtype)
         if isinstance(module, nn.Linear):
-            weight.data = weight / s.unsqueeze(1)
+            weight.data.div_(s.unsqueeze(1))
         else:
             weight.data = (weight + self.offset) / s - self.offset
         if isinstance(bias, torch.Tensor):
@@ -61,30 +67,48 @@ def find_fold(block: nn.Module, group: Group, run: Callable[[], torch.Tensor]) -
     """The latest operator of the block whose output can be divided by s without changing what the block computes.
 
     Proven by trying: random s, operator divided, the group's columns multiplied, and the block's output compared. The
-    change must vanish against the change that the columns alone make.
+    change must vanish against the change that the columns alone make. s are powers of two, so that fp32 is enough; no
+    weight matrix is touched, its inputs or outputs are scaled instead, so that nothing is copied.
 
     Args:
-        block: in fp64, so that rounding does not hide or feign a change. run: its output on a calibration input.
+        block: in fp32 or fp64. run: its output on a calibration input.
     """
     k = group.linears[0].in_features
     generator = torch.Generator().manual_seed(0)
     expected = run()
     for fold in _candidates(block, group, k):
         module: Any = block.get_submodule(fold.into)
-        s = fold.shared(torch.rand(k, generator=generator) * 1.5 + 0.5, len(module.weight)).double()
-        touched = [module, *group.linears]
-        saved = [{n: p.data for n, p in m._parameters.items() if p is not None} for m in touched]
-        for linear in group.linears:
-            linear.weight.data = linear.weight * s
-        one_sided = float((run() - expected).norm())
-        fold.apply(block, s)
-        both = float((run() - expected).norm())
-        for m, data in zip(touched, saved, strict=True):
-            for name, value in data.items():
-                m._parameters[name].data = value
+        s = fold.shared(2.0 ** torch.randint(-1, 2, (k,), generator=generator), len(module.weight)).to(expected)
+        handles = [linear.register_forward_pre_hook(lambda _, x, s=s: (x[0] * s, *x[1:])) for linear in group.linears]
+        try:
+            one_sided = float((run() - expected).norm())
+            with _divided(module, fold, s):
+                both = float((run() - expected).norm())
+        finally:
+            for handle in handles:
+                handle.remove()
         if both < UNCHANGED * one_sided:
             return fold
     return None
+
+
+@contextmanager
+def _divided(module: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
+    """Inside, the outputs of `fold.into` are divided by s: a linear layer's themselves, a norm by its weight."""
+    if isinstance(module, nn.Linear):
+        handle = module.register_forward_hook(lambda _, x, y: y / fold.per_row(s, y.shape[-1]))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    saved = {name: p.data for name, p in module._parameters.items() if p is not None}
+    fold.divide(module, s)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            module._parameters[name].data = value  # type: ignore[union-attr]
 
 
 def _candidates(block: nn.Module, group: Group, k: int) -> list[Fold]:
