@@ -324,6 +324,7 @@ def test_modelopt_with_its_own_file_alone(modelopt: Path, tmp_path: Path) -> Non
     assert not is_quantized(other)
 
 
+@pytest.mark.slow
 def test_a_quantized_head_outside_the_blocks(quantized: Path, tmp_path: Path) -> None:
     """Read where it is a parameter of its own, and exported; in a GPTQ checkpoint, as one that has it would be."""
     head = quantize_weight(torch.randn(384, 128), 64, True, torch.float16)
