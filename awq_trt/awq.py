@@ -198,7 +198,7 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
     rounded = round_scaled(linears, hessian, settings)
     errors = {}
     for name, (layer, error_of, _) in rounded.items():
-        delta = layer.dequantize()[rows[name]].float() - linears[name].weight[rows[name]].float()
+        delta = layer.rows(rows[name]).dequantize().float() - linears[name].weight[rows[name]].float()
         relative = [max(e, 0.0) / max(size[name], 1e-30) for e in (plain.errors[name], float(error_of(delta).sum()))]
         errors[name] = (relative[0] ** 0.5, relative[1] ** 0.5)
     layers = {name: layer for name, (layer, _, _) in rounded.items()}
@@ -312,6 +312,7 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
             block.to(dtype)
         fold = folds[key]
         result = search(group, settings, constrain(block, fold, settings))
+        group.statistics.hessian = result.s.new_empty(0)  # used up
         scaled = bool((result.s != 1).any())
         if fold is not None and scaled:
             for name, linear in zip(group.names, group.linears, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,11 @@ class QuantizedLinear:
         zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros.unsqueeze(-1).float()
         grouped = self.q.reshape(n, -1, self.group_size).float() - zeros
         return (grouped * self.scales.unsqueeze(-1).float()).reshape(n, k).to(self.scales.dtype)
+
+    def rows(self, index: torch.Tensor) -> QuantizedLinear:
+        """The layer with some of its outputs only, int64 [R]."""
+        zeros = None if self.zeros is None else self.zeros[index]
+        return replace(self, q=self.q[index], scales=self.scales[index], zeros=zeros)
 
 
 @dataclass(frozen=True)

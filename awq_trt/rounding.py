@@ -145,13 +145,14 @@ def factor(hessian: torch.Tensor, shrinkage: float = SHRINKAGE, damping: float =
         hessian[:, i : i + step] = hessian[order, i : i + step]
     hessian.mul_(1 - shrinkage).diagonal().add_(added)
     info = torch.zeros((), dtype=torch.int32, device=hessian.device)
-    torch.linalg.cholesky_ex(hessian, out=(hessian, info))
+    lower = hessian.mT  # symmetric, so the same; LAPACK wants columns in a row, and would get them in a copy
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info):
         raise AwqTrtError(
             f"the second moments of {len(diagonal)} channels are not positive definite at channel {int(info)}; "
             "is there NaN or Inf in the calibration inputs?"
         )
-    return Factor(order, hessian, shrinkage, added)
+    return Factor(order, lower, shrinkage, added)
 
 
 def feedback(weight: torch.Tensor, grid: Grid, factored: Factor) -> torch.Tensor:
