@@ -84,6 +84,28 @@ def test_llm_awq_leaves_the_function_alone_and_rounds_better(models: Path, monke
         assert error(searched) < 0.9 * error(plain)
 
 
+@torch.inference_mode()
+def test_scales_are_the_best_of_twenty_and_inputs_follow(models: Path) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(models / "llama").eval()
+    hidden, arguments = llm_awq.first_block_inputs(model, torch.arange(128).reshape(2, 64))
+    block, rounding = model.model.layers[0], Rounding(32, False)
+    inputs, attention, output = llm_awq.record(block, hidden, arguments)
+    for part in llm_awq.parts(block):
+        x = inputs[part.linears[0]]
+        found = llm_awq.search_scale(block, part, x, attention if part.inspect == "self_attn" else {}, rounding)
+        if part.inspect == "mlp.down_proj":
+            mean = x.flatten(0, 1).abs().mean(0)
+            scales = [(s / (s.max() * s.min()).sqrt()) for s in (mean.pow(i / 20).clamp(min=1e-4) for i in range(20))]
+            weight = block.mlp.down_proj.weight
+            errors = [float((x @ (rounding(weight * s) / s - weight).t()).square().mean()) for s in scales]
+            torch.testing.assert_close(found, scales[int(np.argmin(errors))])
+        llm_awq.apply_scale(block, part, found, inputs)
+    again, _, same = llm_awq.record(block, hidden, arguments)
+    torch.testing.assert_close(same, output, rtol=1e-4, atol=1e-4)
+    for name, x in inputs.items():
+        torch.testing.assert_close(again[name], x, rtol=1e-3, atol=1e-4)
+
+
 class Exact(Rounding):
     """Rounds nothing."""
 
