@@ -48,7 +48,7 @@ class Plan:
     @property
     def with_float(self) -> bool:
         """Whether the float model's states are carried along, for `Statistics.cross`."""
-        return bool(self.inputs) and getattr(self.settings, "effort", None) == "best"
+        return bool(self.inputs) and getattr(self.settings, "cross", False)
 
 
 def make_plan(
