@@ -51,16 +51,13 @@ class BlockCalls:
     """Block i, loaded, and what it is called with, as `statistics.Calls`; rank 0 searches with it, others follow.
 
     Attributes:
-        states: what goes into the block. float_states: the same in the float model, None where no one asks for it.
-        float_next: takes the float model's output, in the first observation; None with float_states.
+        states: what goes into the block.
     """
 
     stream: BlockStream
     i: int
     share: Share
     states: States
-    float_states: States | None = None
-    float_next: StatesWriter | None = None
     clock: Clock = field(default_factory=Clock)
     observations: int = 0
 
@@ -75,11 +72,7 @@ class BlockCalls:
             return self.stream.run(self.i, self.states[0], 0, dtype)
 
     def groups(self, block: nn.Module) -> list[Group]:
-        """Statistics of the linear layers of the block as it is now, over all windows of all ranks.
-
-        `cross` compares with the float model's states through the block as it is now: before anything in the block is
-        changed, that is the float model.
-        """
+        """Statistics of the linear layers of the block as it is now, over all windows of all ranks."""
         ranks = self.share.ranks
         if self.observations:
             ranks.tell(OBSERVE)
@@ -90,13 +83,10 @@ class BlockCalls:
         share = self.share
         self.observations += 1
         runs = [partial(self._run_window, number, window) for number, window in enumerate(share.windows)]
-        references = None
-        if self.float_states is not None:
-            references = [partial(self._run_float, number, window) for number, window in enumerate(share.windows)]
         lanes = {lane: len(windows) for lane, windows in share.lanes.items()}
         with share.ranks.together(), self.clock.stage("observe"):
-            mine = observe_lanes(block, runs, lanes, name=self.name, references=references, folder=share.folder)
-        return share.ranks.sum_groups(block, mine, share.total, references is not None)
+            mine = observe_lanes(block, runs, lanes, name=self.name, folder=share.folder)
+        return share.ranks.sum_groups(block, mine, share.total)
 
     def searched(self, block: nn.Module, search: Callable[[], Result]) -> Result | None:
         """Rank 0 runs `search`, which calls `groups`; the others observe whenever it does, and get None."""
@@ -121,13 +111,6 @@ class BlockCalls:
 
     def _run_window(self, number: int, window: int) -> torch.Tensor:
         return self.stream.run(self.i, self.states[window], number)
-
-    def _run_float(self, number: int, window: int) -> torch.Tensor:
-        assert self.float_states is not None
-        output = self.stream.run(self.i, self.float_states[window], number)
-        if self.float_next is not None and self.observations == 1:
-            self.float_next.add(window, output)
-        return output
 
     def advance(self, block: nn.Module, into: StatesWriter) -> None:
         """Write what the block, rounded by now, makes of its inputs: the next block sees the error to come."""

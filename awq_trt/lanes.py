@@ -56,18 +56,17 @@ class LaneSums:
 
     k: int
     device: torch.device | str = "cpu"
-    with_cross: bool = False
     folder: Path | None = None
     first: int = 0
     nodes: dict[Node, Statistics | Parked] = field(default_factory=dict)
     current: Statistics | None = None
 
-    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None) -> None:
+    def add(self, x: torch.Tensor) -> None:
         """Add activations to the lane in progress."""
         if self.current is None:
             self._park()
             self.current = self.zero()
-        self.current.add_upper(x, x_float)
+        self.current.add_upper(x)
 
     def end(self, lane: int) -> None:
         """The lane in progress, number `lane`, is complete."""
@@ -87,7 +86,7 @@ class LaneSums:
 
     def zero(self) -> Statistics:
         """The sum of nothing."""
-        return Statistics.zero(self.k, self.device, self.with_cross)
+        return Statistics.zero(self.k, self.device)
 
     def take(self, node: Node) -> Statistics | None:
         """A finished sum, in memory; None where no token came."""

@@ -23,27 +23,24 @@ class Statistics:
     Attributes:
         hessian: sum of x^T x over the tokens, fp32 [K, K]. total_abs: sum of |x|, fp32 [K]. tokens: how many.
         largest: the largest |x| seen (fp16 ends at 65504; NaN or Inf where one was seen).
-        cross: sum of (x_float - x)^T x, fp32 [K, K], where x_float is the same input in the float model; or None.
     """
 
     hessian: torch.Tensor
     total_abs: torch.Tensor
     tokens: int = 0
     largest: float = 0.0
-    cross: torch.Tensor | None = None
 
     @classmethod
-    def zero(cls, k: int, device: torch.device | str = "cpu", cross: bool = False) -> Statistics:
+    def zero(cls, k: int, device: torch.device | str = "cpu") -> Statistics:
         """Of nothing, for K = `k` channels."""
-        square = torch.zeros(k, k, device=device)
-        return cls(square, torch.zeros(k, device=device), cross=torch.zeros_like(square) if cross else None)
+        return cls(torch.zeros(k, k, device=device), torch.zeros(k, device=device))
 
-    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None) -> None:
-        """Add activations [..., K]; `x_float`, of the same shape, are those of the float model."""
-        self.add_upper(x, x_float)
+    def add(self, x: torch.Tensor) -> None:
+        """Add activations [..., K]."""
+        self.add_upper(x)
         self.mirror()
 
-    def add_upper(self, x: torch.Tensor, x_float: torch.Tensor | None = None) -> None:
+    def add_upper(self, x: torch.Tensor) -> None:
         """`add`, but the Hessian is only right in and above its diagonal panels until `mirror` is called."""
         x = rows_of(x)
         if not len(x):
@@ -54,22 +51,15 @@ class Statistics:
         low, high = (float(bound) for bound in x.aminmax())
         self.tokens += len(x)
         self.largest = max(self.largest, -low, high) if low == low else low  # NaN stays NaN
-        if self.cross is not None and x_float is not None and x_float.shape[:-1].numel() == len(x):
-            self.cross.addmm_((rows_of(x_float) - x).t(), x)
 
     def mirror(self) -> None:
         """Copy the upper panels of the Hessian below the diagonal."""
         for columns in panels(len(self.hessian)):
             self.hessian[columns.stop :, columns] = self.hessian[columns, columns.stop :].t()
 
-    def tensors(self) -> list[torch.Tensor]:
-        """What is large."""
-        return [self.hessian] if self.cross is None else [self.hessian, self.cross]
-
     def plus(self, other: Statistics) -> None:
         """Add another sum, in place."""
-        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
-            mine += its
+        self.hessian += other.hessian
         self._plus_small(other.total_abs, other.tokens, other.largest)
 
     def _plus_small(self, total_abs: torch.Tensor, tokens: int, largest: float) -> None:
@@ -86,36 +76,33 @@ def panels(k: int) -> list[slice]:
 
 @dataclass
 class Parked:
-    """A sum whose large tensors wait in a file."""
+    """A sum whose Hessian waits in a file."""
 
     file: Path
     small: tuple[torch.Tensor, int, float]
-    with_cross: bool
 
     @classmethod
     def of(cls, sums: Statistics, file: Path) -> Parked:
-        """Write the large tensors of a sum; the caller lets go of it."""
+        """Write the Hessian of a sum; the caller lets go of it."""
         with file.open("wb") as out:
-            for tensor in sums.tensors():
-                for piece in tensor.view(-1).split(PIECE):
-                    out.write(piece.cpu().numpy().data)
-        return cls(file, (sums.total_abs, sums.tokens, sums.largest), sums.cross is not None)
+            for piece in sums.hessian.view(-1).split(PIECE):
+                out.write(piece.cpu().numpy().data)
+        return cls(file, (sums.total_abs, sums.tokens, sums.largest))
 
     def add_to(self, sums: Statistics) -> None:
         """Add it to another sum, piece by piece, and delete the file."""
         buffer = torch.empty(PIECE)
         with self.file.open("rb") as file:
-            for tensor in sums.tensors():
-                for piece in tensor.view(-1).split(PIECE):
-                    part = buffer[: len(piece)]
-                    file.readinto(part.numpy().data.cast("B"))
-                    piece += part.to(piece.device)
+            for piece in sums.hessian.view(-1).split(PIECE):
+                part = buffer[: len(piece)]
+                file.readinto(part.numpy().data.cast("B"))
+                piece += part.to(piece.device)
         sums._plus_small(*self.small)
         self.file.unlink()
 
     def load(self) -> Statistics:
         """Back into memory."""
         total_abs = self.small[0]
-        sums = Statistics.zero(len(total_abs), total_abs.device, self.with_cross)
+        sums = Statistics.zero(len(total_abs), total_abs.device)
         self.add_to(sums)
         return sums

@@ -29,8 +29,6 @@ LARGE = 1 << 24
 """Bytes of a tensor outside the blocks that gets a shard of its own, so that no two are in memory together."""
 REHEARSED = 2
 """Windows of the rehearsal."""
-ROUNDED, FLOAT = "rounded", "float"
-"""Whose states: the rounded model's, and the float model's, which go along where something compares with them."""
 
 
 @dataclass(frozen=True)
@@ -52,44 +50,44 @@ def awq_blocks(job: Job) -> Took | None:
     """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take."""
     plan, work, ranks = job.plan, job.work, job.ranks
     share = Share(len(plan.inputs), ranks, work.scratch)
-    kinds = (ROUNDED, FLOAT) if plan.with_float else (ROUNDED,)
-    done = first_block(job, share, kinds)
+    done = first_block(job, share)
     expected = None
     with ranks.together():
         if ranks.rank == 0:
             write_outside(job)
-        stream = record(job, share, kinds if done == 0 else ())
-    states = {kind: States(work.states(done, kind)) for kind in kinds}
+        stream = record(job, share, keep=done == 0)
+    states = States(work.states(done))
     with ranks.together():
         if ranks.rank == 0 and done < plan.blocks:
             expected = rehearse(job, stream, done, states)
             announce(job, expected, done)
     bytes_each = sum(file.stat().st_size for file in work.states(done))
-    keep = expected is not None and job.budget.spare(expected.bytes, 2 * len(kinds) * bytes_each)
+    keep = expected is not None and job.budget.spare(expected.bytes, 2 * bytes_each)
     keep = ranks.tell(keep)
     folds = Folds.from_json(work.block_reports()[-1]["folds"]) if done and ranks.rank == 0 else Folds()
     for i in steps(job, done):
         with ExitStack() as stack:
-            into: dict[str, StatesWriter] = {}
-            for kind in kinds if i + 1 < plan.blocks else ():
-                path = work.new_states(i + 1, ranks.rank, kind)
-                into[kind] = stack.enter_context(StatesWriter(path, len(share.windows), keep))
-            calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT), into.get(FLOAT))
-            report = process(plan, calls, job.writer(), folds, into.get(ROUNDED))
+            into: StatesWriter | None = None
+            if i + 1 < plan.blocks:
+                path = work.new_states(i + 1, ranks.rank)
+                into = stack.enter_context(StatesWriter(path, len(share.windows), keep))
+            calls = BlockCalls(stream, i, share, states)
+            report = process(plan, calls, job.writer(), folds, into)
         with ranks.together():
             if report is not None:
                 work.finish_block(i, report)
         work.forget_states(i + 1)
-        states = {kind: States(work.states(i + 1, kind), writer.kept) for kind, writer in into.items()}
+        if into is not None:
+            states = States(work.states(i + 1), into.kept)
     return expected
 
 
-def first_block(job: Job, share: Share, kinds: tuple[str, ...]) -> int:
+def first_block(job: Job, share: Share) -> int:
     """The block to go on with: behind the finished ones if every rank finds the states of its windows, else 0."""
     done: int = job.ranks.tell(job.work.finished if job.ranks.rank == 0 else None)
     if 0 < done < job.plan.blocks:
-        found = [States(job.work.states(done, kind)) for kind in kinds]
-        if not all(job.ranks.collect(all(w in states for w in share.windows for states in found))):
+        states = States(job.work.states(done))
+        if not all(job.ranks.collect(all(window in states for window in share.windows))):
             with job.ranks.together():
                 if job.ranks.rank == 0:
                     job.work.restart()
@@ -97,15 +95,16 @@ def first_block(job: Job, share: Share, kinds: tuple[str, ...]) -> int:
     return done
 
 
-def record(job: Job, share: Share, kinds: tuple[str, ...]) -> BlockStream:
-    """Note what blocks are called with, and write the states that go into block 0, for these kinds."""
+def record(job: Job, share: Share, keep: bool) -> BlockStream:
+    """Note what blocks are called with, and `keep` the states that go into block 0."""
     plan, windows = job.plan, share.windows
     with ExitStack() as stack:
-        paths = [job.work.new_states(0, job.ranks.rank, kind) for kind in kinds]
-        writers = [stack.enter_context(StatesWriter(path, len(windows))) for path in paths]
+        writer = None
+        if keep:
+            writer = stack.enter_context(StatesWriter(job.work.new_states(0, job.ranks.rank), len(windows)))
 
         def sink(number: int, states: torch.Tensor) -> None:
-            for writer in writers:
+            if writer is not None:
                 writer.add(windows[number], states)
 
         inputs = [plan.inputs[w] for w in windows]
@@ -205,7 +204,7 @@ def put_rounded(block: nn.Module, layers: Mapping[str, QuantizedLinear], dtype: 
         parameter.data = parameter.data.to(dtype)
 
 
-def rehearse(job: Job, stream: BlockStream, done: int, states: Mapping[str, States]) -> Took:
+def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Took:
     """Measure one block, the largest, with two windows, and throw the result away; what it took is kept for resuming.
 
     Raises:
@@ -218,7 +217,7 @@ def rehearse(job: Job, stream: BlockStream, done: int, states: Mapping[str, Stat
     known = read_json_or_none(work.path / "rehearsal.json")
     if known is None:
         share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
-        calls = BlockCalls(stream, i, share, states[ROUNDED], states.get(FLOAT))
+        calls = BlockCalls(stream, i, share, states)
         folder = work.scratch / "rehearsal"
         with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
             process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)

@@ -45,11 +45,6 @@ class Plan:
     save_format: str
     report: dict[str, Any]
 
-    @property
-    def with_float(self) -> bool:
-        """Whether the float model's states are carried along, for `Statistics.cross`."""
-        return bool(self.inputs) and getattr(self.settings, "cross", False)
-
 
 def make_plan(
     checkpoint: Checkpoint,

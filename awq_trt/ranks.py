@@ -84,7 +84,7 @@ class Ranks:
                     if self.rank:
                         module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
-    def sum_groups(self, block: nn.Module, mine: list[Observed], windows: int, with_cross: bool) -> list[Group]:
+    def sum_groups(self, block: nn.Module, mine: list[Observed], windows: int) -> list[Group]:
         """The groups that all ranks have seen, with the sums over all lanes; only rank 0 gets them, the others []."""
         parts = self.collect([(o.names, o.before, o.sums.k) for o in mine])
         merged: list[tuple[list[str], list[str], int]] = []
@@ -99,7 +99,7 @@ class Ranks:
         for names, before, k in merged:
             own = next((o for o in mine if set(o.names) & set(names)), None)
             if own is None:
-                own = Observed(names, before, LaneSums(k, next(block.parameters()).device, with_cross))
+                own = Observed(names, before, LaneSums(k, next(block.parameters()).device))
             own.names, own.before = names, before
             total = self._sum(own, (lane_count(windows).bit_length() - 1, 0), lane_count(windows))
             if self.rank == 0:
@@ -131,7 +131,7 @@ def _send(sums: Statistics | None, to: int, own: Observed) -> None:
     mark = [0.0, 0.0] if sums is None else [float(sums.tokens), sums.largest]
     dist.send(torch.tensor(mark, dtype=torch.float64, device=device), to)
     if sums is not None:
-        for tensor in (*sums.tensors(), sums.total_abs):
+        for tensor in (sums.hessian, sums.total_abs):
             dist.send(tensor, to)
 
 
@@ -141,7 +141,7 @@ def _receive(source: int, own: Observed) -> Statistics | None:
     if not mark[0]:
         return None
     sums = own.sums.zero()
-    for tensor in (*sums.tensors(), sums.total_abs):
+    for tensor in (sums.hessian, sums.total_abs):
         dist.recv(tensor, source)
     sums.tokens, sums.largest = int(mark[0]), float(mark[1])
     return sums

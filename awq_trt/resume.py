@@ -219,13 +219,13 @@ class WorkDirectory:
         finally:
             os.close(self._lock)
 
-    def states(self, block: int, kind: str = "rounded") -> list[Path]:
-        """The files with the states that go into a block; kind "rounded", or "float" of the float model."""
-        return sorted((self.path / "states").glob(f"{block:05}.{kind}.r*.safetensors"))
+    def states(self, block: int) -> list[Path]:
+        """The files with the states that go into a block."""
+        return sorted((self.path / "states").glob(f"{block:05}.r*.safetensors"))
 
-    def new_states(self, block: int, rank: int, kind: str = "rounded") -> Path:
+    def new_states(self, block: int, rank: int) -> Path:
         """Where a rank writes them."""
-        return self.path / "states" / f"{block:05}.{kind}.r{rank}.safetensors"
+        return self.path / "states" / f"{block:05}.r{rank}.safetensors"
 
     def _block(self, i: int) -> Path:
         return self.path / "blocks" / f"{i:05}.json"

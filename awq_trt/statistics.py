@@ -69,17 +69,10 @@ class _Observer:
     last_call: int | None = None  # calls of linear layers in a run, known once all of them were called in one
     ran: list[str] = field(default_factory=list)
     inputs: list[tuple[torch.Tensor, Observed]] = field(default_factory=list)  # alive, so that `is` is enough
-    reference: dict[tuple[str, int], torch.Tensor] | None = None  # inputs of the float model: (layer, nth call) -> x
-    recording: bool = False
 
     def on_linear(self, name: str, x: torch.Tensor) -> None:
         """A linear layer is about to read x."""
         self.calls += 1
-        call = (name, self.ran.count(name))
-        if self.recording:
-            assert self.reference is not None
-            self.reference[call] = x
-            return
         group = next((g for g in self.groups if name in g.names), None)
         if group is None:
             group = next((g for tensor, g in self.inputs if tensor is x), None)
@@ -89,7 +82,7 @@ class _Observer:
                 self.groups.append(group)
             group.names.append(name)
         if not any(tensor is x and g is group for tensor, g in self.inputs):
-            group.sums.add(x, self.reference.get(call) if self.reference else None)
+            group.sums.add(x)
             self.inputs.append((x, group))
             assert group.sums.current is not None or not x.numel()
             if group.sums.current is not None and not math.isfinite(group.sums.current.largest):
@@ -106,7 +99,7 @@ class _Observer:
         self.inputs.clear()
         with suppress(_EnoughError):
             run()
-        if self.last_call is None and not self.recording:
+        if self.last_call is None:
             linears = {n for n, m in self.block.named_modules() if isinstance(m, nn.Linear)}
             if linears <= set(self.ran):
                 self.last_call = self.calls
@@ -117,7 +110,7 @@ class _Observer:
         if isinstance(module, nn.Linear):
             self.on_linear(name, x)
         self.ran.append(name)
-        if isinstance(module, nn.Linear) and self.calls == self.last_call and not self.recording:
+        if isinstance(module, nn.Linear) and self.calls == self.last_call:
             raise _EnoughError
 
 
@@ -143,21 +136,19 @@ def observe_lanes(
     lanes: Mapping[int, int],
     *,
     name: str = "",
-    references: Sequence[Run] | None = None,
     folder: Path | None = None,
 ) -> list[Observed]:
     """`observe`, for the windows of one process of many.
 
     Args:
         lanes: lane -> number of its windows; `runs` are those windows, lane after lane.
-        references: the same windows with the states of the float model, for `Statistics.cross`; None for no `cross`.
         folder: where large sums wait.
     """
     first = min(lanes, default=0)
 
     def new_sums(linear: nn.Linear) -> LaneSums:
         device = linear.weight.device
-        return LaneSums(linear.in_features, device, references is not None, folder, first)
+        return LaneSums(linear.in_features, device, folder, first)
 
     observer = _Observer(block, name, new_sums)
 
@@ -169,10 +160,6 @@ def observe_lanes(
         window = 0
         for lane, count in lanes.items():
             for j in range(window, window + count):
-                if references is not None:
-                    observer.reference, observer.recording = {}, True
-                    observer.run(references[j])
-                    observer.recording = False
                 observer.run(runs[j])
             window += count
             for group in observer.groups:

@@ -12,18 +12,17 @@ from awq_trt import lanes as lanes_module
 from awq_trt.errors import AwqTrtError
 from awq_trt.lanes import LaneSums, joined, lane_count, lane_owner, lane_ranges
 from awq_trt.moments import Statistics
-from awq_trt.statistics import finished, observe, observe_lanes
+from awq_trt.statistics import observe
 
 
 @pytest.mark.parametrize("k", [8, 200, 1100])
 def test_sums_are_those_of_all_tokens(k: int) -> None:
-    x, other = torch.randn(5, 7, k), torch.randn(5, 7, k)
-    statistics = Statistics.zero(k, cross=True)
-    statistics.add(x[:2], other[:2])
-    statistics.add(x[2:], other[2:])
-    rows, difference = x.reshape(-1, k), (other - x).reshape(-1, k)
+    x = torch.randn(5, 7, k)
+    statistics = Statistics.zero(k)
+    statistics.add(x[:2])
+    statistics.add(x[2:])
+    rows = x.reshape(-1, k)
     torch.testing.assert_close(statistics.hessian, rows.t() @ rows, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(statistics.cross, difference.t() @ rows, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(statistics.total_abs, rows.abs().sum(0))
     assert statistics.tokens == 35
     assert statistics.largest == float(x.abs().max())
@@ -134,18 +133,3 @@ def test_zero_constant_and_no_activations(x: torch.Tensor) -> None:
     (group,) = observe(wrapped, [lambda: wrapped(x)])
     assert torch.equal(group.statistics.hessian, x.t() @ x)
     assert group.statistics.tokens == len(x)
-
-
-def test_cross_is_the_distance_to_the_float_model() -> None:
-    torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
-    x, x_float = torch.randn(3, 20, 8), torch.randn(3, 20, 8)
-    runs = [lambda i=i: block(x[i]) for i in range(3)]
-    references = [lambda i=i: block(x_float[i]) for i in range(3)]
-    lanes = {lane: len(r) for lane, r in lane_ranges(3).items()}
-    found = [finished(block, o, 3) for o in observe_lanes(block, runs, lanes, references=references)]
-    for group, a, b in zip(found, (x_float, block[0](x_float)), (x, block[0](x)), strict=True):
-        rows = b.reshape(-1, 8)
-        expected = (a.reshape(-1, 8) - rows).t() @ rows
-        assert group.statistics.cross is not None
-        torch.testing.assert_close(group.statistics.cross, expected, rtol=1e-4, atol=1e-4)
