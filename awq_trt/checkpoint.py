@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.safetensors_file import read_header
 
 Reader = Callable[[], torch.Tensor]
 
@@ -148,8 +149,9 @@ def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpo
             "If it ships its own code and you trust it, pass --trust-remote-code."
         ) from error
     keys = safetensors_index(path, source)
-    readers: dict[str, Reader] = {key: SafetensorsReader(file, key) for key, file in keys.items()}
-    files = (*sorted(set(keys.values())), path / "config.json")
+    headers = {file: read_header(file) for file in sorted(set(keys.values()))}
+    readers: dict[str, Reader] = {k: SafetensorsReader(file, k, headers[file][k].shape) for k, file in keys.items()}
+    files = (*headers, path / "config.json")
     return match_names(source, path, config, readers, load_tokenizer(path), files)
 
 
@@ -206,10 +208,11 @@ def safetensors_index(path: Path, source: str, stem: str = "model") -> dict[str,
 
 @dataclass(frozen=True)
 class SafetensorsReader:
-    """Reads one tensor of a file through a memory map, which lives as long as the tensor."""
+    """Reads one tensor of a file, of this shape, through a memory map, which lives as long as the tensor."""
 
     file: Path
     key: str
+    shape: tuple[int, ...]
 
     def __call__(self) -> torch.Tensor:
         with safe_open(str(self.file), framework="pt") as handle:
@@ -245,18 +248,30 @@ def match_names(
 
     Args:
         dtype: of the values that the readers give; None looks at the first.
+
+    Raises:
+        AwqTrtError: a tensor is missing, or has not the shape that the configuration says.
     """
     model = empty_model(config)
     transposed = transposed_weights(model)
     prefix = f"{model.base_model_prefix}."
     buffers = persistent_buffers(model)
     names = [n for n, _ in model.named_parameters()] + buffers
+    parameters = dict(model.named_parameters())
     readers: dict[str, Reader] = {}
     for name in names:
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         key = next((c for c in (name, name.removeprefix(prefix), prefix + name, old) if c in stored), None)
         if key is not None:
-            readers[name] = _transposing(stored[key]) if name in transposed else stored[key]
+            read = stored[key]
+            if isinstance(read, SafetensorsReader) and name in parameters:
+                expected = parameters[name].shape[::-1] if name in transposed else parameters[name].shape
+                if read.shape != expected:
+                    raise AwqTrtError(
+                        f"{source}: tensor {key} has shape {list(read.shape)}, config.json says {list(expected)}; "
+                        "one of the two is of another model."
+                    )
+            readers[name] = _transposing(read) if name in transposed else read
     if missing := [n for n in names if n not in readers and n not in buffers]:
         readers = _converted_by_transformers(source, path, type(model), missing[0])
     first = readers[names[0]]().dtype if dtype is None and names else dtype
