@@ -13,6 +13,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import bench_awq
 from bench import environments, llm_awq, methods, prepare, runner, texts
 from bench.llm_awq import Rounding
 
@@ -149,10 +150,16 @@ def test_names_of_methods_and_groups() -> None:
         methods.chosen(["nonsense", "float"])
 
 
-def test_windows_that_fit_into_the_seconds() -> None:
-    assert runner.windows_within(200, (8, 40), (48, 100), most=500) == 108  # 1.5 s each, 5 % left over
-    assert runner.windows_within(200, (8, 40), (48, 100), most=71) == 71
-    assert runner.windows_within(10, (8, 40), (48, 100), most=71) == 1
+def test_rows_of_an_earlier_record(tmp_path: Path) -> None:
+    """Those run now are left out with what they exported, and so are rows whose method is no more."""
+    names = ("best", "modelopt-awq-lite", "modelopt-awq-lite-exported", "llm-awq", "given-up")
+    record = {"date": "then", "settings": {"length": 512}, "rows": {name: {"perplexity": 1.0} for name in names}}
+    (tmp_path / "earlier.json").write_text(json.dumps(record))
+    rows = bench_awq.earlier(tmp_path / "earlier.json", {"length": 512}, ["best"])
+    assert list(bench_awq.in_order(rows)) == ["llm-awq", "modelopt-awq-lite", "modelopt-awq-lite-exported"]
+    assert rows["llm-awq"] == {"perplexity": 1.0, "measured": "then"}
+    with pytest.raises(SystemExit, match="other settings"):
+        bench_awq.earlier(tmp_path / "earlier.json", {"length": 256}, [])
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +178,9 @@ def bench(models: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.Benc
 def test_one_method_from_start_to_score(bench: runner.Bench) -> None:
     assert json.loads((bench.model / "config.json").read_text())["num_hidden_layers"] == 1
     assert prepare.linear_shapes(bench.model) == {"64 x 64": 2, "32 x 64": 2, "128 x 64": 2, "64 x 128": 1}
-    rows = runner.run_method(bench, methods.chosen(["float"])[0], {})
+    rows = runner.run_method(bench, methods.chosen(["float"])[0])
     assert rows["float"]["increase"] == 0
-    rows |= runner.run_method(bench, methods.chosen(["rounding"])[0], rows)
+    rows |= runner.run_method(bench, methods.chosen(["rounding"])[0])
     row = rows["rounding"]
     checkpoint = open_checkpoint(bench.model)
     expected = accuracy(
@@ -189,18 +196,16 @@ def test_one_method_from_start_to_score(bench: runner.Bench) -> None:
 
 
 def test_a_method_that_fails_is_a_row(bench: runner.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    (method,) = methods.chosen(["best-llm-awq-seconds"])
-    assert "takes its number of windows" in runner.run_method(bench, method, {})[method.name]["error"]
     (peer,) = methods.chosen(["modelopt-awq-lite"])
     monkeypatch.setattr(runner, "interpreter", lambda name, cache: sys.executable)
-    assert "No module named 'modelopt'" in runner.run_method(bench, peer, {})[peer.name]["error"]
+    assert "No module named 'modelopt'" in runner.run_method(bench, peer)[peer.name]["error"]
 
     def fails(command: list[str]) -> None:
         raise environments.NotInstalledError("pip: no such version")
 
     monkeypatch.setattr(environments, "_run", fails)
     monkeypatch.setattr(runner, "interpreter", environments.interpreter)
-    assert runner.run_method(bench, peer, {}) == {peer.name: {"error": "pip: no such version"}}
+    assert runner.run_method(bench, peer) == {peer.name: {"error": "pip: no such version"}}
 
 
 def test_float_predictions_are_kept(bench: runner.Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def main() -> int:
     rows: dict[str, Row] = earlier(args.compare, record["settings"], [m.name for m in methods])
     for method in methods:
         with console.status(f"{method.name}"):
-            found = run_method(bench, method, rows)
+            found = run_method(bench, method)
         rows = in_order(rows | found)
         record["rows"], record["targets"] = rows, targets(rows)
         for name, row in found.items():
@@ -149,13 +149,18 @@ def hardware() -> dict[str, Any]:
 
 
 def earlier(path: Path | None, settings: dict[str, Any], now: list[str]) -> dict[str, Row]:
-    """Rows of an earlier record with the same settings, without those that are run now."""
+    """Rows of an earlier record with the same settings, without those that are run now or that are no more."""
     if path is None:
         return {}
     record = json.loads(path.read_text())
     if record["settings"] != settings:
         sys.exit(f"error: {path} was measured with other settings: {record['settings']}")
-    return {name: {**row, "measured": record["date"]} for name, row in record["rows"].items() if name not in now}
+    wanted = set(GROUPS["all"]) - set(now)
+    return {
+        name: {**row, "measured": row.get("measured", record["date"])}
+        for name, row in record["rows"].items()
+        if name.removesuffix("-exported") in wanted
+    }
 
 
 def in_order(rows: dict[str, Row]) -> dict[str, Row]:

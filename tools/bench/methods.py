@@ -10,9 +10,6 @@ PEERS = {
 }
 """Environment -> what pip installs into it; torch comes from tools/constraints.txt, so that none brings CUDA along."""
 
-LLM_AWQ_SECONDS = -1
-"""As many calibration windows as `best` gets through in the seconds that llm-awq took."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -54,7 +51,6 @@ METHODS = (
     ours("best", "best"),
     ours("best-symmetric", "best", symmetric=True),
     ours("best-48", "best", windows=48),
-    ours("best-llm-awq-seconds", "best", windows=LLM_AWQ_SECONDS),
     Method("modelopt-awq-lite", "method_modelopt", True, (), "modelopt"),
     Method("llm-compressor-awq", "method_llmcompressor", False, (("method", "awq"),), "llmcompressor"),
     Method("llm-compressor-gptq", "method_llmcompressor", False, (("method", "gptq"),), "llmcompressor"),
@@ -63,7 +59,7 @@ METHODS = (
 GROUPS = {
     "all": tuple(m.name for m in METHODS),
     "cheap": ("float", "rounding", "rounding-symmetric", "fast", "default"),
-    "ours": ("float", "fast", "default", "best", "best-symmetric", "best-48", "best-llm-awq-seconds"),
+    "ours": ("float", "fast", "default", "best", "best-symmetric", "best-48"),
     "peers": ("float", "modelopt-awq-lite", "llm-compressor-awq", "llm-compressor-gptq"),
 }
 
@@ -81,12 +77,12 @@ class Target:
 TARGETS = (
     Target("default", "llm-awq", "increase", 0.95),
     Target("best", "llm-awq", "increase", 0.70),
-    Target("best-llm-awq-seconds", "llm-awq", "increase", 0.60),
+    Target("best-48", "llm-awq", "increase", 0.60),
     Target("best-symmetric", "modelopt-awq-lite", "increase", 0.70),
     Target("default", "llm-awq", "seconds", 0.25),
     Target("default", "modelopt-awq-lite", "seconds", 1.0),
     Target("best", "llm-awq", "seconds", 1.0),
-    Target("best-llm-awq-seconds", "llm-awq", "seconds", 1.0),
+    Target("best-48", "llm-awq", "seconds", 1.0),
 )
 
 

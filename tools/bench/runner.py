@@ -20,7 +20,7 @@ from awq_trt.checkpoint import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.quantized_checkpoint import is_quantized, open_quantized
 from bench.environments import NotInstalledError, interpreter
-from bench.methods import LLM_AWQ_SECONDS, Method
+from bench.methods import Method
 from bench.prepare import save_ids
 
 CHILD = Path(__file__).with_name("child.py")
@@ -49,12 +49,8 @@ class Bench:
     reference: Predictions
 
 
-def run_method(bench: Bench, method: Method, rows: dict[str, Row]) -> dict[str, Row]:
-    """The rows of one method, by name; a row with "error" where it could not be run.
-
-    Args:
-        rows: those of the methods before it, from which the number of windows may follow.
-    """
+def run_method(bench: Bench, method: Method) -> dict[str, Row]:
+    """The rows of one method, by name; a row with "error" where it could not be run."""
     if method.module is None:
         return {method.name: scores(bench.reference, bench.reference)}
     output = bench.cache / "work" / method.name
@@ -62,7 +58,7 @@ def run_method(bench: Bench, method: Method, rows: dict[str, Row]) -> dict[str, 
     output.mkdir(parents=True)
     try:
         python = interpreter(method.environment, bench.cache)
-        result = run_child(bench, method, windows_for(bench, method, rows), python, output)
+        result = run_child(bench, method, method.windows or bench.windows, python, output)
         delivered: list[str] = result.pop("delivered")
         found = {}
         for folder in delivered:
@@ -113,33 +109,6 @@ def run_child(bench: Bench, method: Method, windows: int, python: str, output: P
         raise ChildError(f"exit code {done.returncode}: {done.stderr.strip()[-800:]}")
     result: Row = json.loads((output / "result.json").read_text())
     return result
-
-
-def windows_for(bench: Bench, method: Method, rows: dict[str, Row]) -> int:
-    """How many calibration windows a method gets.
-
-    Raises:
-        ChildError: the number follows from rows that are not there.
-    """
-    if method.windows != LLM_AWQ_SECONDS:
-        return method.windows or bench.windows
-    few, many, limit = (rows.get(name, {}) for name in ("best", "best-48", "llm-awq"))
-    if not all("seconds" in row for row in (few, many, limit)):
-        raise ChildError("not run: it takes its number of windows from the rows best, best-48 and llm-awq")
-    return windows_within(
-        limit["seconds"],
-        (few["calibration_windows"], few["seconds"]),
-        (many["calibration_windows"], many["seconds"]),
-        len(bench.calibration(10**9)),
-    )
-
-
-def windows_within(seconds: float, few: tuple[int, float], many: tuple[int, float], most: int) -> int:
-    """How many windows take 95 % of `seconds`, on the line through two measurements (windows, seconds)."""
-    per_window = (many[1] - few[1]) / max(many[0] - few[0], 1)
-    if per_window <= 0:
-        return most
-    return max(1, min(most, int(few[0] + (0.95 * seconds - few[1]) / per_window)))
 
 
 def score(bench: Bench, directory: Path) -> Row:
