@@ -102,9 +102,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
     Raises:
         AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture.
     """
-    path = Path(model)
-    if not path.exists():
-        path = _from_hub(str(model))
+    path = local_path(model)
     if path.is_dir() and not (path / "config.json").exists():
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
@@ -119,10 +117,17 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
     return _open_directory(path, str(model), trust_remote_code)
 
 
-def _from_hub(model_id: str) -> Path:
-    """Download the parts of a hub repository that are needed: safetensors, configuration, tokenizer."""
+def local_path(model: str | Path) -> Path:
+    """Where a checkpoint is; of a hub id the parts that are needed (safetensors, configuration, tokenizer) are fetched.
+
+    Raises:
+        AwqTrtError: there is no such path, nor such a repository.
+    """
     from huggingface_hub import snapshot_download
 
+    if Path(model).exists():
+        return Path(model)
+    model_id = str(model)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or model_id.endswith(".gguf"):
         raise AwqTrtError(f"{model_id}: no such file or directory.")
     try:
@@ -136,10 +141,15 @@ def _from_hub(model_id: str) -> Path:
 
 
 def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpoint:
+    from awq_trt.quantization_methods import find_quantization
+
     raw = read_json(path / "config.json")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise AwqTrtError(f"{source}: already quantized (quant_method {method!r}); pass the original checkpoint.")
+    if quantization := find_quantization(path):
+        method = quantization.get("quant_method", "unknown")
+        raise AwqTrtError(
+            f"{source}: already quantized (quant_method {method!r}), so there is nothing to quantize; export it as it "
+            "is, or pass the original checkpoint."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:

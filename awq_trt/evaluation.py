@@ -85,7 +85,7 @@ def evaluate(
 
 def open_weights(path: str) -> Opened:
     """A float checkpoint or a quantized one, whichever it is."""
-    return open_quantized(path) if is_quantized(Path(path)) else open_checkpoint(path)
+    return open_quantized(path) if is_quantized(path) else open_checkpoint(path)
 
 
 def first_settings(opened: dict[str, Opened]) -> Settings | None:

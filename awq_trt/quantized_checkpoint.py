@@ -27,6 +27,7 @@ from awq_trt.checkpoint import (
     Checkpoint,
     empty_model,
     load_tokenizer,
+    local_path,
     read_json,
     safetensors_index,
     transposed_weights,
@@ -267,9 +268,9 @@ def read_tensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
     return tensor
 
 
-def is_quantized(directory: Path) -> bool:
-    """True for a directory whose configuration files say that it is quantized."""
-    return find_quantization(directory) is not None
+def is_quantized(directory: Path | str) -> bool:
+    """True for a directory, or a hub id, whose configuration files say that it is quantized."""
+    return find_quantization(local_path(directory)) is not None
 
 
 def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
@@ -279,7 +280,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
         AwqTrtError: a quantization that the kernels cannot run or that is not known; missing or truncated files;
             tensors that the model of the configuration has no place for.
     """
-    path, source = Path(directory), str(directory)
+    path, source = local_path(directory), str(directory)
     quantization = find_quantization(path)
     if quantization is None:
         raise AwqTrtError(f"{source}: config.json does not say how it is quantized.")

@@ -179,6 +179,10 @@ def test_already_quantized_by_another_tool(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(AwqTrtError, match="already quantized.*gptq"):
         open_checkpoint(llama)
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}')
+    with pytest.raises(AwqTrtError, match="already quantized.*modelopt"):
+        open_checkpoint(llama)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

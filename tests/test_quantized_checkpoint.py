@@ -324,6 +324,17 @@ def test_modelopt_with_its_own_file_alone(modelopt: Path, tmp_path: Path) -> Non
     assert not is_quantized(other)
 
 
+def test_a_hub_id_of_a_quantized_model(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is downloaded before it is asked whether it is quantized, and then exported without a search."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model_id, **_: str(quantized))
+    monkeypatch.chdir(tmp_path)
+    assert is_quantized("someone/quantized-awq")
+    export = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "export.py"))["main"]
+    assert export(["--quiet", "--no-verify", "--model", "someone/quantized-awq", "--onnx", "model.onnx"]) == 0
+    assert Path("model.onnx").exists()
+    assert not Path("model.awq").exists()
+
+
 @pytest.mark.slow
 def test_a_quantized_head_outside_the_blocks(quantized: Path, tmp_path: Path) -> None:
     """Read where it is a parameter of its own, and exported; in a GPTQ checkpoint, as one that has it would be."""

@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
-    from awq_trt.quantized_checkpoint import is_quantized
+    from awq_trt.checkpoint import local_path
 
     named = args.engine or args.onnx or args.awq
     if named is None:
@@ -171,12 +171,14 @@ def export(args: argparse.Namespace, console: Console) -> None:
         raise AwqTrtError("--triton-repo serves a plan: give --engine too.")
     if args.engine:
         check_engine(args)
-    model = Path(args.model)
-    if model.suffix == ".onnx":
-        onnx_path, accuracy = model, None
+    if args.model.endswith(".onnx"):
+        onnx_path, accuracy = Path(args.model), None
     else:
-        original = None if is_quantized(model) else open_model(args)
-        awq_dir = model if original is None else quantize_stage(args, original, named.with_suffix(".awq"), console)
+        original = open_model(args)
+        if original is None:
+            awq_dir = local_path(args.model)
+        else:
+            awq_dir = quantize_stage(args, original, named.with_suffix(".awq"), console)
         if not (args.engine or args.onnx) or not first_rank():
             return
         onnx_path = args.onnx or args.engine.with_suffix(".onnx")
@@ -245,13 +247,16 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
 
 
 def open_model(args: argparse.Namespace) -> Any:
-    """`--model` as a Checkpoint, with `--dtype` applied."""
+    """`--model` as a Checkpoint, with `--dtype` applied; None where it is quantized already."""
     import torch
 
     from awq_trt.checkpoint import open_checkpoint
+    from awq_trt.quantized_checkpoint import is_quantized
     from awq_trt.ranks import join_ranks
 
     with join_ranks(args.device).together():
+        if is_quantized(args.model):
+            return None
         checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     return dataclasses.replace(checkpoint, dtype=getattr(torch, args.dtype)) if args.dtype else checkpoint
 
