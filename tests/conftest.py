@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import tiny_models
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's `&` has it ignored, and children would inherit that
 
 
 @pytest.fixture(scope="session")
