@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from awq_trt.awq import Settings, find_scale, output_errors, scale_for, search, weight_parts
+from awq_trt import awq
+from awq_trt.awq import (
+    Candidate,
+    Settings,
+    find_scale,
+    output_errors,
+    quantize_block,
+    scale_for,
+    search,
+    weight_parts,
+)
 from awq_trt.fold import find_fold
 from awq_trt.linear import quantize_weight
 from awq_trt.statistics import Group, Statistics, observe
@@ -50,6 +61,19 @@ class TwoLayers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.second(self.activation(self.first(x)))
+
+
+class Mixed(nn.Module):
+    """A norm that feeds one layer that can be INT4 and one whose 20 rows cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.odd, self.even = nn.RMSNorm(32), nn.Linear(32, 20), nn.Linear(32, 64)
+        self.norm.weight.data = torch.logspace(-1, 1, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return torch.cat([self.odd(y), self.even(y)], dim=-1)
 
 
 def folds_of(block: nn.Module) -> dict[str, str | None]:
@@ -251,6 +275,25 @@ def test_alpha_is_refined_around_the_best_coarse_one() -> None:
     assert best.error <= 1.05 * min(errors)
 
 
+@pytest.mark.parametrize(
+    ("optimum", "found"), [(0.45, 0.4375), (0.3, 0.3125), (0.68, 0.6875), (0.94, 0.9375), (-0.2, 0.0), (1.2, 1.0)]
+)
+def test_alpha_comes_as_near_as_a_sixteenth(monkeypatch: pytest.MonkeyPatch, optimum: float, found: float) -> None:
+    tried: list[float] = []
+
+    def fake(samples: Any, group: Group, settings: Settings, s: torch.Tensor, alpha: float, weights: bool) -> Candidate:
+        tried.append(alpha)
+        return Candidate(s, alpha, weights, {"layer": abs(alpha - optimum) + 0.01 * weights})
+
+    monkeypatch.setattr(awq, "attempt", fake)
+    best = find_scale(
+        {"layer": torch.ones(8, 32)}, group_of(torch.ones(8, 32), torch.ones(4, 32)), SETTINGS, lambda s: s
+    )
+    assert best.alpha == found
+    assert not best.weights
+    assert all(0 <= alpha <= 1 for alpha in tried)
+
+
 @pytest.mark.parametrize("x", [torch.zeros(8, 32), torch.ones(8, 32), torch.eye(32)[:4] * 1e4])
 def test_dead_and_constant_channels(x: torch.Tensor) -> None:
     found = search(group_of(torch.randn(8, 32), x), SETTINGS, lambda s: s)
@@ -263,6 +306,39 @@ def test_scale_is_balanced() -> None:
     s = scale_for(torch.tensor([0.0, 1.0, 4.0]), 0.5)
     assert float(s.max() * s.min()) == pytest.approx(1)
     assert float(s[2] / s[1]) == pytest.approx(2)
+
+
+def test_scale_with_weights() -> None:
+    """The second form: activations^alpha / weights^(1 - alpha)."""
+    mean_abs, parts = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([0.5, 0.25, 1.0])
+    for alpha in (0.0, 0.5, 0.75, 1.0):
+        expected = mean_abs**alpha / parts ** (1 - alpha)
+        s = scale_for(mean_abs, alpha, parts)
+        torch.testing.assert_close(s / s[0], expected / expected[0])
+
+
+def test_a_layer_that_stays_in_float_takes_the_scale_that_was_folded() -> None:
+    """Its input is divided by s in the norm as for the others, so its weight is multiplied."""
+    torch.manual_seed(0)
+    block = Mixed().requires_grad_(False)
+    x = torch.randn(16, 32)
+    before, weight = block.odd(block.norm(x)), block.odd.weight.clone()
+
+    class Observed:
+        name = "block"
+
+        def groups(self, block: nn.Module) -> list[Group]:
+            return observe(block, [lambda: block(x)])
+
+        def run(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return block(x if dtype is None else x.to(dtype))
+
+    result = quantize_block(block, Observed(), SETTINGS, {})
+    assert list(result.layers) == ["even"], "20 rows are not a multiple of 8"
+    (report,) = result.reports
+    assert report.folded_into == "block.norm"
+    assert not torch.allclose(block.odd.weight, weight)
+    torch.testing.assert_close(block.odd(block.norm(x)), before, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_never_ran_are_in_no_group() -> None:

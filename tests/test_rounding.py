@@ -149,6 +149,18 @@ def test_moments_with_nan_are_refused() -> None:
         factor(hessian)
 
 
+def test_a_row_whose_refitted_scales_run_away_keeps_its_own() -> None:
+    """Steps of one group turned round: least squares would want a negative scale for it."""
+    weight, hessian = problem(8, 64, 600, 3)
+    grid = full_range(weight, 32, True, FP16)
+    q = nearest(weight, grid)
+    q[2, :32] = 16 - q[2, :32].clamp(min=1)
+    again = refit(weight, q, grid, factor(hessian.clone(), 0.0, 1e-3))
+    assert torch.equal(again.scales[2], grid.scales[2])
+    assert (again.scales > 0).all()
+    assert not torch.equal(again.scales, grid.scales)
+
+
 def test_refitted_scales_solve_the_least_squares_problem() -> None:
     weight, hessian = problem(24, 192, 600, 7)
     weight[3] = 0
