@@ -214,6 +214,8 @@ def _from_gptq_v2(parts: Parts, group_size: int | None) -> QuantizedLinear:
 
 def _from_pack_quantized(parts: Parts, group_size: int | None) -> QuantizedLinear:
     packed, scale, zero_point = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+    if parts["weight_shape"].shape != (2,):
+        raise AwqTrtError(f"tensor weight_shape is {list(parts['weight_shape'].shape)}; it should hold N and K.")
     n, k = (int(size) for size in parts["weight_shape"])
     groups = _two("weight_scale", scale)[1]
     fits = packed.shape == (n, -(-k // 8)) and len(scale) == n and k % groups == 0

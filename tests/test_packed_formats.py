@@ -171,6 +171,8 @@ def shuffled(g_idx: torch.Tensor) -> torch.Tensor:
         ("gptq", gptq, "qweight", lambda t: t.repeat(2, 1), r"g_idx is \[256\], .* \[512\] with 4 bits"),
         ("gptq_v2", gptq, "qweight", lambda t: t[:, :-8], "do not fit each other"),
         ("pack-quantized", packed, "weight_zero_point", lambda t: t[:-1], "do not fit each other"),
+        ("pack-quantized", packed, "weight_shape", lambda t: t[:1], r"weight_shape is \[1\]; it should hold N and K"),
+        ("pack-quantized", packed, "weight_shape", lambda t: -t, "do not fit each other"),
         ("pack-quantized", packed, "weight_packed", lambda t: t.repeat(1, 2), "do not fit each other with 4 bits"),
         ("pack-quantized", packed, "weight_scale", lambda t: t[:, :7], "do not fit each other"),
         ("pack-quantized", packed, "weight_g_idx", lambda t: shuffled(torch.arange(K) // 32), "act-order"),
