@@ -16,7 +16,7 @@ from awq_trt.awq import quantize_block, round_block
 from awq_trt.blocks import BlockStream, fill, find_blocks
 from awq_trt.calls import BlockCalls, Share
 from awq_trt.checkpoint import empty_model
-from awq_trt.estimate import Budget, Took, extrapolate, resident_bytes
+from awq_trt.estimate import Budget, Took, extrapolate, resident_bytes, trim_heap
 from awq_trt.files import remove
 from awq_trt.linear import QuantizedLinear
 from awq_trt.plan import Plan
@@ -134,6 +134,7 @@ def process(
         with clock.stage("advance"):
             calls.advance(block, into)
     stream.unload(calls.i)
+    trim_heap()
     if result is None:
         return None
     reports = [asdict(report) for report in result.reports]
