@@ -266,8 +266,8 @@ def match_names(
     transposed = transposed_weights(model)
     prefix = f"{model.base_model_prefix}."
     buffers = persistent_buffers(model)
-    names = [n for n, _ in model.named_parameters()] + buffers
     parameters = dict(model.named_parameters())
+    names = [*parameters, *buffers]
     readers: dict[str, Reader] = {}
     for name in names:
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

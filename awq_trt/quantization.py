@@ -100,10 +100,14 @@ def quantize(
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         carried = pre_scale and save_format in CARRY_PRE_SCALES
         means = EFFORTS[effort]
-        options = {"group_size": group_size, "symmetric": symmetric, "pre_scale": carried}
-        options["clip"] = means.clip if clip is None else clip
-        options["feedback"] = means.feedback if feedback is None else feedback
-        options["refit"] = refit
+        options = {
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "pre_scale": carried,
+            "clip": means.clip if clip is None else clip,
+            "feedback": means.feedback if feedback is None else feedback,
+            "refit": refit,
+        }
         samples = means.windows if samples is None else samples
         compute = (compute_dtype, compute_device(device))
         plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format)

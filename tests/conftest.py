@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's `&` has it ignored, and children would inherit that
+# A shell's `&` has SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads do not survive a fork, and the bits of a result may depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

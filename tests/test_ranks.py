@@ -6,7 +6,6 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import tiny_models
 import torch
 
 import awq_trt.quantization  # noqa: F401  before the processes are forked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXPORT = Path(__file__).parents[1] / "tools" / "export.py"
 SHORT = ("--calibration-samples", "5", "--calibration-length", "64")
@@ -59,22 +60,9 @@ def start(
     return [(code, (folder / f"log{rank}").read_text()) for rank, code in enumerate(codes)]
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads do not survive a fork."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -88,7 +76,7 @@ def test_files_are_those_of_one_process(model: Path, tmp_path: Path, logs: Path)
         assert [code for code, _ in results] == [0] * world, results
         assert ("shared by" in results[0][1]) == (world > 1)
         assert all("INT4" not in error for _, error in results[1:]), "only rank 0 prints"
-        assert content(tmp_path / str(world)) == content(tmp_path / "1")
+        assert tiny_models.content(tmp_path / str(world)) == tiny_models.content(tmp_path / "1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]
 
 

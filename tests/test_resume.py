@@ -9,13 +9,11 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 from rich.console import Console
 
 from awq_trt import pipeline
@@ -24,17 +22,10 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.quantization import quantize
 from awq_trt.resume import WorkDirectory, content_digest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCKS = 4
 OPTIONS = {"samples": 3, "length": 64}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads do not survive a fork, and the bits of a result may depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +33,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=BLOCKS)
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
     quantize(model, output, **OPTIONS)
-    return content(output)
+    return tiny_models.content(output)
 
 
 def in_child(model: Path, output: Path, log: Path, kill_after: float | None) -> tuple[int, float]:
@@ -108,7 +95,7 @@ def test_killed_at_twenty_random_instants(model: Path, uninterrupted: dict[str, 
             if not done:
                 kills += 1
                 instants.append(finished)
-        assert content(output) == uninterrupted
+        assert tiny_models.content(output) == uninterrupted
         assert [p.name for p in tmp_path.glob(".*")] == []
     assert len(set(instants)) > 2, f"all kills came at the same stage: {instants}"
 
@@ -151,7 +138,7 @@ def test_what_is_kept_is_said_and_used(
     text = StringIO()
     quantize(model, output, console=Console(file=text, width=200), **OPTIONS)
     assert "3 of 4 blocks are finished by an earlier run" in text.getvalue()
-    assert content(output) == uninterrupted
+    assert tiny_models.content(output) == uninterrupted
     assert not partial.exists()
 
 
@@ -214,12 +201,12 @@ def test_states_that_are_damaged_or_missing_start_anew(
     (states,) = (tmp_path / ".out.partial" / "states").iterdir()
     states.write_bytes(states.read_bytes()[:1000])
     quantize(model, tmp_path / "out", **OPTIONS)
-    assert content(tmp_path / "out") == uninterrupted
+    assert tiny_models.content(tmp_path / "out") == uninterrupted
 
 
 def test_states_in_memory_give_the_same_bits(model: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", memory=1 << 40, **OPTIONS)
-    assert content(tmp_path / "out") == uninterrupted
+    assert tiny_models.content(tmp_path / "out") == uninterrupted
 
 
 def test_too_little_memory_is_refused_before_the_first_block(model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
 
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by its path in it."""
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
 def save(model: transformers.PreTrainedModel, directory: Path, *, with_tokenizer: bool = True) -> Path:
     """Save a model with uneven channels (a norm of random weights), which is what AWQ lives on."""
     generator = torch.Generator().manual_seed(1)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from awq_trt.accuracy import Predictions, eager_predictions
-from awq_trt.blocks import Inputs, Weights
+from awq_trt.blocks import Inputs
 from awq_trt.checkpoint import open_checkpoint
 from awq_trt.errors import AwqTrtError
-from awq_trt.quantized_checkpoint import is_quantized, open_quantized
+from awq_trt.evaluation import open_weights
 from bench.environments import NotInstalledError, interpreter
 from bench.methods import Method
 from bench.prepare import save_ids
@@ -33,7 +33,7 @@ class Bench:
 
     Attributes:
         model: directory with the float weights. cache: where everything is kept. threads: of every process.
-        text: calibration text. tokenizer: the model's. calibration: all windows of the text that may be used.
+        text: calibration text. calibration: number of windows -> that many of it.
         windows: how many of them a method gets unless it says otherwise. held_out: windows to score with.
         reference: predictions of the float model on them.
     """
@@ -114,8 +114,7 @@ def run_child(bench: Bench, method: Method, windows: int, python: str, output: P
 def score(bench: Bench, directory: Path) -> Row:
     """Scores of a directory with rounded fp32 weights, or of a quantized one in any format that is read."""
     try:
-        opened: Weights = open_quantized(directory) if is_quantized(directory) else open_checkpoint(directory)
-        return scores(eager_predictions(opened, bench.held_out), bench.reference)
+        return scores(eager_predictions(open_weights(str(directory)), bench.held_out), bench.reference)
     except AwqTrtError as error:
         return {"error": f"its result cannot be read: {error}"}
 
