@@ -1,14 +1,18 @@
 """What `W4A16Gemm` means, written in standard ONNX operators, so that plain ONNX Runtime runs the file TensorRT builds.
 
 Each node of the operator carries the same attributes but not the same inputs (zeros, bias and pre_scale are left out
-where a layer has none), and an ONNX function has a fixed list of inputs. So there is one function per combination, told
-apart by the field `overload` (ONNX IR version 10). TensorRT's parser takes the plugin instead of the function because
-the nodes say `plugin_namespace = ""` explicitly.
+where a layer has none) and outputs (one for each of the layers that a node computes; where there are several, the
+attribute `splits` says their features), and an ONNX function has fixed lists of both. So there is one function per
+combination, told apart by the field `overload` (ONNX IR version 10). TensorRT's parser takes the plugin instead of the
+function because the nodes say `plugin_namespace = ""` explicitly.
 
 The body first unpacks the weights from the packed layout (see layout.py) by operators whose inputs are all constants,
 so a runtime folds them once, when the session is created; then it multiplies. Rounding is that of
 `QuantizedLinear.dequantize`: the weight is an exact fp32 product, rounded once to the dtype of X. X * pre_scale is
 rounded to the dtype of X, products are summed in fp32, the bias is added in fp32 and the sum rounded once.
+
+With several outputs the weights are split, not the product: ONNX Runtime sums in an order that depends on the number of
+columns, and each output is to have the very bits that its layer alone would give.
 """
 
 from __future__ import annotations
@@ -59,7 +63,6 @@ _UNPACK_WEIGHT = """
     q_padded = Flatten <axis = 5> (q_tiles)
     q = Slice(q_padded, corner, columns_rows)
     q_grouped = Reshape(q, grouped_shape)
-    q_float = Cast <to = 1> (q_grouped)
 
     s_tiles = Transpose <perm = [1, 0, 3, 2]> (scales)
     s_padded = Flatten <axis = 1> (s_tiles)
@@ -85,18 +88,6 @@ _UNPACK_ZEROS = """
     z = Unsqueeze(z_float, one)
 """
 
-_SYMMETRIC_ZERO = """
-    z = Constant <value = float {8.0}> ()
-"""
-
-_DEQUANTIZE = """
-    q_centred = Sub(q_float, z)
-    w_exact = Mul(q_centred, s)
-    w_rounded = CastLike(w_exact, scales)
-    w_columns = Reshape(w_rounded, columns_rows)
-    w = Cast <to = 1> (w_columns)
-"""
-
 _PRE_SCALE = """
     x_scaled = Mul(X, pre_scale)
     x = Cast <to = 1> (x_scaled)
@@ -106,16 +97,33 @@ _NO_PRE_SCALE = """
     x = Cast <to = 1> (X)
 """
 
+_BIAS = """
+    b = Cast <to = 1> (bias)
+"""
+
+# What follows is there once for each output; {i} is its number, or nothing where it is the only one.
+_SYMMETRIC_ZERO = """
+    z{i} = Constant <value = float {{8.0}}> ()
+"""
+
+_DEQUANTIZE = """
+    q_float{i} = Cast <to = 1> (q_grouped{i})
+    q_centred{i} = Sub(q_float{i}, z{i})
+    w_exact{i} = Mul(q_centred{i}, s{i})
+    w_rounded{i} = CastLike(w_exact{i}, scales)
+    w_columns{i} = Flatten <axis = 2> (w_rounded{i})
+    w{i} = Cast <to = 1> (w_columns{i})
+"""
+
 _MULTIPLY = """
-    y = MatMul(x, w)
-    Y = CastLike(y, X)
+    y{i} = MatMul(x, w{i})
+    Y{i} = CastLike(y{i}, X)
 """
 
 _MULTIPLY_ADD = """
-    product = MatMul(x, w)
-    b = Cast <to = 1> (bias)
-    y = Add(product, b)
-    Y = CastLike(y, X)
+    product{i} = MatMul(x, w{i})
+    y{i} = Add(product{i}, b{i})
+    Y{i} = CastLike(y{i}, X)
 """
 
 
@@ -124,26 +132,36 @@ def optional_inputs(*, zeros: bool, bias: bool, pre_scale: bool) -> list[str]:
     return [name for name, there in (("zeros", zeros), ("bias", bias), ("pre_scale", pre_scale)) if there]
 
 
-def overload(*, zeros: bool, bias: bool, pre_scale: bool) -> str:
-    """Name of the function for a combination of optional inputs, such as "zeros_bias"; "plain" where there is none."""
-    return "_".join(optional_inputs(zeros=zeros, bias=bias, pre_scale=pre_scale)) or "plain"
+def overload(*, zeros: bool, bias: bool, pre_scale: bool, outputs: int = 1) -> str:
+    """Name of the function for a combination: "plain", "zeros_bias", "zeros_bias_3" with three outputs."""
+    names = optional_inputs(zeros=zeros, bias=bias, pre_scale=pre_scale) or ["plain"]
+    return "_".join(names if outputs == 1 else [*names, str(outputs)])
 
 
-def function(*, zeros: bool, bias: bool, pre_scale: bool) -> onnx.FunctionProto:
-    """The function of one combination of optional inputs.
+def function(*, zeros: bool, bias: bool, pre_scale: bool, outputs: int = 1) -> onnx.FunctionProto:
+    """The function of one combination of optional inputs and number of outputs.
 
     Inputs, shapes and dtypes are those of the operator: X [..., K], qweight int32 [ceil(N/16), ceil(K/64), 32, 4],
     scales [ceil(N/16), G, 8, 2], then zeros int32 [ceil(N/16), G, 2], bias [N], pre_scale [K] where they are there.
+    Output: Y [..., N]; or, with several, Y0 [..., splits[0]], Y1 [..., splits[1]] and so on.
     """
     inputs = ["X", "qweight", "scales", *optional_inputs(zeros=zeros, bias=bias, pre_scale=pre_scale)]
-    body = _UNPACK_WEIGHT + (_UNPACK_ZEROS if zeros else _SYMMETRIC_ZERO) + _DEQUANTIZE
-    body += (_PRE_SCALE if pre_scale else _NO_PRE_SCALE) + (_MULTIPLY_ADD if bias else _MULTIPLY)
-    attributes = ", ".join((*ATTRIBUTES, *PLUGIN_ATTRIBUTES))
+    numbers = [""] if outputs == 1 else [str(i) for i in range(outputs)]
+    body = _UNPACK_WEIGHT + (_UNPACK_ZEROS if zeros else "") + (_BIAS if bias else "")
+    body += _PRE_SCALE if pre_scale else _NO_PRE_SCALE
+    if outputs > 1:
+        body += "    splits = Constant <value_ints: ints = @splits> ()\n"
+        for whole in ("q_grouped", "s", *(["z"] if zeros else []), *(["b"] if bias else [])):
+            parts = ", ".join(whole + i for i in numbers)
+            body += f"    {parts} = Split <axis = -1> ({whole}, splits)\n"
+    each = ("" if zeros else _SYMMETRIC_ZERO) + _DEQUANTIZE + (_MULTIPLY_ADD if bias else _MULTIPLY)
+    body += "".join(each.format(i=i) for i in numbers)
+    attributes = ", ".join((*ATTRIBUTES, *PLUGIN_ATTRIBUTES, *(["splits"] if outputs > 1 else [])))
     proto = onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> '
-        f"{OP_TYPE} <{attributes}> ({', '.join(inputs)}) => (Y) {{{body}}}"
+        f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {OP_TYPE} <{attributes}> '
+        f"({', '.join(inputs)}) => ({', '.join('Y' + i for i in numbers)}) {{{body}}}"
     )
-    proto.overload = overload(zeros=zeros, bias=bias, pre_scale=pre_scale)
+    proto.overload = overload(zeros=zeros, bias=bias, pre_scale=pre_scale, outputs=outputs)
     return proto
 
 
@@ -153,8 +171,9 @@ def add_functions(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == OP_TYPE and node.domain == DOMAIN:
             flags = {a.name.removeprefix("has_"): bool(a.i) for a in node.attribute if a.name.startswith("has_")}
-            node.overload = overload(**flags)
-            found.setdefault(node.overload, function(**flags))
+            node.overload = overload(**flags, outputs=len(node.output))
+            if node.overload not in found:
+                found[node.overload] = function(**flags, outputs=len(node.output))
     if found:
         model.functions.extend(found.values())
         model.ir_version = max(model.ir_version, IR_VERSION)

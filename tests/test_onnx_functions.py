@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,13 @@ def random_linear(
     )
 
 
-def one_node(linear: QuantizedLinear, bias: torch.Tensor | None = None, nodes: int = 1) -> onnx.ModelProto:
-    """Float X [B, S, K] -> Cast -> W4A16Gemm -> Cast -> float Y, because numpy has no bfloat16; `nodes` times N = K."""
+def one_node(
+    linear: QuantizedLinear, bias: torch.Tensor | None = None, nodes: int = 1, splits: Sequence[int] = ()
+) -> onnx.ModelProto:
+    """Float X [B, S, K] -> Cast -> W4A16Gemm -> Cast -> float Y, because numpy has no bfloat16; `nodes` times N = K.
+
+    With `splits` the one node has several outputs, and the graph as many: Y0, Y1, ...
+    """
     n, k = linear.q.shape
     elem_type = ELEM_TYPES[linear.scales.dtype]
     constants = {
@@ -56,20 +62,21 @@ def one_node(linear: QuantizedLinear, bias: torch.Tensor | None = None, nodes: i
     present = {name: value for name, value in constants.items() if value is not None}
     flags = {f"has_{name}": int(name in present) for name in ("zeros", "bias", "pre_scale")}
     sizes = {"out_features": n, "in_features": k, "group_size": linear.group_size}
-    attributes = {**sizes, **flags, **onnx_functions.PLUGIN_ATTRIBUTES}
+    attributes = {**sizes, **flags, **onnx_functions.PLUGIN_ATTRIBUTES, **({"splits": splits} if splits else {})}
+    outputs = {f"Y{i}": width for i, width in enumerate(splits)} or {"Y": n}
     body = [helper.make_node("Cast", ["X"], ["x0"], to=elem_type)]
     for i in range(nodes):
+        results = [name.replace("Y", f"x{i + 1}") for name in outputs]
         body.append(
-            helper.make_node(
-                "W4A16Gemm", [f"x{i}", *present], [f"x{i + 1}"], f"/layer.{i}", domain="awq_trt", **attributes
-            )
+            helper.make_node("W4A16Gemm", [f"x{i}", *present], results, f"/layer.{i}", domain="awq_trt", **attributes)
         )
-    body.append(helper.make_node("Cast", [f"x{nodes}"], ["Y"], to=TensorProto.FLOAT))
+    for result, name in zip(results, outputs, strict=True):
+        body.append(helper.make_node("Cast", [result], [name], to=TensorProto.FLOAT))
     graph = helper.make_graph(
         body,
         "test",
         [helper.make_tensor_value_info("X", TensorProto.FLOAT, ["B", "S", k])],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["B", "S", n])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, ["B", "S", width]) for y, width in outputs.items()],
         [inline(name, value) for name, value in present.items()],
     )
     opsets = [helper.make_opsetid("", onnx_functions.OPSET), helper.make_opsetid("awq_trt", 1)]
@@ -78,9 +85,17 @@ def one_node(linear: QuantizedLinear, bias: torch.Tensor | None = None, nodes: i
     return model
 
 
+def run_all(model: onnx.ModelProto, x: torch.Tensor, fold: bool = True) -> list[torch.Tensor]:
+    """Every output; `fold`: weights are unpacked once, when the session is created, or in each run."""
+    disabled = [] if fold else ["ConstantFolding"]
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )
+    return [torch.from_numpy(y) for y in session.run(None, {"X": x.numpy()})]
+
+
 def run(model: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"X": x.numpy()})[0])
+    return run_all(model, x)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -144,13 +159,49 @@ def test_weights_are_rounded_before_they_are_multiplied(dtype: torch.dtype) -> N
     assert (run(one_node(linear, -first), torch.eye(32)[:1, None]) == 0).all()
 
 
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("splits", [(64, 32), (8, 40, 24), (16, 8, 24, 8)])
+@pytest.mark.parametrize(("zeros", "bias", "pre_scale"), COMBINATIONS)
+def test_each_of_several_outputs_is_its_layer_alone_bit_for_bit(
+    zeros: bool, bias: bool, pre_scale: bool, splits: tuple[int, ...], fold: bool
+) -> None:
+    """K is so long that ONNX Runtime sums in parts, which it makes shorter the more columns there are."""
+    n, k = sum(splits), 512
+    whole = random_linear(n, k, 64, zeros=zeros, pre_scale=pre_scale)
+    b = torch.linspace(-3, 3, n).half() if bias else None
+    x = torch.randn(2, 9, k, generator=torch.Generator().manual_seed(1)).half().float()
+    model = one_node(whole, b, splits=splits)
+    (function,) = model.functions
+    assert function.overload == model.graph.node[1].overload
+    assert function.overload.endswith(f"_{len(splits)}")
+    onnx.checker.check_model(model, full_check=True)
+    outputs = run_all(model, x, fold)
+    rows = torch.arange(n).split(splits)
+    assert [y.shape[-1] for y in outputs] == list(splits)
+    for y, index in zip(outputs, rows, strict=True):
+        (alone,) = run_all(one_node(whole.rows(index), None if b is None else b[index]), x, fold)
+        assert torch.equal(y, alone)
+
+
+def test_several_outputs_in_bfloat16() -> None:
+    linear = random_linear(48, 64, 32, zeros=True, dtype=torch.bfloat16)
+    bias = torch.zeros(48).bfloat16()
+    y = torch.cat(run_all(one_node(linear, bias, splits=(8, 40)), torch.eye(64)[None]), -1)
+    assert torch.equal(y[0].t(), linear.dequantize().float())
+
+
 def test_one_function_per_combination_in_use() -> None:
     model = one_node(random_linear(32, 32, 32, zeros=True), nodes=3)
     assert [f.overload for f in model.functions] == ["zeros"]
     assert {n.overload for n in model.graph.node if n.domain} == {"zeros"}
     assert model.ir_version == onnx_functions.IR_VERSION
-    names = {onnx_functions.overload(zeros=z, bias=b, pre_scale=p) for z, b, p in COMBINATIONS}
-    assert len(names) == 8
+    names = {
+        onnx_functions.overload(zeros=z, bias=b, pre_scale=p, outputs=n)
+        for z, b, p in COMBINATIONS
+        for n in (1, 2, 3, 4)
+    }
+    assert len(names) == 32
+    assert {"plain", "zeros_bias_3", "plain_2"} <= names
 
 
 @pytest.mark.parametrize(("zeros", "bias", "pre_scale"), COMBINATIONS)
@@ -164,11 +215,12 @@ def test_checker_and_shape_inference_accept_the_function(zeros: bool, bias: bool
     assert [d.dim_param for d in y.type.tensor_type.shape.dim][:2] == ["B", "S"]
 
 
-def test_weights_are_unpacked_once_when_the_session_is_created(tmp_path: Path) -> None:
+@pytest.mark.parametrize("splits", [(), (24, 40)])
+def test_weights_are_unpacked_once_when_the_session_is_created(tmp_path: Path, splits: tuple[int, ...]) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    model = one_node(random_linear(64, 64, 32, zeros=True, pre_scale=True), torch.zeros(64).half())
+    model = one_node(random_linear(64, 64, 32, zeros=True, pre_scale=True), torch.zeros(64).half(), splits=splits)
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     left = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert "MatMul" in left
