@@ -1,0 +1,96 @@
+"""One layer and its input, the same for every method, and what the product is in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from awq_trt.layout import DTYPES, TILE_K, TILE_N
+from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear, quantize_weight
+from bench.gemm.shapes import Shape
+
+ROWS = 4096
+"""Rows of the weight that are looked at together, so that the largest layers fit in double precision."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer rounded to nearest and inputs for it.
+
+    Attributes:
+        shape: of the layer. dtype: of scales and activations, "float16" or "bfloat16".
+        layer: q uint8 [N, K], scales [N, G], zeros uint8 [N, G] or None. x: [tokens, K].
+    """
+
+    shape: Shape
+    dtype: str
+    layer: QuantizedLinear
+    x: torch.Tensor
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """float64 [tokens, N]: x times the exact (q - zero) * scale, nothing rounded."""
+        x, rows = self.x.double(), []
+        for start in range(0, self.shape.n, ROWS):
+            part = self.layer.rows(torch.arange(start, min(start + ROWS, self.shape.n), device=x.device))
+            grouped = part.q.reshape(part.q.shape[0], -1, part.group_size).double()
+            zeros = SYMMETRIC_ZERO if part.zeros is None else part.zeros.unsqueeze(-1).double()
+            weight = (grouped - zeros) * part.scales.unsqueeze(-1).double()
+            rows.append(x @ weight.reshape(part.q.shape).t())
+        return torch.cat(rows, 1)
+
+    def zero_points(self) -> torch.Tensor:
+        """uint8 [N, G], also where they are 8 everywhere."""
+        zeros = self.layer.zeros
+        return torch.full_like(self.layer.scales, SYMMETRIC_ZERO, dtype=torch.uint8) if zeros is None else zeros
+
+    def offsets(self) -> torch.Tensor:
+        """[N, G], dtype of scales: (8 - zero) * scale, what W is where q = 8; some peers take this for the zero."""
+        scales = self.layer.scales
+        return ((SYMMETRIC_ZERO - self.zero_points().float()) * scales.float()).to(scales.dtype)
+
+    def cast(self, dtype: str) -> Problem:
+        """The same steps and zero points, scales and x in another dtype, for methods that know only that one."""
+        scales, x = self.layer.scales.to(DTYPES[dtype]), self.x.to(DTYPES[dtype])
+        return self if dtype == self.dtype else Problem(self.shape, dtype, replace(self.layer, scales=scales), x)
+
+
+def make_problem(shape: Shape, dtype: str, symmetric: bool, tokens: int, device: str, seed: int) -> Problem:
+    """Weights and inputs drawn from a normal distribution; the same for the same seed and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    layers = []
+    for start in range(0, shape.n, ROWS):
+        rows = min(ROWS, shape.n - start)
+        weight = torch.randn(rows, shape.k, generator=generator, device=device) * shape.k**-0.5
+        layers.append(quantize_weight(weight, shape.group_size, symmetric, DTYPES[dtype]))
+    zeros = None if symmetric else torch.cat([layer.zeros for layer in layers if layer.zeros is not None])
+    q, scales = torch.cat([layer.q for layer in layers]), torch.cat([layer.scales for layer in layers])
+    x = torch.randn(tokens, shape.k, generator=generator, device=device).to(DTYPES[dtype])
+    return Problem(shape, dtype, QuantizedLinear(q, scales, zeros, shape.group_size), x)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||; NaN where an output was not written."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def pack_words(values: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """uint8 [..., 8 W] to int32 [..., W]: bits 4i .. 4i+3 of a word hold the value at order[i]."""
+    values = values.unflatten(-1, (-1, 8))
+    words = torch.zeros(values.shape[:-1], dtype=torch.int32, device=values.device)
+    for i, place in enumerate(order):
+        words |= values[..., place].to(torch.int32) << 4 * i
+    return words
+
+
+def pack_qweight(q: torch.Tensor) -> torch.Tensor:
+    """`awq_trt.layout.pack_qweight` on any device: uint8 [N, K] to int32 [ceil(N/16), ceil(K/64), 32, 4]."""
+    n, k = q.shape
+    tn, tk = -(-n // TILE_N), -(-k // TILE_K)
+    padded = torch.nn.functional.pad(q, (0, tk * TILE_K - k, 0, tn * TILE_N - n))
+    tiles = padded.reshape(tn, 2, 8, tk, 4, 2, 4, 2)  # row half h, row g; tile, step, column half c, t, parity p
+    in_word = tiles.permute(0, 3, 2, 6, 4, 7, 5, 1).reshape(tn, tk, 32, 4, 8)  # register j = h + 2c, nibble 4j + 16p
+    return pack_words(in_word).squeeze(-1)
