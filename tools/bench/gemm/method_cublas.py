@@ -1,0 +1,21 @@
+"""cuBLAS through torch: the product with the weights dequantized, what a model in 16 bits does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bench.gemm.methods import Pack, Packed, Tensors
+
+
+def load(library: Path | None) -> Pack:
+    """F.linear."""
+    return lambda problem, tokens: [Packed([problem.layer.dequantize()], {"default": linear})]
+
+
+def linear(tensors: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x W^T."""
+    (weight,) = tensors
+    assert weight is not None
+    return torch.nn.functional.linear(x, weight)
