@@ -1,0 +1,154 @@
+"""All cells of some methods in one process: pack, compare with double precision, and only then time."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gemm.methods import Call, Method, Packed, Tensors, named
+from bench.gemm.problem import Problem, make_problem, relative_error
+from bench.gemm.shapes import Shape, rotations
+from bench.gemm.timing import FakeTimer, GraphTimer, Timer, bandwidth, warm_up
+
+LARGEST_ERROR = {"float16": 5e-3, "bfloat16": 2e-2}
+"""Relative to the double-precision product; rounding stays well below, a wrong layout is about 1."""
+
+BANDWIDTH_BYTES = 1 << 30
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all processes of a run share.
+
+    Attributes:
+        shapes, tokens: the cells. dtype, symmetric: of the layers. seed: of the numbers drawn.
+        device: "cuda", or "cpu" where nothing can be timed. library: of the own kernels.
+        rotate: copies of the weights take this many times the L2 cache; limit_bytes: but no more than this.
+    """
+
+    shapes: tuple[Shape, ...]
+    tokens: tuple[int, ...]
+    dtype: str
+    symmetric: bool
+    seed: int
+    device: str
+    library: str | None
+    rotate: float
+    limit_bytes: int
+    replays: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Settings:
+        """The inverse of `as_json`."""
+        shapes = tuple(Shape(**s | {"layers": tuple(s["layers"])}) for s in data["shapes"])
+        return Settings(**data | {"shapes": shapes, "tokens": tuple(data["tokens"])})
+
+
+def measure(settings: Settings, names: Sequence[str], seconds: float, first: bool) -> Iterator[Row]:
+    """The rows of some methods, shape after shape; ends when the seconds are up.
+
+    Yields:
+        {"device": ...} where `first`; {"method", "refusal"} where one cannot run at all; then one row for each cell
+        and variant: "us" and so on, or "problem" and no times.
+    """
+    deadline = time.monotonic() + seconds
+    timer: Timer = GraphTimer(settings.replays) if settings.device == "cuda" else FakeTimer(settings.replays)
+    if settings.device == "cuda":
+        warm_up(0.5)
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size if settings.device == "cuda" else 1 << 14
+    if first:
+        size = BANDWIDTH_BYTES if settings.device == "cuda" else 1 << 16
+        yield {"device": {"l2_bytes": l2, "bandwidth": bandwidth(timer, settings.device, size)}}
+    packers = {}
+    for method in named(names):
+        try:
+            library = None if settings.library is None else Path(settings.library)
+            packers[method] = importlib.import_module(f"bench.gemm.{method.module}").load(library)
+        except Exception as error:
+            yield {"method": method.name, "refusal": said(error)}
+    for index, shape in enumerate(settings.shapes):
+        if not packers or time.monotonic() > deadline:
+            return
+        problem = make_problem(
+            shape, settings.dtype, settings.symmetric, max(settings.tokens), settings.device, settings.seed + index
+        )
+        for method, packer in packers.items():
+            if time.monotonic() > deadline:
+                return
+            cast = problem.cast(settings.dtype if settings.dtype in method.dtypes else method.dtypes[0])
+            yield from cells(settings, method, partial(packer, cast, settings.tokens), cast, timer, l2, deadline)
+            gc.collect()
+
+
+def cells(
+    settings: Settings,
+    method: Method,
+    packer: Callable[[], list[Packed]],
+    problem: Problem,
+    timer: Timer,
+    l2: int,
+    deadline: float,
+) -> Iterator[Row]:
+    """One method's rows for one layer; an error of the packer is a row for each number of tokens."""
+    same = {"method": method.name, "dtype": problem.dtype, "n": problem.shape.n, "k": problem.shape.k}
+    started = time.monotonic()
+    try:
+        forms = packer()
+    except Exception as error:
+        yield from ({**same, "m": m, "variant": "", "problem": said(error)} for m in settings.tokens)
+        return
+    same["pack_seconds"] = round(time.monotonic() - started, 2)
+    for packed in forms:
+        count = rotations(packed.bytes, l2, settings.rotate, settings.limit_bytes)
+        copies = packed.copies(count)
+        size = {"bytes": packed.bytes, "copies": count}
+        for m in settings.tokens:
+            for variant, call in packed.variants.items():
+                if time.monotonic() > deadline:
+                    return
+                yield {**same, "m": m, "variant": variant, **size, **cell(call, copies, problem, m, timer)}
+
+
+def cell(call: Call, copies: Sequence[Tensors], problem: Problem, m: int, timer: Timer) -> Row:
+    """Error and times of one call, or its problem; compared once more after the last replay."""
+    x, expected = problem.x[:m], problem.expected[:m]
+    y = torch.empty(m, problem.shape.n, dtype=x.dtype, device=x.device)
+    row: Row = {}
+    try:
+        for after in (False, True):
+            poison(y)
+            row["error"] = error = relative_error(call(copies[0], x, y), expected)
+            if not error <= LARGEST_ERROR[problem.dtype]:  # NaN too
+                when = "after the replays" if after else "not timed"
+                return {"problem": f"relative error {error:.3g}, {when}; at most {LARGEST_ERROR[problem.dtype]}"}
+            if not after:
+                cold = timer.measure([partial(call, tensors, x, y) for tensors in copies])
+                warm = timer.measure([partial(call, copies[0], x, y)])
+                row |= {**asdict(cold), "warm_us": warm.us}
+    except Exception as problem_found:
+        return {"problem": said(problem_found)}
+    return row
+
+
+def poison(y: torch.Tensor) -> None:
+    """NaN in y, and in the block of memory that a method with an output of its own will be given."""
+    y.fill_(torch.nan)
+    torch.full_like(y, torch.nan)
+
+
+def said(error: BaseException) -> str:
+    """An error in its own words, short enough for a record."""
+    return f"{type(error).__name__}: {error}"[:1000]
