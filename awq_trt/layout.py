@@ -22,6 +22,7 @@ kernels. A tile of 16 n x 64 k takes 512 bytes, one 16-byte load per lane; tiles
     scales[tn, group, i, h] = scale of row n0 + i + 8h     a lane's two rows in one 4-byte load, i = lane / 4
     zeros [tn, group, w]    : little-endian bytes i = 4w .. 4w+3, each  zero(n0+i) | zero(n0+i+8) << 4
 
+Layers that one node computes (fusion.py) are packed as one: the rows of the first, of the second, and so on, N in all.
 Padding (rows n >= N, columns k >= K) is q = 0, scale = 0, zero = 0; kernels read X as 0 for k >= K.
 """
 
@@ -40,7 +41,8 @@ def why_not(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 8
     """The capability table: None where the kernels can run this layer, else the reason, for people.
 
     Args:
-        n: output features. k: input features. group_size: columns per scale, `k` for one scale per row.
+        n: output features; of a fused node, the sum. k: input features.
+        group_size: columns per scale, `k` for one scale per row.
         dtype: of the activations, "float16" or "bfloat16". sm: compute capability times ten.
     """
     if dtype not in DTYPES:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import torch
+
+from awq_trt.errors import AwqTrtError
 
 INLINE_LIMIT = 1024
 """Tensors of fewer bytes stay inside the .onnx file (ONNX external data is meant for large ones)."""
@@ -31,12 +34,26 @@ Store = Callable[..., onnx.TensorProto]
 """(name, values, elem_type=None) -> TensorProto that holds the values or says where they are. `elem_type` INT4 or UINT4
 packs integers, two to a byte; without it the type follows from the values' dtype."""
 
+Read = Callable[[onnx.TensorProto], torch.Tensor]
+"""An initializer -> its values, wherever they are."""
+
 
 def inline(name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
     """A tensor with its data inside the .onnx file."""
     proto = _header(name, values, elem_type)
     proto.raw_data = bytes(_bytes(values, elem_type))
     return proto
+
+
+def values(proto: onnx.TensorProto) -> torch.Tensor:
+    """The values, as fp32, of a floating-point tensor with its data inside the .onnx file.
+
+    Raises:
+        AwqTrtError: its data are not there.
+    """
+    if proto.data_location == onnx.TensorProto.EXTERNAL:
+        raise AwqTrtError(f"the data of {proto.name} are not in the model: load them (onnx.load does) and try again.")
+    return torch.from_numpy(onnx.numpy_helper.to_array(proto).astype(np.float32))
 
 
 class DataFile:

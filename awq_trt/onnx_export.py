@@ -23,9 +23,9 @@ from awq_trt.files import replacing
 from awq_trt.graph_facts import METADATA_KEY
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
-from awq_trt.onnx_data import ELEM_TYPES, DataFile
+from awq_trt.onnx_data import ELEM_TYPES, DataFile, Read, values
 from awq_trt.onnx_trace import Trace, trace
-from awq_trt.rewrite import QuantizedNode, rewrite
+from awq_trt.rewrite import FusedNode, QuantizedNode, rewrite
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -50,7 +50,8 @@ class OnnxReport:
     Attributes:
         path, data_path: the graph, and its weights beside it. onnx_bytes, data_bytes: their sizes.
         format: "plugin" or "qdq". dtype: "float16" or "bfloat16".
-        quantized: the layers of the graph that are INT4. left_in_float: module name -> why it is not.
+        quantized: the layers of the graph that are INT4. fused: the nodes that are several of them.
+        left_in_float: module name -> why it is not.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class OnnxReport:
     format: str
     dtype: str
     quantized: tuple[QuantizedNode, ...]
+    fused: tuple[FusedNode, ...]
     left_in_float: dict[str, str]
     onnx_bytes: int
     data_bytes: int
@@ -69,6 +71,7 @@ def export_onnx(
     *,
     format: str = "plugin",
     dtype: str | None = None,
+    fuse: bool = True,
     progress: Progress | None = None,
 ) -> OnnxReport:
     """Export a quantized checkpoint to ONNX.
@@ -77,6 +80,7 @@ def export_onnx(
         quantized_dir: what quantized_checkpoint wrote. onnx_path: file to write; the weights go to `<onnx_path>.data`.
         format: "plugin" (W4A16Gemm nodes, for TensorRT and, through their functions, ONNX Runtime) or "qdq"
             (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
+        fuse: in format "plugin", one node for quantized layers that read the same tensor (see rewrite.py).
         progress: called now and then.
 
     Raises:
@@ -85,7 +89,8 @@ def export_onnx(
     """
     from awq_trt.quantized_checkpoint import open_quantized
 
-    return export_quantized(open_quantized(quantized_dir), onnx_path, format=format, dtype=dtype, progress=progress)
+    source = open_quantized(quantized_dir)
+    return export_quantized(source, onnx_path, format=format, dtype=dtype, fuse=fuse, progress=progress)
 
 
 def export_quantized(
@@ -94,6 +99,7 @@ def export_quantized(
     *,
     format: str = "plugin",
     dtype: str | None = None,
+    fuse: bool = True,
     progress: Progress | None = None,
 ) -> OnnxReport:
     """`export_onnx` of an open checkpoint."""
@@ -113,13 +119,14 @@ def export_quantized(
         with data_tmp.open("wb") as file:
             data = DataFile(file, data_path.name)
             lazy = _Linears(source.linears, layers, DTYPES[dtype], say)
-            proto, quantized = rewrite(traced.model, lazy, format=format, store=data.store)
-            _store_weights(proto, traced, source, data, say)
+            read = _reader(source, traced)
+            proto, quantized, fused = rewrite(traced.model, lazy, format=format, fuse=fuse, store=data.store, read=read)
+            _store_weights(proto, traced, read, data, say)
         left = {**source.left_in_float, **unused}
-        _write_facts(proto, format, dtype, source.config, quantized, left)
+        _write_facts(proto, format, dtype, source.config, quantized, fused, left)
         path_tmp.write_bytes(proto.SerializeToString())
         sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
-    return OnnxReport(path, data_path, format, dtype, tuple(quantized), left, *sizes)
+    return OnnxReport(path, data_path, format, dtype, tuple(quantized), tuple(fused), left, *sizes)
 
 
 class _Linears(Mapping[str, QuantizedLinear]):
@@ -181,18 +188,28 @@ def _layers_of(source: Quantized, traced: Trace, model: torch.nn.Module) -> tupl
     return layers, unused
 
 
-def _store_weights(proto: onnx.ModelProto, traced: Trace, source: Quantized, data: DataFile, say: Progress) -> None:
-    """Fill in the initializers that have no data yet, one at a time."""
-    empty = [t for t in proto.graph.initializer if t.name in traced.weights]
-    for i, initializer in enumerate(empty):
+def _reader(source: Quantized, traced: Trace) -> Read:
+    """Values of the traced graph's initializers: weights from the checkpoint, what torch computed from the graph."""
+
+    def read(initializer: onnx.TensorProto) -> torch.Tensor:
+        if initializer.name not in traced.weights:
+            return values(initializer)
         value = source.tensor(traced.weights[initializer.name][0])
         if list(value.shape) != list(initializer.dims):
             raise AwqTrtError(
                 f"tensor {initializer.name} is {list(value.shape)} in the checkpoint and {list(initializer.dims)} in "
                 "the model of its config.json; they belong to different models."
             )
-        dtype = next(t for t, elem_type in ELEM_TYPES.items() if elem_type == initializer.data_type)
-        initializer.CopyFrom(data.store(initializer.name, value.to(dtype)))
+        return value.to(next(t for t, elem_type in ELEM_TYPES.items() if elem_type == initializer.data_type))
+
+    return read
+
+
+def _store_weights(proto: onnx.ModelProto, traced: Trace, read: Read, data: DataFile, say: Progress) -> None:
+    """Fill in the initializers that have no data yet, one at a time."""
+    empty = [t for t in proto.graph.initializer if t.name in traced.weights]
+    for i, initializer in enumerate(empty):
+        initializer.CopyFrom(data.store(initializer.name, read(initializer)))
         say("Writing the other weights", i + 1, len(empty))
 
 
@@ -202,6 +219,7 @@ def _write_facts(
     dtype: str,
     config: transformers.PretrainedConfig,
     quantized: list[QuantizedNode],
+    fused: list[FusedNode],
     left_in_float: Mapping[str, str],
 ) -> None:
     facts: dict[str, Any] = {
@@ -210,6 +228,7 @@ def _write_facts(
         "dtype": dtype,
         "model_type": config.model_type,
         "quantized": [asdict(node) for node in quantized],
+        "fused": [asdict(node) for node in fused],
         "left_in_float": dict(left_in_float),
     }
     proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))

@@ -1,6 +1,7 @@
 """Replaces the matrix products of quantized layers, in any ONNX graph.
 
     format "plugin"   MatMul(x, Transpose(w)) [+ b]   ->  W4A16Gemm(x, qweight, scales[, zeros][, bias][, pre_scale])
+                      several of the same x           ->  one W4A16Gemm with an output for each
     format "qdq"      MatMul(x, Transpose(w)) [+ b]   ->  MatMul(x [* pre_scale], DequantizeLinear(...)) [+ b]
 
 and the same for MatMul(x, w) and Gemm(x, w[, b]) with or without transB. A layer is found by the name of its weight's
@@ -9,7 +10,7 @@ initializer; what the model is does not matter. Everything else stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -19,8 +20,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from awq_trt import layout, onnx_functions
 from awq_trt.errors import AwqTrtError
+from awq_trt.fusion import FusedNode, Layer, agreeing, same_input, stacked
 from awq_trt.linear import QuantizedLinear
-from awq_trt.onnx_data import ELEM_TYPES, Store, inline
+from awq_trt.onnx_data import ELEM_TYPES, Read, Store, inline, values
 
 FORMATS = ("plugin", "qdq")
 
@@ -39,23 +41,34 @@ class QuantizedNode:
 
 
 def rewrite(
-    model: onnx.ModelProto, linears: Mapping[str, QuantizedLinear], *, format: str = "plugin", store: Store = inline
-) -> tuple[onnx.ModelProto, list[QuantizedNode]]:
+    model: onnx.ModelProto,
+    linears: Mapping[str, QuantizedLinear],
+    *,
+    format: str = "plugin",
+    fuse: bool = True,
+    store: Store = inline,
+    read: Read = values,
+) -> tuple[onnx.ModelProto, list[QuantizedNode], list[FusedNode]]:
     """Replace the layers whose weights were quantized.
 
     Args:
-        model: any ONNX model of opset 21 or later; the data of its initializers are not read, so they may be missing.
+        model: any ONNX model of opset 21 or later; its initializers need no data where `read` has the biases.
         linears: initializer name of a weight -> its quantized form, q as [N out, K in] whichever way round the graph
-            holds the weight. Each is asked for once, so a lazy mapping keeps memory small.
+            holds the weight. Each is asked for once, and not held for longer than its node takes to make, so a lazy
+            mapping keeps memory small.
         format: "plugin" for W4A16Gemm nodes with their functions, "qdq" for DequantizeLinear and MatMul.
+        fuse: in format "plugin", layers that read the very same tensor become one node, up to four, in the order of the
+            graph, where group size, dtype and pre-scale are equal and all or none have zeros, and a bias (fusion.py).
         store: where the new constants go; by default into the model itself.
+        read: values of an initializer of `model`, asked for the biases of fused layers; by default those in the model.
 
     Returns:
-        The new model, and its quantized layers in the order of `linears`. A layer applied twice shares its constants.
+        The new model, its quantized layers in the order of `linears`, and which of its nodes are several of them. A
+        layer applied twice is never fused; its nodes share their constants.
 
     Raises:
         AwqTrtError: a weight is not in the graph, is used by something else than a matrix product, or differs in shape
-            or dtype; the opset is too old; an unknown format.
+            or dtype; the opset is too old; an unknown format; `read` has no bias.
     """
     if format not in FORMATS:
         raise AwqTrtError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
@@ -66,29 +79,41 @@ def rewrite(
         )
     graph = gs.import_onnx(model)
     tensors = graph.tensors()
-    done = []
-    for weight_name, linear in linears.items():
-        weight = tensors.get(weight_name)
-        if not isinstance(weight, gs.Constant):
-            raise AwqTrtError(
-                f"the quantized weight {weight_name} is not among the graph's initializers; was the graph exported "
-                "from another model, or with its weights renamed?"
-            )
-        products = list(_products(weight, weight, transposed=False))
-        if not products:
-            raise AwqTrtError(f"the quantized weight {weight_name} is not used by any node of the graph.")
-        for node, transposed in products:
-            _check(weight, node, transposed, linear)
-        emit = _emit_plugin if format == "plugin" else _emit_qdq
-        bias = emit(graph, weight_name, linear, [node for node, _ in products], store)
-        n, k = linear.q.shape
-        optional = (linear.zeros is not None, bias, linear.pre_scale is not None)
-        done.append(QuantizedNode(weight_name.removesuffix(".weight"), n, k, linear.group_size, *optional))
+    products = {name: _products_of(name, tensors.get(name)) for name in linears}
+    nodes = {name: [node for node, _ in uses] for name, uses in products.items()}
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    done: dict[str, QuantizedNode] = {}
+    fused: list[FusedNode] = []
+
+    def checked(name: str) -> QuantizedLinear:
+        linear = linears[name]
+        for node, transposed in products[name]:
+            _check(tensors[name], node, transposed, linear)
+        return linear
+
+    def layers(names: list[str]) -> Iterator[Layer]:
+        for name in names:
+            linear = checked(name)
+            biases = [_take_bias(graph, node, linear.q.shape[0]) for node in nodes[name]]
+            done[name] = _described(name, linear, any(biases))
+            yield Layer(done[name].name, linear, nodes[name], biases)
+
+    if format == "qdq":
+        for name in nodes:
+            linear = checked(name)
+            done[name] = _described(name, linear, _emit_qdq(graph, name, linear, nodes[name], store))
+    else:
+        for names in same_input(graph, nodes) if fuse else [[name] for name in nodes]:
+            for group in agreeing(layers(names)):
+                node = _emit_plugin(group, store, lambda bias: read(initializers[bias.name]))
+                if len(group) > 1:
+                    fused.append(node)
+                del group  # its layers go before others are read
     graph.cleanup()
     result = gs.export_onnx(graph, do_type_check=False)
     result.metadata_props.extend(model.metadata_props)
     onnx_functions.add_functions(result)
-    return result, done
+    return result, [done[name] for name in nodes], fused
 
 
 def module_path(name: str) -> str:
@@ -97,6 +122,19 @@ def module_path(name: str) -> str:
     for part in name.split(".") if name else ():
         path += f".{part}" if part.isdigit() else f"/{part}"
     return path
+
+
+def _products_of(name: str, weight: gs.Tensor | None) -> list[tuple[gs.Node, bool]]:
+    """The products that apply a weight, and whether each takes it transposed; at least one."""
+    if not isinstance(weight, gs.Constant):
+        raise AwqTrtError(
+            f"the quantized weight {name} is not among the graph's initializers; was the graph exported from another "
+            "model, or with its weights renamed?"
+        )
+    products = list(_products(weight, weight, transposed=False))
+    if not products:
+        raise AwqTrtError(f"the quantized weight {name} is not used by any node of the graph.")
+    return products
 
 
 def _products(weight: gs.Constant, tensor: gs.Tensor, *, transposed: bool) -> Iterator[tuple[gs.Node, bool]]:
@@ -150,12 +188,21 @@ def _constant(name: str, values: torch.Tensor, store: Store, elem_type: int | No
     return gs.Constant(name, LazyValues(store(name, values, elem_type)))
 
 
-def _emit_plugin(
-    graph: gs.Graph, weight_name: str, linear: QuantizedLinear, nodes: list[gs.Node], store: Store
-) -> bool:
-    """Turn each product, with the addition of its bias, into a W4A16Gemm; True if there was a bias."""
+def _described(weight: str, linear: QuantizedLinear, bias: bool) -> QuantizedNode:
     n, k = linear.q.shape
-    path = module_path(weight_name.removesuffix(".weight"))
+    optional = (linear.zeros is not None, bias, linear.pre_scale is not None)
+    return QuantizedNode(weight.removesuffix(".weight"), n, k, linear.group_size, *optional)
+
+
+def _emit_plugin(group: list[Layer], store: Store, read: Callable[[gs.Constant], torch.Tensor]) -> FusedNode:
+    """Make a W4A16Gemm of several layers, or of each product of one; their biases are detached already.
+
+    The node of several stands where the first of them stood: it needs nothing but what they read, and constants.
+    """
+    linear = stacked([layer.linear for layer in group])
+    n, k = linear.q.shape
+    first, *others = [module_path(layer.name) for layer in group]
+    path = "+".join([first, *(other.rpartition("/")[2] for other in others)])
     weights = [
         _constant(f"{path}/qweight", torch.from_numpy(layout.pack_qweight(linear.q.numpy())), store),
         _constant(f"{path}/scales", layout.pack_scales(linear.scales), store),
@@ -163,23 +210,30 @@ def _emit_plugin(
     if linear.zeros is not None:
         weights.append(_constant(f"{path}/zeros", torch.from_numpy(layout.pack_zeros(linear.zeros.numpy())), store))
     scale = [] if linear.pre_scale is None else [_constant(f"{path}/pre_scale", linear.pre_scale, store)]
-    any_bias = False
-    for i, node in enumerate(nodes):
-        bias = _take_bias(graph, node, n)
+    nodes, biases, splits = group[0].nodes, group[0].biases, [layer.linear.q.shape[0] for layer in group]
+    if others:
+        outputs = [layer.nodes[0].outputs[0] for layer in group]
+        for layer in group:
+            layer.nodes[0].outputs.clear()
+        nodes[0].outputs = outputs
+        if any(biases):
+            bias = torch.cat([read(layer.biases[0][0]) for layer in group]).to(linear.scales.dtype)
+            biases = [[_constant(f"{path}/bias", bias, store)]]
+    for i, (node, addend) in enumerate(zip(nodes, biases, strict=True)):
         node.op, node.domain = onnx_functions.OP_TYPE, onnx_functions.DOMAIN
         node.name = path if i == 0 else f"{path}.{i}"
-        node.inputs = [node.inputs[0], *weights, *bias, *scale]
+        node.inputs = [node.inputs[0], *weights, *addend, *scale]
         node.attrs = {
             "out_features": n,
             "in_features": k,
             "group_size": linear.group_size,
             "has_zeros": int(linear.zeros is not None),
-            "has_bias": len(bias),
+            "has_bias": len(addend),
             "has_pre_scale": len(scale),
+            **({"splits": splits} if others else {}),
             **onnx_functions.PLUGIN_ATTRIBUTES,
         }
-        any_bias |= bool(bias)
-    return any_bias
+    return FusedNode(path, tuple(layer.name for layer in group), tuple(splits))
 
 
 def _take_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Constant]:

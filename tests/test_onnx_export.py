@@ -10,7 +10,7 @@ import copy
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ import transformers
 from awq_trt import onnx_export, onnx_trace
 from awq_trt.checkpoint import empty_model
 from awq_trt.errors import AwqTrtError
+from awq_trt.graph_facts import read_graph
 from awq_trt.linear import QuantizedLinear, quantize_weight
 from awq_trt.onnx_data import DataFile
 from awq_trt.onnx_export import OnnxReport, export_quantized
 from awq_trt.onnx_float32 import float32_copy
+from awq_trt.verify import onnx_session, run_onnx
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.2}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
@@ -268,8 +270,8 @@ def test_nodes_are_named_by_their_modules(exported: Exported) -> None:
     names = [n.name for n in graph.node]
     assert len(set(names)) == len(names)
     gemms = [n.name for n in graph.node if n.op_type == "W4A16Gemm"]
-    assert len(gemms) == 14
-    assert gemms[0] == "/model/layers.0/self_attn/q_proj"
+    assert gemms[:2] == ["/model/layers.0/self_attn/q_proj+v_proj", "/model/layers.0/self_attn/k_proj"]
+    assert len(gemms) == 12
     assert "/model/layers.1/post_attention_layernorm/ReduceMean" in names
     assert str(Path(transformers.__file__).parent) not in exported("llama", "plugin")[1].path.read_bytes().decode(
         "latin1"
@@ -283,7 +285,9 @@ def test_every_layer_and_bias_is_in_its_node(exported: Exported, kind: str) -> N
     graph = graph_of(report)
     nodes = {n.name: n for n in graph.node if n.op_type == "W4A16Gemm"}
     assert [q.name for q in report.quantized] == list(model.linears)
-    assert len(nodes) == len(model.linears)
+    assert len(nodes) == len(model.linears) - sum(len(node.layers) - 1 for node in report.fused)
+    for fused in report.fused:
+        assert len(nodes[fused.name].output) == len(fused.layers)
     for layer in report.quantized:
         assert layer.bias == (model.eager.get_submodule(layer.name).bias is not None), layer.name
     facts = json.loads(
@@ -291,6 +295,7 @@ def test_every_layer_and_bias_is_in_its_node(exported: Exported, kind: str) -> N
     )
     assert (facts["format"], facts["dtype"], facts["model_type"]) == ("plugin", "float16", model.config.model_type)
     assert facts["left_in_float"] == model.left_in_float
+    assert facts["fused"] == json.loads(json.dumps([asdict(node) for node in report.fused]))
     assert facts["quantized"][0] == {
         "name": report.quantized[0].name,
         "n": model.linears[report.quantized[0].name].q.shape[0],
@@ -300,6 +305,42 @@ def test_every_layer_and_bias_is_in_its_node(exported: Exported, kind: str) -> N
         "bias": report.quantized[0].bias,
         "pre_scale": False,
     }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
+def test_layers_on_one_tensor_are_one_node_with_the_same_bits(tmp_path: Path, kind: str) -> None:
+    """Grouped-query attention, biases, and an encoder; unpacking once and in every run."""
+    model = Model(kind)
+    for i, name in enumerate(model.linears):
+        weight = model.state[f"{name}.weight"].float()
+        model.linears[name] = quantize_weight(weight, 32, symmetric=False, dtype=torch.float16)
+        if kind == "llama" and i < 7:  # the first block has scales that were not folded, one for each input
+            scale = torch.linspace(0.5, 1.5, weight.shape[1]).half()
+            model.linears[name] = replace(model.linears[name], pre_scale=scale)
+    fused = export_quantized(model, tmp_path / "fused.onnx")
+    alone = export_quantized(model, tmp_path / "alone.onnx", fuse=False)
+    wide = 64 if kind == "bert" else 32
+    pairs = {"q_proj+k_proj+v_proj": (64, wide, wide), "query+key+value": (64, 64, 64), "gate_proj+up_proj": (128, 128)}
+    assert len(fused.fused) == (1 if kind == "bert" else 2 * model.config.num_hidden_layers)
+    for node in fused.fused:
+        assert node.splits == pairs[node.name.rpartition("/")[2]]
+        assert [name.rpartition(".")[2] for name in node.layers] == node.name.rpartition("/")[2].split("+")
+        assert len({name.rpartition(".")[0] for name in node.layers}) == 1
+    assert fused.quantized == alone.quantized
+    assert alone.fused == ()
+    facts, before = read_graph(fused.path), read_graph(alone.path)
+    assert before.plugin_nodes == len(model.linears)
+    assert facts.plugin_nodes == before.plugin_nodes - sum(len(node.layers) - 1 for node in fused.fused)
+    pre_scales = 3 * 64 * 2 if kind == "llama" else 0  # of K, V and up, which are those of Q and gate
+    assert facts.quantized_bytes == before.quantized_bytes - pre_scales
+    assert facts.float_bytes == before.float_bytes
+    others = [[n.name for n in graph_of(report).node if n.op_type != "W4A16Gemm"] for report in (fused, alone)]
+    assert others[0] == others[1]
+    inputs = {"input_ids": np.arange(18).reshape(2, 9), "attention_mask": np.ones((2, 9), np.int64)}
+    for open_session in (session, lambda report: onnx_session(report.path)):
+        results = [run_onnx(open_session(report), inputs) for report in (fused, alone)]
+        for name, value in results[0].items():
+            assert np.array_equal(value, results[1][name]), name
 
 
 @pytest.mark.parametrize("format", ["plugin", "qdq"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,7 +14,9 @@ import torch
 from onnx import TensorProto, helper
 from test_onnx_functions import random_linear
 
+from awq_trt import layout
 from awq_trt.errors import AwqTrtError
+from awq_trt.fusion import FusedNode
 from awq_trt.linear import QuantizedLinear
 from awq_trt.onnx_data import ELEM_TYPES, inline
 from awq_trt.rewrite import FORMATS, module_path, rewrite
@@ -35,12 +41,16 @@ def graph_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
-def run(model: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
+def run_all(model: onnx.ModelProto, x: torch.Tensor) -> list[torch.Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"X": x.numpy()})[0])
+    return [torch.from_numpy(y) for y in session.run(None, {"X": x.numpy()})]
+
+
+def run(model: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
+    return run_all(model, x)[0]
 
 
 def expected(linear: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,7 +124,7 @@ def test_every_form_of_a_linear_layer(form: str, pre_scale: bool, format: str) -
     bias = torch.linspace(-2, 2, N).half() if biased else None
     placeholder = torch.zeros((K, N) if stored_kn else (N, K)).half()  # its values must not matter
     constants = {WEIGHT: placeholder, **({"bias": bias} if bias is not None else {})}
-    model, done = rewrite(graph_of(nodes, constants, rank=rank), {WEIGHT: linear}, format=format)
+    model, done, _ = rewrite(graph_of(nodes, constants, rank=rank), {WEIGHT: linear}, format=format)
     onnx.checker.check_model(model, full_check=True)
     x = torch.randn(*[2, 3][: rank - 1], K, generator=torch.Generator().manual_seed(1)).half()
     check_close(run(model, x), expected(linear, x, bias))
@@ -151,7 +161,7 @@ def test_groups_and_dtypes_are_in_the_file_as_in_the_layer(group: int, dtype: to
     linear = random_linear(N, K, group, zeros=True, dtype=dtype)
     nodes, *_ = FORMS["gemm transB"]
     constants = {WEIGHT: torch.zeros(N, K, dtype=dtype), "bias": torch.zeros(N, dtype=dtype)}
-    model, _ = rewrite(graph_of(nodes, constants), {WEIGHT: linear}, format=format)
+    model, *_ = rewrite(graph_of(nodes, constants), {WEIGHT: linear}, format=format)
     onnx.checker.check_model(model, full_check=True)
     tensors = {t.name: t for t in model.graph.initializer}
     scales = tensors["/block.0/proj/scales"]
@@ -175,7 +185,7 @@ def test_addend_that_is_not_a_bias_stays_an_addition() -> None:
         ([product, helper.make_node("Add", ["m", "rows"], ["Y"])], {"rows": torch.ones(1, N).half()}, 1.0),
         ([helper.make_node("Gemm", ["X", WEIGHT, "one"], ["Y"])], {"one": torch.ones(1).half()}, 1.0),
     ):
-        model, (node,) = rewrite(graph_of(nodes, {WEIGHT: weight, **constants}), {WEIGHT: linear})
+        model, (node,), _ = rewrite(graph_of(nodes, {WEIGHT: weight, **constants}), {WEIGHT: linear})
         assert not node.bias
         assert [n.op_type for n in model.graph.node] == ["W4A16Gemm", "Add"]
         check_close(run(model, x), expected(linear, x) + addend)
@@ -183,7 +193,7 @@ def test_addend_that_is_not_a_bias_stays_an_addition() -> None:
         [product, helper.make_node("Add", ["m", "bias"], ["Y"])], {WEIGHT: weight, "bias": torch.ones(N).half()}
     )
     shared.graph.output.append(helper.make_tensor_value_info("m", TensorProto.FLOAT16, ["B", N]))
-    model, (node,) = rewrite(shared, {WEIGHT: linear})
+    model, (node,), _ = rewrite(shared, {WEIGHT: linear})
     assert not node.bias
     assert [n.op_type for n in model.graph.node] == ["W4A16Gemm", "Add"]
 
@@ -197,7 +207,7 @@ def test_layer_applied_twice_shares_its_constants(format: str) -> None:
         helper.make_node("Relu", ["h"], ["r"], "relu"),
         helper.make_node("MatMul", ["r", "t"], ["Y"], "second"),
     ]
-    model, done = rewrite(graph_of(nodes, {WEIGHT: torch.zeros(K, K).half()}, n=K), {WEIGHT: linear}, format=format)
+    model, done, _ = rewrite(graph_of(nodes, {WEIGHT: torch.zeros(K, K).half()}, n=K), {WEIGHT: linear}, format=format)
     assert len(done) == 1
     assert len(model.graph.initializer) == 4
     assert len({n.name for n in model.graph.node}) == len(model.graph.node)
@@ -205,6 +215,204 @@ def test_layer_applied_twice_shares_its_constants(format: str) -> None:
     first = expected(linear, x).half().relu()
     y, reference = run(model, x).double(), expected(linear, first)
     assert (y - reference).abs().max() <= reference.abs().max() * 2**-8
+
+
+def on_one_tensor(linears: dict[str, QuantizedLinear], biases: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    """X -> Relu -> a product for each weight [-> Add], each an output with the name of its weight; forms take turns."""
+    nodes = [helper.make_node("Relu", ["X"], ["x"])]
+    constants = {f"{name}.bias": value for name, value in biases.items()}
+    for i, (name, linear) in enumerate(linears.items()):
+        n, k = linear.q.shape
+        addend = [f"{name}.bias"] if name in biases else []
+        if i % 2:  # the form of torch.nn.Linear on matrices, and on anything else
+            nodes.append(helper.make_node("Gemm", ["x", name, *addend], [f"{name}.y"], transB=1))
+        else:
+            products = [f"{name}.m" if addend else f"{name}.y"]
+            nodes.append(helper.make_node("Transpose", [name], [f"{name}.t"], perm=[1, 0]))
+            nodes.append(helper.make_node("MatMul", ["x", f"{name}.t"], products))
+            nodes += [helper.make_node("Add", [f"{name}.m", bias], [f"{name}.y"]) for bias in addend]
+        constants[name] = torch.zeros(n, k, dtype=linear.scales.dtype)
+    elem_type = ELEM_TYPES[linear.scales.dtype]
+    outputs = [
+        helper.make_tensor_value_info(f"{name}.y", elem_type, ["B", q.q.shape[0]]) for name, q in linears.items()
+    ]
+    x = helper.make_tensor_value_info("X", elem_type, ["B", k])
+    stored = [inline(name, value) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "test", [x], outputs, stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def fused_and_alone(
+    linears: dict[str, QuantizedLinear], biases: dict[str, torch.Tensor] | None = None
+) -> tuple[onnx.ModelProto, list[list[str]]]:
+    """The fused graph, whose every output is checked to have the bits of the unfused one, and its groups of layers."""
+    model = on_one_tensor(linears, biases or {})
+    fused, done, groups = rewrite(model, linears)
+    alone, done_alone, none = rewrite(model, linears, fuse=False)
+    assert none == []
+    assert [node.name for node in done] == list(linears)
+    assert done == done_alone
+    onnx.checker.check_model(fused, full_check=True)
+    x = torch.randn(3, fused.graph.input[0].type.tensor_type.shape.dim[1].dim_value).half()
+    for y, reference in zip(run_all(fused, x), run_all(alone, x), strict=True):
+        assert torch.equal(y, reference)
+    gemms = {node.name: node for node in fused.graph.node if node.op_type == "W4A16Gemm"}
+    assert len(gemms) == len(linears) - sum(len(group.layers) - 1 for group in groups)
+    for group in groups:
+        splits = next(list(a.ints) for a in gemms.pop(group.name).attribute if a.name == "splits")
+        assert splits == list(group.splits) == [linears[layer].q.shape[0] for layer in group.layers]
+    assert not [a for node in gemms.values() for a in node.attribute if a.name == "splits"]
+    assert {node.op_type for node in fused.graph.node} == {"Relu", "W4A16Gemm"}
+    return fused, [list(group.layers) for group in groups]
+
+
+def layers_of(*widths: int, k: int = K, **options: Any) -> dict[str, QuantizedLinear]:
+    return {f"l.{i}": random_linear(n, k, 32, seed=i, **({"zeros": True} | options)) for i, n in enumerate(widths)}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("widths", [(64, 32, 32), (40, 24), (8, 72, 16, 24)])
+def test_layers_on_one_tensor_become_one_node(widths: tuple[int, ...], zeros: bool, biased: bool) -> None:
+    linears = layers_of(*widths, zeros=zeros)
+    biases = {name: torch.linspace(-i, 2, q.q.shape[0]).half() for i, (name, q) in enumerate(linears.items())}
+    model, groups = fused_and_alone(linears, biases if biased else {})
+    assert groups == [list(linears)]
+    gemm = model.graph.node[1]
+    assert gemm.name == "/l.0" + "".join(f"+l.{i}" for i in range(1, len(widths)))
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    q = np.concatenate([linear.q.numpy() for linear in linears.values()])
+    assert np.array_equal(layout.unpack_qweight(tensors[f"{gemm.name}/qweight"], *q.shape), q)
+    assert len(tensors) == 2 + zeros + biased
+    if biased:
+        assert np.array_equal(tensors[gemm.input[-1]], torch.cat(list(biases.values())).numpy())
+
+
+def test_outputs_are_in_the_order_of_the_graph_whatever_that_of_the_weights() -> None:
+    linears = layers_of(40, 24, 8)
+    model = on_one_tensor(linears, {})
+    backwards = dict(reversed(linears.items()))
+    fused, done, (group,) = rewrite(model, backwards)
+    assert [node.name for node in done] == list(backwards)
+    assert group == FusedNode("/l.0+l.1+l.2", ("l.0", "l.1", "l.2"), (40, 24, 8))
+    assert list(fused.graph.node[1].output) == ["l.0.y", "l.1.y", "l.2.y"]
+
+
+def test_no_node_takes_more_than_four_layers_or_more_rows_than_the_kernels() -> None:
+    _, groups = fused_and_alone(layers_of(8, 16, 24, 32, 40))
+    assert groups == [["l.0", "l.1", "l.2", "l.3"]]
+    _, groups = fused_and_alone(layers_of(8, 16, 24, 32, 40, 8))
+    assert groups == [["l.0", "l.1", "l.2", "l.3"], ["l.4", "l.5"]]
+
+
+def test_rows_of_all_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_FEATURES", K)
+    assert fused_and_alone(layers_of(64, 32))[1] == [["l.0", "l.1"]]
+    assert fused_and_alone(layers_of(64, 40))[1] == []
+    assert fused_and_alone(layers_of(64, 40, 32))[1] == [["l.0", "l.2"]]
+
+
+@pytest.mark.parametrize("what", ["group_size", "zeros", "pre_scale", "pre_scale_is_none", "bias"])
+def test_layers_that_differ_stay_apart_and_others_are_fused(what: str) -> None:
+    linears = layers_of(40, 24, 8, pre_scale=what == "pre_scale")
+    scale = next(iter(linears.values())).pre_scale
+    linears = {
+        name: replace(linear, pre_scale=None if scale is None else scale.clone()) for name, linear in linears.items()
+    }
+    assert fused_and_alone(linears)[1] == [["l.0", "l.1", "l.2"]]
+    other = {
+        "group_size": random_linear(24, K, K, zeros=True),
+        "zeros": random_linear(24, K, 32, zeros=False),
+        "pre_scale": replace(linears["l.1"], pre_scale=None if scale is None else scale * (torch.arange(K) != 50)),
+        "pre_scale_is_none": replace(linears["l.1"], pre_scale=torch.ones(K).half()),
+        "bias": linears["l.1"],
+    }[what]
+    biases = {"l.1": torch.ones(24).half()} if what == "bias" else {}
+    _, groups = fused_and_alone({**linears, "l.1": other}, biases)
+    assert groups == [["l.0", "l.2"]]
+
+
+def test_weight_applied_twice_is_not_fused() -> None:
+    linears = layers_of(K, 40, 24)
+    model = on_one_tensor(linears, {})
+    model.graph.node.append(helper.make_node("MatMul", ["x", "l.0.t"], ["again"]))
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT16, ["B", K]))
+    fused, _, groups = rewrite(model, linears)
+    assert [group.layers for group in groups] == [("l.1", "l.2")]
+    assert sorted(n.name for n in fused.graph.node if n.domain) == ["/l.0", "/l.0.1", "/l.1+l.2"]
+    x = torch.randn(3, K).half()
+    for y, reference in zip(run_all(fused, x), run_all(rewrite(model, linears, fuse=False)[0], x), strict=True):
+        assert torch.equal(y, reference)
+
+
+def test_fused_node_stands_where_the_first_layer_stood() -> None:
+    """What the first layer feeds comes before the second layer; and a tensor of the same values is another tensor."""
+    linears = layers_of(K, K, K, K)
+    nodes = [
+        helper.make_node("MatMul", ["X", "l.0.weight"], ["a"]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("MatMul", ["r", "l.1.weight"], ["b"]),
+        helper.make_node("MatMul", ["X", "l.2.weight"], ["c"]),
+        helper.make_node("Identity", ["X"], ["i"]),
+        helper.make_node("MatMul", ["i", "l.3.weight"], ["d"]),
+        helper.make_node("Sum", ["b", "c", "d"], ["Y"]),
+    ]
+    weights = {f"{name}.weight": linear for name, linear in linears.items()}
+    constants = {name: torch.zeros(K, K).half() for name in weights}
+    model = graph_of(nodes, {**constants, WEIGHT: torch.zeros(1).half()}, n=K)
+    fused, _, groups = rewrite(model, weights)
+    onnx.checker.check_model(fused, full_check=True)  # topologically sorted, too
+    assert [(group.name, group.layers) for group in groups] == [("/l.0+l.2", ("l.0", "l.2"))]
+    x = torch.randn(2, K).half()
+    assert torch.equal(run(fused, x), run(rewrite(model, weights, fuse=False)[0], x))
+
+
+def test_qdq_keeps_every_layer_to_itself() -> None:
+    linears = layers_of(40, 24)
+    model, done, groups = rewrite(on_one_tensor(linears, {}), linears, format="qdq")
+    assert (len(done), groups) == (2, [])
+    assert [n.op_type for n in model.graph.node].count("DequantizeLinear") == 2
+
+
+def test_a_lazy_mapping_is_asked_once_and_only_one_group_is_held() -> None:
+    asked: list[str] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Lazy(dict[str, int]):
+        def __getitem__(self, name: str) -> Any:
+            nonlocal most
+            asked.append(name)
+            linear = random_linear(K, K, 32, zeros=True)
+            alive.append(weakref.ref(linear.q))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return linear
+
+    nodes = []
+    for i in range(12):
+        source = "X" if i < 3 else f"y{i // 3 * 3 - 1}"
+        nodes.append(helper.make_node("MatMul", [source, f"w{i}"], [f"y{i}"]))
+    nodes.append(helper.make_node("Sum", [f"y{i}" for i in range(12)], ["Y"]))
+    names = {f"w{i}": 0 for i in range(12)}
+    constants = {name: torch.zeros(K, K).half() for name in names}
+    _, _, groups = rewrite(graph_of(nodes, {**constants, WEIGHT: torch.zeros(1).half()}, n=K), Lazy(names))
+    assert sorted(asked) == sorted(names)
+    assert [len(group.layers) for group in groups] == [3] * 4
+    assert most == 3
+
+
+def test_biases_without_data_are_read_by_the_caller() -> None:
+    linears = layers_of(40, 24)
+    biases = {name: torch.ones(q.q.shape[0]).half() for name, q in linears.items()}
+    model = on_one_tensor(linears, biases)
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+    with pytest.raises(AwqTrtError, match=r"the data of l\.0\.bias are not in the model"):
+        rewrite(model, linears)
+    fused, *_ = rewrite(model, linears, read=lambda tensor: biases[tensor.name.removesuffix(".bias")] * 2)
+    (bias,) = [t for t in fused.graph.initializer if t.name.endswith("/bias")]
+    assert np.array_equal(onnx.numpy_helper.to_array(bias), np.full(64, 2, np.float16))
 
 
 def test_everything_else_stays_as_it_was() -> None:
@@ -217,7 +425,7 @@ def test_everything_else_stays_as_it_was() -> None:
     before = graph_of(nodes, {WEIGHT: torch.zeros(K, N).half(), "other": other})
     before.metadata_props.add(key="k", value="v")
     before.graph.value_info.append(helper.make_tensor_value_info("s", TensorProto.FLOAT16, ["B", K]))
-    after, _ = rewrite(before, {WEIGHT: random_linear(N, K, 32, zeros=True)})
+    after, *_ = rewrite(before, {WEIGHT: random_linear(N, K, 32, zeros=True)})
     assert list(after.graph.node[:2]) == list(before.graph.node[:2])
     assert next(t for t in after.graph.initializer if t.name == "other") == before.graph.initializer[1]
     assert (list(after.graph.input), list(after.graph.output)) == (list(before.graph.input), list(before.graph.output))
