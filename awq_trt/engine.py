@@ -37,8 +37,9 @@ RTX_ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that TensorRT-RTX builds for and the plugin has machine code for."""
 
 ERRORS = ("ERROR", "INTERNAL_ERROR")
-NOISE = ("Int64 binding", "Thread context has not been set", "catchCudaError")
-"""Parts of messages that say nothing about the model: printed at every build, or wherever there is no GPU."""
+NOISE = ("Int64 binding", "Thread context has not been set", "catchCudaError", "Attribute splits not found")
+"""Parts of messages that say nothing about the model: printed at every build, wherever there is no GPU, or for every
+W4A16Gemm with one output, which needs no attribute `splits`."""
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -50,7 +51,8 @@ class EngineReport:
     Attributes:
         engine, sidecar: the two files written. runtime: Python module that built it. architectures: compute
         capabilities like "8.6". seconds, peak_bytes: of the build, peak resident memory of the child process.
-        plugin_layers: layers that run in the plugin. warnings: TensorRT's, without the ones at every build.
+        plugin_layers: W4A16Gemm layers of the engine, each one layer of the model or several.
+        warnings: TensorRT's, without the ones at every build.
     """
 
     engine: Path

@@ -50,7 +50,7 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     plugin_layers = _count_plugin_layers(trt, network)
     if plugin_layers != job["plugin_nodes"]:
         raise BuildError(
-            f"{job['plugin_nodes']} quantized layers are in the ONNX file, but the parser gave {plugin_layers} of them "
+            f"{job['plugin_nodes']} W4A16Gemm nodes are in the ONNX file, but the parser gave {plugin_layers} of them "
             'to the plugin. Every node must carry the attribute plugin_namespace="".'
         )
     config = builder.create_builder_config()

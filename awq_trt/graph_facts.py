@@ -46,7 +46,8 @@ class GraphFacts:
     Attributes:
         inputs, outputs: of the graph, in its order; initializers that are also listed as inputs are left out.
         metadata: what the exporter wrote under "awq_trt" in the file's metadata ({} for a foreign file).
-        plugin_nodes: number of W4A16Gemm nodes. quantized_bytes: their packed weights, scales and zeros.
+        plugin_nodes: number of W4A16Gemm nodes, each one layer or several.
+        quantized_bytes: their packed weights, scales and zeros.
         float_bytes: every other initializer. onnx_bytes, data_bytes: the file and its external data files.
     """
 

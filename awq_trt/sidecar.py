@@ -29,6 +29,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "inputs": list,
     "outputs": list,
     "quantized": list,
+    "fused": list,
     "left_in_float": dict,
     "plugin": (dict, type(None)),
     "sizes": dict,
@@ -78,6 +79,7 @@ def describe(
         "inputs": [_tensor(t) for t in graph.inputs],
         "outputs": [_tensor(t) for t in graph.outputs],
         "quantized": facts.get("quantized", []),
+        "fused": facts.get("fused", []),
         "left_in_float": facts.get("left_in_float", {}),
         "plugin": None
         if plugin is None

@@ -111,6 +111,19 @@ def test_quantized_layers_run_in_the_plugin(tmp_path: Path, dtype: torch.dtype, 
     assert len(facts["plugin"]["sha256"]) == 64
 
 
+@pytest.mark.parametrize("splits", [(64, 32, 32), (8, 40), (8, 16, 24, 8)])
+def test_fused_layers_are_one_layer_of_the_engine(tmp_path: Path, splits: tuple[int, ...]) -> None:
+    report = build(tiny_onnx.quantized(tmp_path / "q.onnx", n=sum(splits), splits=splits, layers=2), max_batch=2)
+    assert report.plugin_layers == 2
+    outputs = read_sidecar(report.sidecar)["outputs"]
+    assert [output["dims"][-1] for output in outputs] == [*splits, *splits]
+    assert report.warnings == ()
+
+
+def test_nodes_without_splits_are_no_reason_for_a_warning(tmp_path: Path) -> None:
+    assert build(tiny_onnx.quantized(tmp_path / "q.onnx")).warnings == ()
+
+
 def test_the_plugin_is_embedded_unless_told_otherwise(tmp_path: Path) -> None:
     model = tiny_onnx.quantized(tmp_path / "q.onnx")
     embedded = build(model)

@@ -19,12 +19,14 @@ from awq_trt.plugin import library_path
 QUANTIZED = [
     {"name": "linear_0", "n": 64, "k": 256, "group_size": 64, "zeros": True, "bias": False, "pre_scale": False}
 ]
+FUSED = [{"name": "/mlp/gate_proj+up_proj", "layers": ["mlp.gate_proj", "mlp.up_proj"], "splits": [32, 32]}]
 METADATA = {
     "version": "0.1.0",
     "format": "plugin",
     "dtype": "float16",
     "model_type": "llama",
     "quantized": QUANTIZED,
+    "fused": FUSED,
     "left_in_float": {"lm_head": "output"},
 }
 SHAPES = {"x": ((1, 1, 256), (2, 8, 256), (2, 16, 256))}
@@ -81,7 +83,8 @@ def test_content(plan: Path) -> None:
         }
     ]
     assert content["outputs"][0]["shape"] == [-1, -1, 64]
-    assert (content["quantized"], content["left_in_float"]) == (QUANTIZED, {"lm_head": "output"})
+    assert (content["quantized"], content["fused"]) == (QUANTIZED, FUSED)
+    assert content["left_in_float"] == {"lm_head": "output"}
     library = library_path()
     assert content["plugin"] == {
         "file": "libawq_trt_plugins.so",

@@ -100,12 +100,14 @@ def quantized(
     zeros: bool = True,
     bias: bool = False,
     pre_scale: bool = False,
+    splits: Sequence[int] = (),
     layers: int = 1,
     change: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """`layers` W4A16Gemm nodes side by side on one input X [batch_size, sequence_length, k], random weights.
 
+    With `splits`, whose sum is n, each has an output for every entry: y_0_0, y_0_1, ... instead of y_0.
     `change` overrides attributes of the nodes; None removes one.
     """
     rng = np.random.default_rng(1)
@@ -133,12 +135,16 @@ def quantized(
             "plugin_version": "1",
             "plugin_namespace": "",
         }
+        if splits:
+            attributes["splits"] = splits
         attributes = {key: v for key, v in (attributes | (change or {})).items() if v is not None}
+        results = {f"y_{i}_{j}": width for j, width in enumerate(splits)} or {f"y_{i}": n}
         names = ["x", *(f"{name}_{i}" for name in parts)]
         nodes.append(
-            helper.make_node("W4A16Gemm", names, [f"y_{i}"], name=f"linear_{i}", domain="awq_trt", **attributes)
+            helper.make_node("W4A16Gemm", names, list(results), name=f"linear_{i}", domain="awq_trt", **attributes)
         )
-        shape = ["batch_size", "sequence_length", n]
-        outputs.append(helper.make_tensor_value_info(f"y_{i}", FLOATS[dtype], shape))
+        for name, width in results.items():
+            shape = ["batch_size", "sequence_length", width]
+            outputs.append(helper.make_tensor_value_info(name, FLOATS[dtype], shape))
     x = helper.make_tensor_value_info("x", FLOATS[dtype], ["batch_size", "sequence_length", k])
     return save(path, nodes, [x], outputs, weights, **options)
