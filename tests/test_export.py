@@ -22,6 +22,8 @@ import onnx
 import pytest
 import safetensors.torch
 
+from awq_trt.graph_facts import read_graph
+
 ROOT = Path(__file__).parents[1]
 EXPORT = ROOT / "tools" / "export.py"
 SHORT = ("--calibration-samples", "2", "--calibration-length", "128")
@@ -84,7 +86,7 @@ def test_checkpoint_to_plan(models: Path, out: Path, name: str, layers: int) -> 
     assert (out / "m.plan").stat().st_size == sidecar["sizes"]["plan"]
     assert sidecar["accuracy"]["onnx"]["relative"] < 5e-3
     assert {"m.awq", "m.onnx", "m.onnx.data", "m.plan", "m.plan.json", "repo"} == {p.name for p in out.iterdir()}
-    assert f"{layers} W4A16Gemm layers" in result.stderr
+    assert f"{layers} quantized layers" in result.stderr
     if name == "llama":
         assert re.search(r"(3[0-2]) of 32 greedy tokens equal", result.stderr)
         assert [p["name"] for p in sidecar["profiles"]] == ["decode", "prefill"]
@@ -109,6 +111,27 @@ def test_every_stage_starts_from_the_file_before_it(models: Path, out: Path) -> 
     third = export("--model", out / "q.onnx", "--engine", out / "q.plan", "--max-seq", 64, "--no-embed-plugin")
     assert third.returncode == 0, third.stderr
     assert json.loads((out / "q.plan.json").read_text())["plugin"]["embedded"] is False
+
+
+def test_fusion_is_in_the_sidecar_and_can_be_left_out(models: Path, out: Path) -> None:
+    assert export("--model", models / "llama", "--awq", out / "q", "--quiet", *SHORT).returncode == 0
+    for name, flags, nodes in (("fused", (), 8), ("alone", ("--no-fuse",), 14)):
+        result = export("--model", out / "q", "--onnx", out / f"{name}.onnx", "--no-verify", *flags)
+        assert f"14 quantized layers, {(14 - nodes) * 2 // 3} fused nodes" in result.stderr
+        graph = read_graph(out / f"{name}.onnx")
+        assert (len(graph.metadata["quantized"]), graph.plugin_nodes) == (14, nodes)
+    assert graph.metadata["fused"] == []
+    result = export("--model", out / "fused.onnx", "--engine", out / "m.plan", "--max-seq", 64)
+    assert result.returncode == 0, result.stderr
+    sidecar = json.loads((out / "m.plan.json").read_text())
+    assert (len(sidecar["quantized"]), sidecar["plugin"]["layers"]) == (14, 8)
+    assert len(sidecar["fused"]) == 4
+    attention = "model.layers.0.self_attn."
+    assert sidecar["fused"][0]["name"] == "/model/layers.0/self_attn/q_proj+k_proj+v_proj"
+    assert sidecar["fused"][0]["layers"] == [f"{attention}{part}_proj" for part in "qkv"]
+    features = {layer["name"]: layer["n"] for layer in sidecar["quantized"]}
+    for node in sidecar["fused"]:
+        assert node["splits"] == [features[layer] for layer in node["layers"]]
 
 
 @pytest.mark.parametrize("symmetric", [(), ("--symmetric",)])
@@ -160,7 +183,7 @@ def test_nan_or_inf_in_a_weight(llama: Path, out: Path, bad: float) -> None:
 def test_group_that_does_not_divide_leaves_layers_in_float(llama: Path, out: Path) -> None:
     result = export("--model", llama, "--onnx", out / "m.onnx", "--group-size", 128, "--no-verify", *SHORT)
     assert result.returncode == 0, result.stderr
-    assert "2 W4A16Gemm layers" in result.stderr
+    assert "2 quantized layers" in result.stderr
     assert "model.layers.0.self_attn.q_proj (in_features 64 is not a multiple of the group size 128)" in result.stderr
 
 

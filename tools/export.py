@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         default="plugin",
         help="ONNX flavour: W4A16Gemm nodes, or portable DequantizeLinear (default: %(default)s)",
     )
+    out.add_argument("--no-fuse", action="store_true", help="a node for each layer, also where Q, K, V could share one")
 
     q = p.add_argument_group("quantization")
     q.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn only rounds (default: %(default)s)")
@@ -269,9 +270,10 @@ def onnx_stage(
     from awq_trt.verify import verify
 
     with console.status("Exporting to ONNX"):
-        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype)
+        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype, fuse=not args.no_fuse)
     size = (report.onnx_bytes + report.data_bytes) / 2**20
-    console.print(f"[bold]{onnx_path}[/]  {len(report.quantized)} W4A16Gemm layers, {size:.1f} MiB", highlight=False)
+    layers = f"{len(report.quantized)} quantized layers, {len(report.fused)} fused nodes"
+    console.print(f"[bold]{onnx_path}[/]  {layers}, {size:.1f} MiB", highlight=False)
     if args.no_verify:
         return None
     with console.status("Verifying: eager model against ONNX Runtime, perplexity of float, rounding and AWQ"):
@@ -317,7 +319,7 @@ def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, 
     for warning in report.warnings:
         console.print(f"[yellow]{report.runtime}:[/] {warning}", highlight=False)
     console.print(
-        f"[bold]{args.engine}[/]  {report.plugin_layers} W4A16Gemm layers, {report.plan_bytes / 2**20:.1f} MiB, "
+        f"[bold]{args.engine}[/]  {report.plugin_layers} W4A16Gemm nodes, {report.plan_bytes / 2**20:.1f} MiB, "
         f"{report.runtime} {report.runtime_version} for compute capability {', '.join(report.architectures)}",
         highlight=False,
     )
