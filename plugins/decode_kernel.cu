@@ -2,25 +2,44 @@
 #include "kernels.h"
 
 namespace awq_trt {
+namespace {
 
-cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, int32_t token_tiles, int32_t warps,
-                         cudaStream_t stream) {
-  int64_t const blocks = DecodeBlocks(args, token_tiles);
-  if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  bool const half = type == ActivationType::kHalf;
-  void (*kernel)(GemmArgs) = nullptr;
+using Kernel = void (*)(GemmArgs, DecodePlan);
+
+template <typename T>
+Kernel KernelFor(int32_t token_tiles) {
   switch (token_tiles) {
     case 1:
-      kernel = half ? DecodeKernel<Half, 1> : DecodeKernel<Bfloat16, 1>;
-      break;
+      return DecodeKernel<T, 1>;
     case 2:
-      kernel = half ? DecodeKernel<Half, 2> : DecodeKernel<Bfloat16, 2>;
-      break;
+      return DecodeKernel<T, 2>;
+    case 3:
+      return DecodeKernel<T, 3>;
     default:
-      return cudaErrorInvalidValue;
+      return DecodeKernel<T, kDecodeMaxTokenTiles>;
   }
-  kernel<<<static_cast<uint32_t>(blocks), DecodeThreads(args, warps), 0, stream>>>(args);
-  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const& device,
+                         cudaStream_t stream) {
+  Kernel const kernel =
+      type == ActivationType::kHalf ? KernelFor<Half>(plan.token_tiles) : KernelFor<Bfloat16>(plan.token_tiles);
+  cudaError_t const error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<uint32_t>(plan.ranges), static_cast<uint32_t>(plan.slices));
+  config.blockDim = dim3(static_cast<uint32_t>(plan.warps() * kWarp));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = device.sm >= 90 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args, plan);
 }
 
 }  // namespace awq_trt

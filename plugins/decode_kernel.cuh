@@ -1,94 +1,410 @@
-// Few tokens: every weight is read once and used a handful of times, so memory bandwidth is all that counts.
+// Few tokens: every weight is read once and used a handful of times, so all that counts is that memory never waits.
 //
-// A block owns one tile of 16 output features and up to 8 * kTokenTiles tokens. Its warps take the k-tiles in turn
-// (so that the block streams contiguous memory), each accumulates its share in registers, and the shares are added in
-// shared memory in the order of the warps: the result does not depend on timing.
+// A warp streams its units of weights (decode_plan.h) through a ring of its own in shared memory, kDecodeStages deep
+// and filled by cp.async: no barrier between the first unit and the last. X is small and read by every warp, so the
+// block's slice of it is brought to shared memory once. Weights do not depend on the kernel before this one, X does:
+// the rings are filled before that kernel has ended.
+//
+// Scales are applied to sums, not to weights: within a group the products are (q - zero) * x with q - zero an exact
+// integer, and every group's sum is multiplied by its scale in fp32. That is one fused multiply-add per weight pair
+// less than a scaled weight, and one rounding per weight less.
 #pragma once
 
+#include "decode_plan.h"
 #include "fragments.h"
 
 namespace awq_trt {
 
-constexpr int32_t kDecodeMaxWarps = 16;
-constexpr int32_t kDecodeUnroll = 4;  // 16-byte loads in flight per lane
+// A unit as it lies in shared memory, in bytes: q [tile][lane][16], scales [group][i][4] (rows i and i + 8),
+// zeros [group][i].
+constexpr int32_t kTileBytes = kTileN * kTileK / 2;
+constexpr int32_t kStageScales = kUnitTiles * kTileBytes, kStageZeros = kStageScales + kUnitMaxGroups * 32;
+constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 8;
+constexpr int32_t kSumsBytes = kWarp * 16;  // of a strip and a tile of tokens
 
-// Columns `column` and the next of one token; 0 beyond the last token and the last column.
-AWQ_DEVICE uint32_t LoadTokenPair(GemmArgs const& args, int32_t token, int32_t column) {
-  if (token >= args.tokens || column >= args.k) return 0u;
-  uint16_t const* p = args.x + static_cast<int64_t>(token) * args.k + column;
-  if (args.x_aligned) return Load32(p);
-  return Load16(p) | static_cast<uint32_t>(Load16(p + 1)) << 16;
+// Four floats of a lane for one strip and one tile of tokens: accumulators as in fragments.h.
+struct Sums {
+  float v[4];
+};
+AWQ_DEVICE Words WordsOf(Sums const& s) { return {{BitsOf(s.v[0]), BitsOf(s.v[1]), BitsOf(s.v[2]), BitsOf(s.v[3])}}; }
+AWQ_DEVICE void Add(Sums& sum, Words const& part) {
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) sum.v[e] += FloatOf(part.w[e]);
+}
+
+// A unit is scaled in parts of 32 << PartShift columns: a group, or the whole unit where a group is larger.
+AWQ_DEVICE int32_t PartShift(GemmArgs const& args) { return args.group_shift < 7 ? args.group_shift - 5 : 2; }
+
+// What a lane copies next. Two lanes copy the scales of a group, the first of them also its zeros.
+struct Fetch {
+  int32_t strip, unit;
+  bool has_scales, has_zeros;
+  char const* q;  // of this lane
+
+  AWQ_DEVICE Fetch(GemmArgs const& args, int32_t strip, int32_t unit, int32_t lane)
+      : strip(strip),
+        unit(unit),
+        has_scales(lane < 2 * (kUnitMaxGroups >> PartShift(args))),
+        has_zeros(has_scales && lane % 2 == 0 && args.zeros != nullptr),
+        q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {}
+
+  // Start the copy of a unit into a stage and go on to the next one; strips have the units first_unit .. end_unit - 1.
+  AWQ_DEVICE void Fill(GemmArgs const& args, Shared stage, int32_t first_unit, int32_t end_unit, int32_t lane) {
+    uint32_t const k_tiles = CeilDiv(args.k, kTileK), tile = unit * kUnitTiles;
+    char const* source = q + static_cast<uint64_t>(strip * k_tiles + tile) * kTileBytes;
+    CopyAsync(stage + lane * 16, source, true);
+    CopyAsync(stage + kTileBytes + lane * 16, source + kTileBytes, tile + 1 < k_tiles);
+    int32_t const group = (unit * kUnitK >> args.group_shift) + lane / 2;
+    uint32_t const entry = strip * args.groups + (group < args.groups ? group : args.groups - 1);
+    uint64_t const scale_chunk = 2 * entry + lane % 2;
+    if (has_scales) CopyAsync(stage + kStageScales + lane * 16, args.scales + scale_chunk * 8, true);
+    if (has_zeros) CopyAsync8(stage + kStageZeros + lane * 4, args.zeros + static_cast<uint64_t>(entry) * 8);
+    if (++unit == end_unit) unit = first_unit, ++strip;
+  }
+};
+
+// The A fragment of one k-step as integers: q - zero, exact. `minus_zero` is -(kOffset + zero), see MinusZeros.
+template <typename T>
+AWQ_DEVICE void IntegerFragment(uint32_t (&a)[4], uint32_t word, uint32_t const (&minus_zero)[2]) {
+  if constexpr (T::kMantissaBits >= 8) {  // a nibble at bit 4 still is mantissa: 1024 + 16 q, divided by the same FMA
+#pragma unroll
+    for (int32_t j = 0; j < 4; j += 2) {
+      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[0]);
+      a[j + 1] = Fma2<T>(AndOr(word, 0x00f000f0u, T::kExponent), T::kSixteenth, minus_zero[1]);
+      word >>= 8;
+    }
+  } else {
+#pragma unroll
+    for (int32_t j = 0; j < 4; ++j) {
+      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[j & 1]);
+      word >>= 4;
+    }
+  }
+}
+
+// What IntegerFragment adds for rows g and g + 8; `zeros` holds the zero of row g and, shifted by 4, of row g + 8.
+template <typename T>
+AWQ_DEVICE void MinusZeros(uint32_t (&minus_zero)[2], uint32_t zeros) {
+  uint32_t const low = zeros & 0xfu, high = zeros & 0xf0u;
+  minus_zero[0] = (low | low << 16) | T::kExponent | kSignBits;
+  if constexpr (T::kMantissaBits >= 8) {  // -(64 + zero): one in the last place is 1/16
+    minus_zero[1] = (high | high << 16) | T::kExponentOver16 | kSignBits;
+  } else {
+    minus_zero[1] = (high >> 4 | high << 12) | T::kExponent | kSignBits;
+  }
+}
+
+// What a part of a unit is scaled with.
+template <typename T>
+struct PartScale {
+  float low, high;  // of rows g and g + 8
+  uint32_t minus_zero[2];
+
+  AWQ_DEVICE PartScale(Shared stage, int32_t part, bool has_zeros, int32_t lane) {
+    uint32_t const scales = LoadShared32(stage + kStageScales + part * 32 + lane / 4 * 4);
+    low = ToFloat<T>(static_cast<uint16_t>(scales)), high = ToFloat<T>(static_cast<uint16_t>(scales >> 16));
+    MinusZeros<T>(minus_zero, has_zeros ? LoadShared8(stage + kStageZeros + part * 8 + lane / 4) : 0x88u);
+  }
+};
+
+// sums += 32 columns, two k-steps, of integers times X. `x_rows[j]` is where this lane reads X for ldmatrix.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void MultiplyQuarter(Sums (&sums)[kTokenTiles], uint32_t q0, uint32_t q1, uint32_t const (&minus_zero)[2],
+                                Shared const (&x_rows)[kTokenTiles], int32_t x_offset) {
+  uint32_t a[2][4];
+  IntegerFragment<T>(a[0], q0, minus_zero);
+  IntegerFragment<T>(a[1], q1, minus_zero);
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    uint32_t b[4];
+    LoadMatrices(b, x_rows[j] + x_offset);
+    Mma<T>(sums[j].v, a[0], b[0], b[1]);
+    Mma<T>(sums[j].v, a[1], b[2], b[3]);
+  }
 }
 
 template <typename T, int kTokenTiles>
-AWQ_KERNEL(kDecodeMaxWarps* kWarp)
-DecodeKernel(GemmArgs const args) {
-  constexpr int32_t kOutputs = kTileN * kTokenTile * kTokenTiles;
-  AWQ_SHARED float partial[kDecodeMaxWarps][kOutputs];  // [warp][token][row]
-
-  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  int32_t const warps = BlockThreads() / kWarp;
-  int32_t const n_tiles = CeilDiv(args.n, kTileN), k_tiles = CeilDiv(args.k, kTileK);
-  int32_t const tile_n = BlockIndex() % n_tiles;
-  int32_t const first_token = BlockIndex() / n_tiles * (kTokenTile * kTokenTiles);
-
-  float acc[kTokenTiles][4] = {};
-  for (int32_t first = warp; first < k_tiles; first += warps * kDecodeUnroll) {
-    WeightTile tiles[kDecodeUnroll] = {};
-#pragma unroll
-    for (int32_t u = 0; u < kDecodeUnroll; ++u) {
-      if (first + u * warps < k_tiles) tiles[u] = LoadWeightTile(args, tile_n, first + u * warps, lane);
-    }
-#pragma unroll
-    for (int32_t u = 0; u < kDecodeUnroll; ++u) {
-      if (first + u * warps >= k_tiles) break;
-#pragma unroll
-      for (int32_t step = 0; step < kSteps; ++step) {
-        int32_t const column = (first + u * warps) * kTileK + step * kStepK + 2 * (lane % 4);
-        uint32_t a[4];
-        Dequantize<T>(a, tiles[u], step);
-#pragma unroll
-        for (int32_t j = 0; j < kTokenTiles; ++j) {
-          int32_t const token = first_token + j * kTokenTile + lane / 4;
-          uint32_t b0 = LoadTokenPair(args, token, column), b1 = LoadTokenPair(args, token, column + 8);
-          if (args.pre_scale != nullptr) {
-            b0 = Multiply<T>(b0, LoadPreScale(args, column));
-            b1 = Multiply<T>(b1, LoadPreScale(args, column + 8));
-          }
-          Mma<T>(acc[j], a, b0, b1);
-        }
-      }
-    }
-  }
-
+AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums const (&sums)[kTokenTiles], PartScale<T> const& scale) {
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
-    for (int32_t e = 0; e < 4; ++e) {
-      int32_t const token = j * kTokenTile + 2 * (lane % 4) + (e & 1), row = lane / 4 + 8 * (e >> 1);
-      partial[warp][token * kTileN + row] = acc[j][e];
-    }
-  }
-  SyncThreads();
-  for (int32_t i = ThreadIndex(); i < kOutputs; i += BlockThreads()) {
-    int32_t const token = first_token + i / kTileN, n = tile_n * kTileN + i % kTileN;
-    if (token >= args.tokens || n >= args.n) continue;
-    float sum = 0.0f;
-    for (int32_t w = 0; w < warps; ++w) sum += partial[w][i];
-    if (args.bias != nullptr) sum += ToFloat<T>(Load16(args.bias + n));
-    Store16(args.y + static_cast<int64_t>(token) * args.n + n, FromFloat<T>(sum));
+    for (int32_t e = 0; e < 4; ++e) acc[j].v[e] += sums[j].v[e] * (e < 2 ? scale.low : scale.high);
   }
 }
 
-// Blocks of one launch, and warps per block: more than one warp per k-tile would have nothing to do.
-inline int64_t DecodeBlocks(GemmArgs const& args, int32_t token_tiles) {
-  int64_t const token_blocks =
-      (static_cast<int64_t>(args.tokens) + kTokenTile * token_tiles - 1) / (kTokenTile * token_tiles);
-  return token_blocks * CeilDiv(args.n, kTileN);
+// acc += unit * X, scaled in parts of 32 << kPartShift columns.
+template <typename T, int32_t kPartShift, int kTokenTiles>
+AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, bool has_zeros,
+                             Shared const (&x_rows)[kTokenTiles], int32_t x_offset, int32_t lane) {
+  Sums sums[kTokenTiles] = {};
+  if constexpr (kPartShift == 2) {
+    PartScale<T> const scale(stage, 0, has_zeros, lane);
+#pragma unroll 1  // X of both tiles at once would not fit into registers
+    for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
+      Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
+      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
+      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, x_offset + tile * 128 + 64);
+    }
+    AddScaled<T>(acc, sums, scale);
+  } else {
+#pragma unroll 1  // X of both tiles at once would not fit into registers
+    for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
+      Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
+      PartScale<T> const scale(stage, 2 * tile >> kPartShift, has_zeros, lane);
+      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
+      if constexpr (kPartShift == 1) {
+        MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, x_offset + tile * 128 + 64);
+        AddScaled<T>(acc, sums, scale);
+      } else {
+        AddScaled<T>(acc, sums, scale);
+        PartScale<T> const second(stage, 2 * tile + 1, has_zeros, lane);
+        Sums more[kTokenTiles] = {};
+        MultiplyQuarter<T>(more, q.w[2], q.w[3], second.minus_zero, x_rows, x_offset + tile * 128 + 64);
+        AddScaled<T>(acc, more, second);
+      }
+#pragma unroll
+      for (int32_t j = 0; j < kTokenTiles; ++j) sums[j] = {};
+    }
+  }
 }
-inline int32_t DecodeThreads(GemmArgs const& args, int32_t warps) {
-  int32_t const k_tiles = CeilDiv(args.k, kTileK);
-  return kWarp * (warps < k_tiles ? warps : k_tiles);
+
+// 8 columns of a token, times pre_scale; 0 beyond the last column.
+template <typename T>
+AWQ_DEVICE Words LoadTokenChunk(GemmArgs const& args, int32_t token, int32_t column) {
+  Words chunk = {};
+  if (column >= args.k) return chunk;
+  uint16_t const* p = args.x + static_cast<int64_t>(token) * args.k + column;
+  if (args.x_aligned) {
+    chunk = LoadWords(p);
+  } else {
+#pragma unroll
+    for (int32_t e = 0; e < 8; ++e) chunk.w[e / 2] |= static_cast<uint32_t>(Load16(p + e)) << (16 * (e % 2));
+  }
+  if (args.pre_scale != nullptr) {
+    Words const scale = LoadStreaming(args.pre_scale + column);
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) chunk.w[i] = Multiply<T>(chunk.w[i], scale.w[i]);
+  }
+  return chunk;
+}
+
+// Bring the slice of X to shared memory: row `token` at token * row_bytes. Loads are issued four at a time.
+template <typename T>
+AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared x, int32_t first_column,
+                            int32_t units) {
+  constexpr int32_t kBatch = 4;
+  int32_t const chunks = units * (kUnitK / 8), threads = BlockThreads();
+  int32_t const token_step = threads / chunks, chunk_step = threads % chunks;
+  int32_t token = ThreadIndex() / chunks, chunk = ThreadIndex() % chunks;
+  while (token < args.tokens) {
+    Words loaded[kBatch];
+    Shared targets[kBatch];
+    bool valid[kBatch];
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      targets[i] = x + token * plan.row_bytes + chunk * 16;
+      valid[i] = token < args.tokens;
+      if (valid[i]) loaded[i] = LoadTokenChunk<T>(args, token, first_column + chunk * 8);
+      token += token_step, chunk += chunk_step;
+      if (chunk >= chunks) chunk -= chunks, ++token;
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      if (valid[i]) StoreShared(targets[i], loaded[i]);
+    }
+  }
+}
+
+// Y of one strip and one tile of tokens.
+template <typename T>
+AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, int32_t strip, int32_t token_tile, int32_t lane) {
+#pragma unroll
+  for (int32_t h = 0; h < 2; ++h) {
+    int32_t const n = strip * kTileN + lane / 4 + 8 * h;
+    if (n >= args.n) break;
+    float const bias = args.bias != nullptr ? ToFloat<T>(Load16(args.bias + n)) : 0.0f;
+    Output const output = OutputOf(args, n);
+#pragma unroll
+    for (int32_t e = 0; e < 2; ++e) {
+      int32_t const token = token_tile * kTokenTile + 2 * (lane % 4) + e;
+      if (token < args.tokens) Store16(output.y + token * output.stride, FromFloat<T>(sums.v[2 * h + e] + bias));
+    }
+  }
+}
+
+// Where a slice leaves its sums of a strip and a tile of tokens in the workspace.
+AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t strip,
+                              int32_t token_tile, int32_t lane) {
+  int64_t const tile = static_cast<int64_t>(slice) * CeilDiv(args.n, kTileN) + strip;
+  return static_cast<Words*>(args.workspace) + (tile * plan.token_tiles + token_tile) * kWarp + lane;
+}
+
+// The sums of a slice are complete: they are Y if it is the only one.
+template <typename T>
+AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, int32_t strip,
+                           int32_t token_tile, int32_t lane) {
+  if (plan.slices == 1) {
+    StoreSums<T>(args, sums, strip, token_tile, lane);
+  } else {
+    StoreWords(PartialSums(args, plan, BlockRow(), strip, token_tile, lane), WordsOf(sums));
+  }
+}
+
+// What a block has of a layer: strips first_strip .., of each the units first_unit ..
+struct Rectangle {
+  int32_t first_strip, strips, first_unit, units;
+  uint32_t reciprocal;  // of units
+};
+AWQ_DEVICE Rectangle RectangleOf(DecodePlan const& plan, int32_t range, int32_t slice) {
+  bool const larger = slice < plan.units_of_slice.extra;
+  return {plan.strips_of_range.Begin(range), plan.strips_of_range.Size(range), plan.units_of_slice.Begin(slice),
+          plan.units_of_slice.Size(slice), larger ? plan.larger_reciprocal : plan.reciprocal};
+}
+// How its units, strip after strip, are cut into one segment for each warp.
+AWQ_DEVICE Cut SegmentsOf(DecodePlan const& plan, Rectangle const& block) {
+  int32_t const total = block.strips * block.units;
+  return {total >> plan.warp_shift, total & (plan.warps() - 1)};
+}
+// position / block.units
+AWQ_DEVICE int32_t StripOf(Rectangle const& block, int32_t position) {
+  return block.units == 1 ? position : static_cast<int32_t>(MultiplyHigh(position, block.reciprocal));
+}
+
+// Shared memory of a block: the rings, sums that could not be stored, X. A segment that ends inside a strip leaves the
+// sums of its last one, its tail, where the ring was. One that begins inside a strip and completes it keeps those sums,
+// its head, until all tails are there.
+struct SharedLayout {
+  Shared rings, heads, x;
+  AWQ_DEVICE explicit SharedLayout(DecodePlan const& plan)
+      : rings(DynamicShared()),
+        heads(rings + (kDecodeStages * kStageBytes << plan.warp_shift)),
+        x(heads + (plan.token_tiles * kSumsBytes << plan.warp_shift)) {}
+  AWQ_DEVICE Shared Ring(int32_t warp) const { return rings + warp * (kDecodeStages * kStageBytes); }
+  template <int kTokenTiles>
+  AWQ_DEVICE Shared Head(int32_t warp, int32_t token_tile) const {
+    return heads + (warp * kTokenTiles + token_tile) * kSumsBytes;
+  }
+  AWQ_DEVICE Shared Tail(int32_t warp, int32_t token_tile) const { return Ring(warp) + token_tile * kSumsBytes; }
+};
+
+// A warp that has completed a strip which began in segments before adds their tails, nearest first, and stores it.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  Rectangle const block = RectangleOf(plan, Opaque(BlockIndex()), Opaque(BlockRow()));
+  Cut const segments = SegmentsOf(plan, block);
+  int32_t const begin = segments.Begin(warp), strip = StripOf(block, begin), strip_begin = strip * block.units;
+  if (begin == strip_begin || segments.Begin(warp + 1) < strip_begin + block.units) return;
+  SharedLayout const shared(plan);
+#pragma unroll 1
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    Sums sums = {};
+    Add(sums, LoadShared(shared.Head<kTokenTiles>(warp, j) + lane * 16));
+#pragma unroll 2
+    for (int32_t w = warp - 1; segments.Begin(w + 1) > strip_begin; --w) {
+      Add(sums, LoadShared(shared.Tail(w, j) + lane * 16));
+    }
+    StoreSlice<T>(args, plan, sums, block.first_strip + strip, j, lane);
+  }
+}
+
+// The block that is the last one of its range to come here adds the sums of all slices, in their order.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodePlan const& plan) {
+  AWQ_SHARED uint32_t arrived;
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  uint32_t* const counter = args.counters + BlockIndex();
+  SyncThreads();  // all sums of this block are in the workspace
+  if (ThreadIndex() == 0) arrived = CountArrival(counter);
+  SyncThreads();
+  if (arrived + 1 != static_cast<uint32_t>(plan.slices)) return;
+  if (ThreadIndex() == 0) Store32(counter, 0);  // for the next call
+  int32_t const first_strip = plan.strips_of_range.Begin(BlockIndex());
+  int32_t const items = plan.strips_of_range.Size(BlockIndex()) * kTokenTiles;
+#pragma unroll 1
+  for (int32_t item = warp; item < items; item += plan.warps()) {
+    int32_t const strip = first_strip + item / kTokenTiles, token_tile = item % kTokenTiles;
+    Sums sums = {};
+#pragma unroll 4
+    for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, strip, token_tile, lane)));
+    StoreSums<T>(args, sums, strip, token_tile, lane);
+  }
+}
+
+template <typename T, int kTokenTiles>
+AWQ_KERNEL(kDecodeMaxWarps* kWarp, kTokenTiles == 1 ? 2 : 1)
+DecodeKernel(GemmArgs const args, DecodePlan const plan) {
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  Rectangle const block = RectangleOf(plan, BlockIndex(), BlockRow());
+  Cut const segments = SegmentsOf(plan, block);
+  int32_t const begin = segments.Begin(warp), count = segments.Size(warp);
+
+  SharedLayout const shared(plan);
+  Shared const ring = shared.Ring(warp);
+  int32_t const strips_before = StripOf(block, begin), end_unit = block.first_unit + block.units;
+  int32_t strip = block.first_strip + strips_before, unit = block.first_unit + begin - strips_before * block.units;
+  Fetch fetch(args, strip, unit, lane);
+#pragma unroll
+  for (int32_t stage = 0; stage < kDecodeStages - 1; ++stage) {
+    if (stage < count) fetch.Fill(args, ring + stage * kStageBytes, block.first_unit, end_unit, lane);
+    CommitCopies();
+  }
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  StageTokens<T>(args, plan, shared.x, block.first_unit * kUnitK, block.units);
+  SyncThreads();
+
+  // ldmatrix: lanes 8i .. 8i + 7 read 8 columns of 8 tokens each, 8i columns on; missing tokens repeat the last one.
+  // Columns are counted from the layer's first one.
+  Shared x_rows[kTokenTiles];
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    int32_t const token = j * kTokenTile + lane % 8;
+    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 -
+                block.first_unit * (kUnitK * 2);
+  }
+  Sums acc[kTokenTiles] = {};
+  bool from_start = unit == block.first_unit;  // of the strip
+  for (int32_t turn = 0; turn < count; ++turn) {
+    WaitCopies<kDecodeStages - 2>();
+    SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
+    if (turn + kDecodeStages - 1 < count) {
+      int32_t const free = (turn + kDecodeStages - 1) % kDecodeStages;
+      fetch.Fill(args, ring + free * kStageBytes, block.first_unit, end_unit, lane);
+    }
+    CommitCopies();
+    Shared const stage = ring + turn % kDecodeStages * kStageBytes;
+    int32_t const x_offset = unit * (kUnitK * 2), part_shift = PartShift(args);
+    bool const has_zeros = args.zeros != nullptr;
+    if (part_shift == 2) {
+      MultiplyUnit<T, 2>(acc, stage, has_zeros, x_rows, x_offset, lane);
+    } else if (part_shift == 1) {
+      MultiplyUnit<T, 1>(acc, stage, has_zeros, x_rows, x_offset, lane);
+    } else {
+      MultiplyUnit<T, 0>(acc, stage, has_zeros, x_rows, x_offset, lane);
+    }
+    if (++unit < end_unit) continue;
+    // the strip is complete: stored here, or, if it began in segments before, by AddTails
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) {
+      if (from_start) {
+        StoreSlice<T>(args, plan, acc[j], strip, j, lane);
+      } else {
+        StoreShared(shared.Head<kTokenTiles>(warp, j) + lane * 16, WordsOf(acc[j]));
+      }
+      acc[j] = {};
+    }
+    unit = block.first_unit, ++strip, from_start = true;
+  }
+  WaitCopies<0>();
+  SyncWarp();  // no lane needs the ring any more
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    StoreShared(SharedLayout(plan).Tail(warp, j) + lane * 16, WordsOf(acc[j]));
+  }
+  SyncThreads();
+  AddTails<T, kTokenTiles>(args, plan);
+  if (plan.slices > 1) AddSlices<T, kTokenTiles>(args, plan);
 }
 
 }  // namespace awq_trt

@@ -12,9 +12,12 @@ namespace awq_trt {
 // kOffset + integer: 1024 in fp16, 128 in bf16, where the unit in the last place is 1.
 struct Half {
   static constexpr uint32_t kExponent = 0x64006400, kOne = 0x3c003c00;
+  static constexpr uint32_t kExponentOver16 = 0x54005400, kSixteenth = 0x2c002c00;  // 1024 / 16 and 1 / 16
+  static constexpr int32_t kMantissaBits = 10;
 };
 struct Bfloat16 {
   static constexpr uint32_t kExponent = 0x43004300, kOne = 0x3f803f80;
+  static constexpr int32_t kMantissaBits = 7;
 };
 
 constexpr uint32_t kSignBits = 0x80008000;  // also: a pair of -0.0, the neutral addend of a product
@@ -28,16 +31,73 @@ struct alignas(16) Words {
 #ifdef __CUDACC__
 
 #define AWQ_DEVICE __device__ __forceinline__
-#define AWQ_HOST_DEVICE __host__ __device__ constexpr
-#define AWQ_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define AWQ_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define AWQ_SHARED __shared__
 
 namespace awq_trt {
 
 AWQ_DEVICE int32_t ThreadIndex() { return static_cast<int32_t>(threadIdx.x); }
 AWQ_DEVICE int32_t BlockIndex() { return static_cast<int32_t>(blockIdx.x); }
+AWQ_DEVICE int32_t BlockRow() { return static_cast<int32_t>(blockIdx.y); }
 AWQ_DEVICE int32_t BlockThreads() { return static_cast<int32_t>(blockDim.x); }
 AWQ_DEVICE void SyncThreads() { __syncthreads(); }
+AWQ_DEVICE void SyncWarp() { __syncwarp(); }
+
+// An address in shared memory.
+using Shared = uint32_t;
+AWQ_DEVICE Shared SharedOf(void const* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// The shared memory whose size the launch says; 16-byte aligned.
+AWQ_DEVICE Shared DynamicShared() {
+  extern __shared__ Words dynamic_shared[];
+  return SharedOf(dynamic_shared);
+}
+AWQ_DEVICE Words LoadShared(Shared p) {
+  Words r;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+               : "r"(p)
+               : "memory");
+  return r;
+}
+AWQ_DEVICE uint32_t LoadShared32(Shared p) {
+  uint32_t r;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(p) : "memory");
+  return r;
+}
+AWQ_DEVICE uint32_t LoadShared8(Shared p) {
+  uint32_t r;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(r) : "r"(p) : "memory");
+  return r;
+}
+AWQ_DEVICE void StoreShared(Shared p, Words const& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
+
+// Programmatic dependent launch (sm_90 and newer; elsewhere a kernel starts when the one before it has ended). Before
+// WaitForPreviousKernel only constants may be read and nothing written; it returns when all that the previous kernel
+// wrote is visible.
+AWQ_DEVICE void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+AWQ_DEVICE void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The same value, about which the compiler knows nothing: it neither takes the sum apart that it is, to add the parts
+// anew in every iteration, nor keeps what follows from it in registers to use it a second time later.
+AWQ_DEVICE char const* Opaque(char const* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+AWQ_DEVICE int32_t Opaque(int32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // Read-only data in global memory. Weights pass through once, so they do not evict the activations from L1.
 AWQ_DEVICE Words LoadStreaming(void const* p) {
@@ -51,16 +111,38 @@ AWQ_DEVICE uint32_t Load32(void const* p) { return __ldg(static_cast<uint32_t co
 AWQ_DEVICE uint16_t Load16(void const* p) { return __ldg(static_cast<uint16_t const*>(p)); }
 AWQ_DEVICE uint8_t Load8(void const* p) { return __ldg(static_cast<uint8_t const*>(p)); }
 
+// 16 bytes that another block or the kernel before has written: past L1, which does not know of it.
+AWQ_DEVICE Words LoadWords(void const* p) {
+  Words r;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+               : "l"(p)
+               : "memory");
+  return r;
+}
+
 AWQ_DEVICE void StoreWords(void* p, Words const& v) {
   *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
+AWQ_DEVICE void Store32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 AWQ_DEVICE void Store16(void* p, uint16_t v) { *static_cast<uint16_t*>(p) = v; }
 
+// *p += 1; what it was. Stores of this block before (a barrier between) are seen by whoever sees the new value, and
+// what others stored before their additions is seen after this one.
+AWQ_DEVICE uint32_t CountArrival(uint32_t* p) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
+
 // Asynchronous copy of 16 bytes from global to shared memory; zeros where `valid` is false (nothing is read then).
-AWQ_DEVICE void CopyAsync(void* shared, void const* global, bool valid) {
-  uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+AWQ_DEVICE void CopyAsync(Shared shared, void const* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+}
+// The same with 8 bytes.
+AWQ_DEVICE void CopyAsync8(Shared shared, void const* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }
 AWQ_DEVICE void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until at most kPending of this thread's committed groups are under way.
@@ -71,12 +153,21 @@ AWQ_DEVICE void WaitCopies() {
 
 // Four 8x8 matrices of 16-bit elements from shared memory; lane i passes the address of row i % 8 of matrix i / 8 and
 // receives, of each matrix, row lane / 4, columns 2 (lane % 4) and the next.
-AWQ_DEVICE void LoadMatrices(uint32_t (&r)[4], void const* shared_row) {
-  uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+AWQ_DEVICE void LoadMatrices(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(row)
                : "memory");
+}
+
+// The high half of a * b.
+AWQ_DEVICE uint32_t MultiplyHigh(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// (a & mask) | bits, in one instruction.
+AWQ_DEVICE uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
 }
 
 // Two elements at once: a * b + c, rounded once.
@@ -107,6 +198,9 @@ template <>
 AWQ_DEVICE float ToFloat<Bfloat16>(uint16_t v) {
   return __uint_as_float(static_cast<uint32_t>(v) << 16);
 }
+
+AWQ_DEVICE uint32_t BitsOf(float v) { return __float_as_uint(v); }
+AWQ_DEVICE float FloatOf(uint32_t bits) { return __uint_as_float(bits); }
 
 template <typename T>
 AWQ_DEVICE uint16_t FromFloat(float v);

@@ -10,10 +10,18 @@ Tactic const* FindTactic(int32_t id) {
   return nullptr;
 }
 
-cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tactic, cudaStream_t stream) {
+size_t WorkspaceBytes(LayerConfig const& layer, int64_t tokens) {
+  return DecodeWorkspaceBytes(layer.out_features, layer.in_features, tokens);
+}
+
+size_t CounterBytes(LayerConfig const& layer) { return sizeof(uint32_t) * CeilDiv(layer.out_features, kTileN); }
+
+cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tactic, Device const& device,
+                   cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
-  if (args.tokens > kDecodeMaxTokens) return LaunchGemm(args, type, tactic.token_tiles, stream);
-  return LaunchDecode(args, type, args.tokens > 8 ? 2 : 1, tactic.decode_warps, stream);
+  DecodePlan plan;
+  if (PlanDecode(args, tactic.decode, device, plan)) return LaunchDecode(args, type, plan, device, stream);
+  return LaunchGemm(args, type, tactic.token_tiles, stream);
 }
 
 }  // namespace awq_trt

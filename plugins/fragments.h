@@ -27,11 +27,8 @@
 
 namespace awq_trt {
 
-constexpr int32_t kTileN = 16, kTileK = 64, kStepK = 16, kSteps = kTileK / kStepK;
+constexpr int32_t kStepK = 16, kSteps = kTileK / kStepK;
 constexpr int32_t kWarp = 32;
-constexpr int32_t kTokenTile = 8;  // tokens of one mma
-
-AWQ_HOST_DEVICE int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // What one lane holds of a tile of weights. A group covers at least 32 columns, so a tile has at most two.
 struct WeightTile {
@@ -79,6 +76,21 @@ AWQ_DEVICE void Dequantize(uint32_t (&a)[4], WeightTile const& tile, int32_t ste
     uint32_t const integer = Fma2<T>(q, T::kOne, minus_zero);
     a[j] = Fma2<T>(integer, Broadcast(tile.scales[half], row_half), kSignBits);
   }
+}
+
+// Where row n goes: the output it belongs to, at token 0, and how far the next token is.
+struct Output {
+  uint16_t* y;
+  int32_t stride;
+};
+AWQ_DEVICE Output OutputOf(GemmArgs const& args, int32_t n) {
+  uint16_t* y = args.y[0];
+  int32_t begin = 0, end = args.ends[0];
+#pragma unroll
+  for (int32_t i = 1; i < kMaxOutputs; ++i) {
+    if (n >= args.ends[i - 1]) y = args.y[i], begin = args.ends[i - 1], end = args.ends[i];
+  }
+  return {y + (n - begin), end - begin};
 }
 
 // Columns `column` and the next of pre_scale; 0 beyond the last column.

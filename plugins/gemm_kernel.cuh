@@ -31,7 +31,7 @@ AWQ_DEVICE void FillTokenTile(GemmArgs const& args, Words* tile, int32_t first_t
     uint16_t const* source = args.x + (valid ? static_cast<int64_t>(first_token + row) * args.k + column : 0);
     Words* target = tile + row * kRowChunks + (chunk ^ (row % 8));
     if (args.x_aligned) {
-      CopyAsync(target, source, valid);
+      CopyAsync(SharedOf(target), source, valid);
       continue;
     }
     Words words = {};
@@ -73,7 +73,8 @@ AWQ_DEVICE void StoreOutput(GemmArgs const& args, float const (&acc)[kWarpTilesN
     int32_t const token = i / kOutputChunks, row = i % kOutputChunks * kChunk;
     if (first_token + token >= args.tokens || first_n + row >= args.n) continue;  // N is a multiple of the chunk
     uint16_t const* source = staged + token * kOutputStride + row;
-    uint16_t* target = args.y + static_cast<int64_t>(first_token + token) * args.n + first_n + row;
+    Output const output = OutputOf(args, first_n + row);  // an output has whole chunks of rows
+    uint16_t* target = output.y + static_cast<int64_t>(first_token + token) * output.stride;
     if (args.y_aligned) {
       StoreWords(target, *reinterpret_cast<Words const*>(source));
     } else {
@@ -83,7 +84,7 @@ AWQ_DEVICE void StoreOutput(GemmArgs const& args, float const (&acc)[kWarpTilesN
 }
 
 template <typename T, int kTokenTiles>
-AWQ_KERNEL(kGemmThreads)
+AWQ_KERNEL(kGemmThreads, 1)
 GemmKernel(GemmArgs const args) {
   constexpr int32_t kTokens = kTokenTile * kTokenTiles;
   constexpr int32_t kStageWords = kTokens * kRowChunks;
@@ -139,7 +140,7 @@ GemmKernel(GemmArgs const args) {
       for (int32_t j = 0; j < kTokenTiles; j += 2) {  // two token tiles, two chunks of 8 columns each
         int32_t const row = (j + lane / 16) * kTokenTile + lane % 8, chunk = 2 * step + lane / 8 % 2;
         uint32_t b[4];
-        LoadMatrices(b, tokens + row * kRowChunks + (chunk ^ (row % 8)));
+        LoadMatrices(b, SharedOf(tokens + row * kRowChunks + (chunk ^ (row % 8))));
         if (scaled) {
           b[0] = Multiply<T>(b[0], low), b[1] = Multiply<T>(b[1], high);
           b[2] = Multiply<T>(b[2], low), b[3] = Multiply<T>(b[3], high);

@@ -32,6 +32,27 @@ Reason WhyNot(int64_t n, int64_t k, int64_t group_size, ActivationType type, int
   return reason;
 }
 
+Reason WhyNotSplit(int64_t n, int32_t outputs, int32_t const* splits) {
+  Reason reason{};
+  auto say = [&reason](auto... args) { std::snprintf(reason.text, sizeof(reason.text), args...); };
+  if (outputs < 1 || outputs > kMaxOutputs) {
+    say("splits has %d values, need 1 to %d", outputs, kMaxOutputs);
+    return reason;
+  }
+  int64_t sum = 0;
+  for (int32_t i = 0; i < outputs; ++i) {
+    if (splits[i] < 8 || splits[i] % 8 != 0) {
+      say("splits[%d] is %d, need a multiple of 8", i, splits[i]);
+      return reason;
+    }
+    sum += splits[i];
+  }
+  if (sum != n) {
+    say("splits add up to %lld, need out_features %lld", static_cast<long long>(sum), static_cast<long long>(n));
+  }
+  return reason;
+}
+
 GemmArgs MakeArgs(LayerConfig const& layer) {
   GemmArgs args{};
   args.n = layer.out_features;
@@ -40,6 +61,10 @@ GemmArgs MakeArgs(LayerConfig const& layer) {
   args.group_shift = 31;  // one group per row: every column shifts to 0
   for (int32_t shift = 5; shift <= 7; ++shift) {
     if (args.groups > 1 && layer.group_size == 1 << shift) args.group_shift = shift;
+  }
+  for (int32_t i = 0, end = 0; i < kMaxOutputs; ++i) {
+    if (i < layer.outputs) end = layer.outputs > 1 ? end + layer.splits[i] : layer.out_features;
+    args.ends[i] = end;
   }
   return args;
 }

@@ -1,16 +1,30 @@
-// What the operator W4A16Gemm computes, as plain data: no CUDA and no TensorRT in this header.
+// What the operator W4A16Gemm computes, as plain data: no CUDA call and no TensorRT in this header.
 //
 //   Y[m, n] = sum_k (X[m, k] * pre_scale[k]) * W[n, k] + bias[n]
 //   W[n, k] = (q[n, k] - zero[n, k / group]) * scale[n, k / group]      zero = 8 where there are no zeros
 //
-// The products X * pre_scale and (q - zero) * scale are rounded to the type of X; sums are fp32.
+// X * pre_scale is rounded to the type of X; W may be; sums are fp32. Layers that read the same X can be one: their
+// rows follow each other in W, and Y is cut at `splits` into one output per layer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define AWQ_HOST_DEVICE __host__ __device__ constexpr
+#else
+#define AWQ_HOST_DEVICE constexpr
+#endif
 
 namespace awq_trt {
 
 enum class ActivationType : int32_t { kHalf, kBfloat16 };
+
+constexpr int32_t kMaxOutputs = 4;
+constexpr int32_t kTileN = 16, kTileK = 64;  // of the packed layout, drawn in fragments.h
+constexpr int32_t kTokenTile = 8;            // tokens of one mma
+
+AWQ_HOST_DEVICE int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // One layer: its shape and which optional inputs it has.
 struct LayerConfig {
@@ -20,24 +34,29 @@ struct LayerConfig {
   bool has_zeros;
   bool has_bias;
   bool has_pre_scale;
+  int32_t outputs = 1;
+  int32_t splits[kMaxOutputs] = {};  // out_features of each output where there is more than one
 };
 
 // One call. N16 = ceil(N / 16), K64 = ceil(K / 64), G = K / group_size; the packed layout is drawn in fragments.h.
 struct GemmArgs {
   uint16_t const* x;          // [tokens, K]
   uint32_t const* qweight;    // [N16, K64, 32, 4], 16-byte aligned
-  uint16_t const* scales;     // [N16, G, 8, 2], 4-byte aligned
-  uint8_t const* zeros;       // [N16, G, 8] or nullptr
+  uint16_t const* scales;     // [N16, G, 8, 2], 16-byte aligned
+  uint8_t const* zeros;       // [N16, G, 8] or nullptr, 8-byte aligned
   uint16_t const* bias;       // [N] or nullptr
-  uint16_t const* pre_scale;  // [K] or nullptr, 4-byte aligned
-  uint16_t* y;                // [tokens, N]
+  uint16_t const* pre_scale;  // [K] or nullptr, 16-byte aligned
+  uint16_t* y[kMaxOutputs];   // [tokens, rows of that output]
+  int32_t ends[kMaxOutputs];  // the rows of output i are ends[i - 1] .. ends[i] - 1; N from the last output on
+  void* workspace;            // WorkspaceBytes of scratch, 16-byte aligned; its content does not matter
+  uint32_t* counters;         // [N16], 0 before and after every call
   int32_t tokens;
   int32_t n;
   int32_t k;
   int32_t groups;       // G
   int32_t group_shift;  // group of column c is min(c >> group_shift, G - 1)
   bool x_aligned;       // x is 16-byte aligned: vector loads
-  bool y_aligned;       // y is 16-byte aligned: vector stores
+  bool y_aligned;       // every y is 16-byte aligned: vector stores
 };
 
 // Everything of GemmArgs that follows from the layer; the pointers, `tokens` and alignments are the caller's.
@@ -51,5 +70,8 @@ struct Reason {
 // The capability table, the same as awq_trt/layout.py: why the kernels cannot run this layer, or nothing.
 // `sm` is the compute capability times ten.
 Reason WhyNot(int64_t n, int64_t k, int64_t group_size, ActivationType type, int32_t sm);
+
+// Why Y [.., n] cannot be cut so, or nothing.
+Reason WhyNotSplit(int64_t n, int32_t outputs, int32_t const* splits);
 
 }  // namespace awq_trt

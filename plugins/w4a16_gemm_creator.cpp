@@ -7,8 +7,8 @@
 
 namespace awq_trt {
 
-char const* const kFieldNames[kFieldCount] = {"out_features", "in_features", "group_size",
-                                              "has_zeros",    "has_bias",    "has_pre_scale"};
+char const* const kFieldNames[kFieldCount] = {"out_features", "in_features",   "group_size", "has_zeros",
+                                              "has_bias",     "has_pre_scale", "splits"};
 
 namespace {
 
@@ -22,8 +22,15 @@ char const* NameOf(PluginFieldType type) {
   return index >= 0 && index < static_cast<int32_t>(sizeof(kNames) / sizeof(kNames[0])) ? kNames[index] : "other";
 }
 
-// Read every known field into values[kFieldCount]; says what is wrong and returns false where something is.
-bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collection, int32_t* values) {
+// What the fields say; a scalar that is missing is 0.
+struct Values {
+  int32_t scalars[kScalarFields] = {};
+  int32_t outputs = 1;
+  int32_t splits[kMaxOutputs] = {};
+};
+
+// Read every known field; says what is wrong and returns false where something is.
+bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collection, Values& values) {
   bool seen[kFieldCount] = {};
   int32_t const given = collection == nullptr ? 0 : collection->nbFields;
   for (int32_t f = 0; f < given; ++f) {
@@ -35,9 +42,14 @@ bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collec
       if (!standard) LogWarning("%s: field '%s' is not known and ignored", layer, field.name ? field.name : "(null)");
       continue;
     }
-    if (field.type != PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr) {
-      LogError("%s: field '%s' is %s with %d values%s, need one INT32", layer, field.name, NameOf(field.type),
-               field.length, field.data == nullptr ? " and no data" : "");
+    bool const scalar = index < kScalarFields;
+    int32_t const most = scalar ? 1 : kMaxOutputs;
+    bool const bare = field.data == nullptr || field.length < 1;
+    if (!scalar && bare && field.length == 0)
+      continue;  // no splits: how the ONNX parser says an attribute is not there
+    if (field.type != PluginFieldType::kINT32 || field.length > most || bare) {
+      LogError("%s: field '%s' is %s with %d values%s, need %s INT32", layer, field.name, NameOf(field.type),
+               field.length, field.data == nullptr ? " and no data" : "", scalar ? "one" : "1 to 4");
       return false;
     }
     if (seen[index]) {
@@ -45,9 +57,15 @@ bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collec
       return false;
     }
     seen[index] = true;
-    std::memcpy(&values[index], field.data, sizeof(int32_t));
-    if (index >= kRequiredFields && values[index] != 0 && values[index] != 1) {
-      LogError("%s: field '%s' is %d, need 0 or 1", layer, field.name, values[index]);
+    if (!scalar) {
+      values.outputs = field.length;
+      std::memcpy(values.splits, field.data, field.length * sizeof(int32_t));
+      continue;
+    }
+    int32_t& value = values.scalars[index];
+    std::memcpy(&value, field.data, sizeof(int32_t));
+    if (index >= kRequiredFields && value != 0 && value != 1) {
+      LogError("%s: field '%s' is %d, need 0 or 1", layer, field.name, value);
       return false;
     }
   }
@@ -57,6 +75,7 @@ bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collec
       return false;
     }
   }
+  if (!seen[kScalarFields]) values.splits[0] = values.scalars[0];
   return true;
 }
 
@@ -70,15 +89,19 @@ W4A16GemmCreator::W4A16GemmCreator() noexcept {
 nvinfer1::IPluginV3* W4A16GemmCreator::createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                                     nvinfer1::TensorRTPhase) noexcept {
   char const* const layer = name != nullptr && *name != '\0' ? name : "(unnamed layer)";
-  int32_t values[kFieldCount] = {};
+  Values values;
   if (!ReadFields(layer, fields, values)) return nullptr;
+  int32_t const* v = values.scalars;
   // The type of X and the device are not known here: they are checked where they are.
-  Reason const reason = WhyNot(values[0], values[1], values[2], ActivationType::kHalf, 80);
+  Reason reason = WhyNot(v[0], v[1], v[2], ActivationType::kHalf, 80);
+  if (reason.empty()) reason = WhyNotSplit(v[0], values.outputs, values.splits);
   if (!reason.empty()) {
     LogError("%s: %s", layer, reason.text);
     return nullptr;
   }
-  LayerConfig const config{values[0], values[1], values[2], values[3] != 0, values[4] != 0, values[5] != 0};
+  LayerConfig config{v[0], v[1], v[2], v[3] != 0, v[4] != 0, v[5] != 0};
+  config.outputs = values.outputs;
+  std::memcpy(config.splits, values.splits, sizeof(config.splits));
   auto* plugin = new (std::nothrow) W4A16GemmPlugin(config);
   if (plugin == nullptr) LogError("%s: out of host memory while creating the plugin", layer);
   return plugin;

@@ -91,15 +91,20 @@ bool IsAligned(void const* p, uintptr_t bytes) { return reinterpret_cast<uintptr
 }  // namespace
 
 W4A16GemmPlugin::W4A16GemmPlugin(LayerConfig const& layer) noexcept : layer_(layer) {
-  int32_t const values[kFieldCount] = {layer.out_features, layer.in_features, layer.group_size,
-                                       layer.has_zeros,    layer.has_bias,    layer.has_pre_scale};
-  for (int32_t i = 0; i < kFieldCount; ++i) {
+  int32_t const values[kScalarFields] = {layer.out_features, layer.in_features, layer.group_size,
+                                         layer.has_zeros,    layer.has_bias,    layer.has_pre_scale};
+  for (int32_t i = 0; i < kScalarFields; ++i) {
     field_values_[i] = values[i];
     fields_[i] = {kFieldNames[i], &field_values_[i], nvinfer1::PluginFieldType::kINT32, 1};
   }
-  field_collection_ = {kFieldCount, fields_};
-  std::snprintf(timing_cache_id_, sizeof(timing_cache_id_), "awq_trt-%s-n%d-k%d-g%d-z%d-b%d-p%d", AWQ_TRT_VERSION,
-                values[0], values[1], values[2], values[3], values[4], values[5]);
+  for (int32_t i = 0; i < layer.outputs; ++i) field_values_[kScalarFields + i] = layer.splits[i];
+  fields_[kScalarFields] = {kFieldNames[kScalarFields], &field_values_[kScalarFields],
+                            nvinfer1::PluginFieldType::kINT32, layer.outputs};
+  field_collection_ = {layer.outputs > 1 ? kFieldCount : kScalarFields, fields_};
+}
+
+W4A16GemmPlugin::~W4A16GemmPlugin() {
+  if (counters_ != nullptr) static_cast<void>(Free(counters_));  // fails only where the CUDA context has ended before
 }
 
 nvinfer1::IPluginCapability* W4A16GemmPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
@@ -121,6 +126,7 @@ nvinfer1::IPluginV3* W4A16GemmPlugin::clone() noexcept {
     LogError("out of host memory while cloning the plugin");
   } else {
     copy->tactic_ = tactic_;
+    copy->x_type_ = x_type_;
   }
   return copy;
 }
@@ -130,6 +136,12 @@ bool W4A16GemmPlugin::CheckInputCount(char const* where, int32_t input_count) co
   if (input_count == expected) return true;
   LogError("%s: %d inputs, need %d: X, qweight, scales and one for each of has_zeros=%d, has_bias=%d, has_pre_scale=%d",
            where, input_count, expected, layer_.has_zeros, layer_.has_bias, layer_.has_pre_scale);
+  return false;
+}
+
+bool W4A16GemmPlugin::CheckOutputCount(char const* where, int32_t output_count) const noexcept {
+  if (output_count == layer_.outputs) return true;
+  LogError("%s: %d outputs, need %d", where, output_count, layer_.outputs);
   return false;
 }
 
@@ -157,10 +169,7 @@ bool W4A16GemmPlugin::CheckShapes(char const* where, Dims const* inputs) const n
 int32_t W4A16GemmPlugin::getOutputDataTypes(DataType* output_types, int32_t output_count, DataType const* input_types,
                                             int32_t input_count) const noexcept {
   if (!CheckInputCount("getOutputDataTypes", input_count)) return kFailure;
-  if (output_count != 1) {
-    LogError("getOutputDataTypes: %d outputs, need 1", output_count);
-    return kFailure;
-  }
+  if (!CheckOutputCount("getOutputDataTypes", output_count)) return kFailure;
   if (!IsActivation(input_types[0])) {
     LogError("X is of type %s, need HALF or BF16: export the model in float16 or bfloat16", NameOf(input_types[0]));
     return kFailure;
@@ -172,7 +181,7 @@ int32_t W4A16GemmPlugin::getOutputDataTypes(DataType* output_types, int32_t outp
     LogError("%s is of type %s, need %s", NameOf(list.inputs[i]), NameOf(input_types[i]), NameOf(expected));
     return kFailure;
   }
-  output_types[0] = input_types[0];
+  for (int32_t i = 0; i < output_count; ++i) output_types[i] = input_types[0];
   return 0;
 }
 
@@ -180,10 +189,7 @@ int32_t W4A16GemmPlugin::getOutputShapes(DimsExprs const* inputs, int32_t input_
                                          DimsExprs* outputs, int32_t output_count,
                                          nvinfer1::IExprBuilder& builder) noexcept {
   if (!CheckInputCount("getOutputShapes", input_count)) return kFailure;
-  if (output_count != 1) {
-    LogError("getOutputShapes: %d outputs, need 1", output_count);
-    return kFailure;
-  }
+  if (!CheckOutputCount("getOutputShapes", output_count)) return kFailure;
   Dims known[kMaxInputs];
   for (int32_t i = 0; i < input_count; ++i) {
     known[i].nbDims = inputs[i].nbDims;
@@ -192,24 +198,26 @@ int32_t W4A16GemmPlugin::getOutputShapes(DimsExprs const* inputs, int32_t input_
     }
   }
   if (!CheckShapes("getOutputShapes", known)) return kFailure;
-  outputs[0] = inputs[0];
-  outputs[0].d[inputs[0].nbDims - 1] = builder.constant(layer_.out_features);
+  for (int32_t i = 0; i < output_count; ++i) {
+    outputs[i] = inputs[0];
+    outputs[i].d[inputs[0].nbDims - 1] = builder.constant(output_count > 1 ? layer_.splits[i] : layer_.out_features);
+  }
   return 0;
 }
 
 bool W4A16GemmPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors,
                                                 int32_t input_count, int32_t output_count) noexcept {
   if (!CheckInputCount("supportsFormatCombination", input_count)) return false;
-  if (output_count != 1 || position < 0 || position > input_count) {
-    LogError("supportsFormatCombination: position %d of %d inputs and %d outputs, need 1 output", position, input_count,
-             output_count);
+  if (!CheckOutputCount("supportsFormatCombination", output_count)) return false;
+  if (position < 0 || position >= input_count + output_count) {
+    LogError("supportsFormatCombination: position %d of %d inputs and %d outputs", position, input_count, output_count);
     return false;
   }
   PluginTensorDesc const& tensor = tensors[position].desc;
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
   if (position == 0) return IsActivation(tensor.type);
   DataType const x_type = tensors[0].desc.type;
-  if (position == input_count) return tensor.type == x_type;
+  if (position >= input_count) return tensor.type == x_type;
   return tensor.type == ExpectedType(InputList(layer_).inputs[position], x_type);
 }
 
@@ -218,7 +226,34 @@ int32_t W4A16GemmPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, 
   if (!CheckInputCount("configurePlugin", input_count)) return kFailure;
   Dims known[kMaxInputs];
   for (int32_t i = 0; i < input_count; ++i) known[i] = inputs[i].desc.dims;
+  x_type_ = inputs[0].desc.type;
   return CheckShapes("configurePlugin", known) ? 0 : kFailure;
+}
+
+size_t W4A16GemmPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                                         DynamicPluginTensorDesc const*, int32_t) const noexcept {
+  if (!CheckInputCount("getWorkspaceSize", input_count)) return 0;
+  Dims const& x = inputs[0].max;
+  int64_t tokens = 1;
+  for (int32_t i = 0; i + 1 < x.nbDims; ++i) {
+    tokens = x.d[i] < 0 || x.d[i] > kDecodeMaxTokens ? kDecodeMaxTokens : tokens * x.d[i];
+    if (tokens > kDecodeMaxTokens) tokens = kDecodeMaxTokens;  // more than this need none
+    if (x.d[i] == 0) return 0;
+  }
+  return WorkspaceBytes(layer_, tokens);
+}
+
+// What a tactic's time depends on, besides the number of tokens, which TensorRT adds.
+char const* W4A16GemmPlugin::getTimingCacheID() noexcept {
+  Device device{};
+  static_cast<void>(QueryDevice(device));  // 0 where there is none
+  int32_t used = std::snprintf(timing_cache_id_, sizeof(timing_cache_id_), "awq_trt-%s-sm%d-%s-n%d-k%d-g%d-z%d-b%d-p%d",
+                               AWQ_TRT_VERSION, device.sm, NameOf(x_type_), layer_.out_features, layer_.in_features,
+                               layer_.group_size, layer_.has_zeros, layer_.has_bias, layer_.has_pre_scale);
+  for (int32_t i = 0; layer_.outputs > 1 && i < layer_.outputs; ++i) {
+    used += std::snprintf(timing_cache_id_ + used, sizeof(timing_cache_id_) - used, "-y%d", layer_.splits[i]);
+  }
+  return timing_cache_id_;
 }
 
 int32_t W4A16GemmPlugin::getValidTactics(int32_t* tactics, int32_t count) noexcept {
@@ -257,7 +292,8 @@ int32_t W4A16GemmPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t i
 }
 
 int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTensorDesc const*,
-                                 void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept {
+                                 void const* const* inputs, void* const* outputs, void* workspace,
+                                 cudaStream_t stream) noexcept {
   GemmArgs args = MakeArgs(layer_);
   int64_t tokens = 1;
   Dims const& x_dims = input_descs[0].dims;
@@ -282,16 +318,16 @@ int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTens
         args.qweight = static_cast<uint32_t const*>(p), alignment = 16;
         break;
       case Input::kScales:
-        args.scales = static_cast<uint16_t const*>(p), alignment = 4;
+        args.scales = static_cast<uint16_t const*>(p), alignment = 16;
         break;
       case Input::kZeros:
-        args.zeros = static_cast<uint8_t const*>(p);
+        args.zeros = static_cast<uint8_t const*>(p), alignment = 8;
         break;
       case Input::kBias:
         args.bias = static_cast<uint16_t const*>(p);
         break;
       case Input::kPreScale:
-        args.pre_scale = static_cast<uint16_t const*>(p), alignment = 4;
+        args.pre_scale = static_cast<uint16_t const*>(p), alignment = 16;
         break;
     }
     if (p == nullptr || !IsAligned(p, alignment)) {
@@ -300,17 +336,28 @@ int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTens
       return kFailure;
     }
   }
-  args.y = static_cast<uint16_t*>(outputs[0]);
-  if (args.y == nullptr || !IsAligned(args.y, sizeof(uint16_t))) {
-    LogError("enqueue: Y is at address %p, need a multiple of 2 bytes", outputs[0]);
+  args.y_aligned = true;
+  for (int32_t i = 0; i < layer_.outputs; ++i) {
+    args.y[i] = static_cast<uint16_t*>(outputs[i]);
+    args.y_aligned = args.y_aligned && IsAligned(outputs[i], 16);
+    if (outputs[i] != nullptr && IsAligned(outputs[i], sizeof(uint16_t))) continue;
+    LogError("enqueue: Y is at address %p, need a multiple of 2 bytes", outputs[i]);
     return kFailure;
   }
   args.x_aligned = IsAligned(args.x, 16);
-  args.y_aligned = IsAligned(args.y, 16);
+  if (tokens <= kDecodeMaxTokens) {
+    if (!Attach()) return kFailure;
+    args.workspace = workspace;
+    args.counters = counters_;
+    if (WorkspaceBytes(layer_, tokens) > 0 && (workspace == nullptr || !IsAligned(workspace, 16))) {
+      LogError("enqueue: the workspace is at address %p, need a multiple of 16 bytes", workspace);
+      return kFailure;
+    }
+  }
 
   ActivationType const type =
       input_descs[0].type == DataType::kHALF ? ActivationType::kHalf : ActivationType::kBfloat16;
-  cudaError_t const error = Launch(args, type, *tactic_, stream);
+  cudaError_t const error = Launch(args, type, *tactic_, device_, stream);
   if (error != cudaSuccess) {
     LogError("enqueue: %s (%s) at the launch for %d tokens, out_features=%d, in_features=%d, group_size=%d, tactic %d",
              cudaGetErrorString(error), cudaGetErrorName(error), args.tokens, layer_.out_features, layer_.in_features,
@@ -320,22 +367,38 @@ int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTens
   return 0;
 }
 
-nvinfer1::IPluginV3* W4A16GemmPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
-  int32_t device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+// Learn about the GPU and take memory of it, once.
+bool W4A16GemmPlugin::Attach() noexcept {
+  if (counters_ != nullptr) return true;
+  cudaError_t error = QueryDevice(device_);
   if (error != cudaSuccess) {
     LogError("no usable GPU: %s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
-    return nullptr;
+    return false;
   }
   Reason const reason =
-      WhyNot(layer_.out_features, layer_.in_features, layer_.group_size, ActivationType::kHalf, 10 * major + minor);
+      WhyNot(layer_.out_features, layer_.in_features, layer_.group_size, ActivationType::kHalf, device_.sm);
   if (!reason.empty()) {
-    LogError("device %d: %s", device, reason.text);
+    LogError("this GPU: %s", reason.text);
+    return false;
+  }
+  void* memory = nullptr;
+  error = AllocateZeroed(&memory, CounterBytes(layer_));
+  if (error != cudaSuccess) {
+    LogError("cannot get %zu bytes of GPU memory: %s (%s)", CounterBytes(layer_), cudaGetErrorString(error),
+             cudaGetErrorName(error));
+    return false;
+  }
+  counters_ = static_cast<uint32_t*>(memory);
+  return true;
+}
+
+nvinfer1::IPluginV3* W4A16GemmPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  auto* copy = static_cast<W4A16GemmPlugin*>(clone());
+  if (copy != nullptr && !copy->Attach()) {
+    delete copy;
     return nullptr;
   }
-  return clone();
+  return copy;
 }
 
 nvinfer1::PluginFieldCollection const* W4A16GemmPlugin::getFieldsToSerialize() noexcept { return &field_collection_; }

@@ -7,7 +7,7 @@
 //   zeros     [N16, G, 2]            int32, where has_zeros
 //   bias      [N]                    type of X, where has_bias
 //   pre_scale [K]                    type of X, where has_pre_scale
-// Output: Y [..., N], type of X.
+// Output: Y [..., N], type of X; with `splits` one output [..., splits[i]] for each.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -21,17 +21,18 @@ constexpr char kPluginName[] = "W4A16Gemm";
 constexpr char kPluginVersion[] = "1";  // of the operator and its packed layout
 constexpr char kPluginNamespace[] = "";
 
-constexpr int32_t kFieldCount = 6;
-extern char const* const kFieldNames[kFieldCount];  // in the order of LayerConfig
-constexpr int32_t kRequiredFields = 3;              // the first ones; the rest default to 0
+constexpr int32_t kScalarFields = 6, kFieldCount = kScalarFields + 1;  // the last one, splits, has up to kMaxOutputs
+extern char const* const kFieldNames[kFieldCount];                     // in the order of LayerConfig
+constexpr int32_t kRequiredFields = 3;                                 // the first ones; the rest default to 0
 
 class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneCore,
                               public nvinfer1::IPluginV3OneBuild,
                               public nvinfer1::IPluginV3OneRuntime {
  public:
-  // `layer` has passed WhyNot.
+  // `layer` has passed WhyNot and WhyNotSplit.
   explicit W4A16GemmPlugin(LayerConfig const& layer) noexcept;
+  ~W4A16GemmPlugin() override;
 
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -43,7 +44,7 @@ class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
   char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
   // Build
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return layer_.outputs; }
   int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
                              nvinfer1::DataType const* input_types, int32_t input_count) const noexcept override;
   int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t input_count, nvinfer1::DimsExprs const*, int32_t,
@@ -53,13 +54,11 @@ class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
                                  int32_t input_count, int32_t output_count) noexcept override;
   int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
                           nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t output_count) noexcept override;
-  size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const*, int32_t, nvinfer1::DynamicPluginTensorDesc const*,
-                          int32_t) const noexcept override {
-    return 0;  // sums stay in registers and shared memory
-  }
+  size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                          nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept override;
   int32_t getNbTactics() noexcept override { return kTacticCount; }
   int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override;
-  char const* getTimingCacheID() noexcept override { return timing_cache_id_; }
+  char const* getTimingCacheID() noexcept override;
 
   // Runtime
   int32_t setTactic(int32_t tactic) noexcept override;
@@ -75,12 +74,18 @@ class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
   W4A16GemmPlugin(W4A16GemmPlugin const&) = delete;
 
   bool CheckInputCount(char const* where, int32_t input_count) const noexcept;
+  bool CheckOutputCount(char const* where, int32_t output_count) const noexcept;
   bool CheckShapes(char const* where, nvinfer1::Dims const* inputs) const noexcept;
+
+  bool Attach() noexcept;
 
   LayerConfig layer_;
   Tactic const* tactic_ = &kTactics[0];
-  char timing_cache_id_[96];
-  int32_t field_values_[kFieldCount];
+  nvinfer1::DataType x_type_ = nvinfer1::DataType::kFLOAT;  // not known before configurePlugin
+  char timing_cache_id_[160];
+  Device device_{};               // once attached
+  uint32_t* counters_ = nullptr;  // once attached: this context's own, because TensorRT's workspace is never zeroed
+  int32_t field_values_[kScalarFields + kMaxOutputs];
   nvinfer1::PluginField fields_[kFieldCount];
   nvinfer1::PluginFieldCollection field_collection_;
 };

@@ -23,12 +23,13 @@ constexpr size_t kStackBytes = 128 << 10;
 struct Range {
   char const* begin;
   char const* end;
-  bool writable;
+  Memory kind;
 };
 
 struct Copy {
   void* shared;
   void const* global;
+  int32_t bytes;
   bool valid;
 };
 
@@ -37,6 +38,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   int32_t index;
   bool done;
+  bool waited;                           // for the kernel before
   std::vector<Copy> open;                // copies of the group that is not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
@@ -54,7 +56,9 @@ std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
 Thread* current = nullptr;
 ucontext_t scheduler;
-int32_t block_index, block_threads;
+int32_t block_index, block_row, block_threads, shared_bytes;
+constexpr int32_t kMaxSharedBytes = 256 << 10;
+alignas(16) char dynamic_shared[kMaxSharedBytes];
 int32_t barrier_arrived;
 uint64_t barrier_generation;
 std::mt19937 order(1);
@@ -62,7 +66,8 @@ std::mt19937 order(1);
 [[noreturn]] void Fail(char const* format, ...) __attribute__((format(printf, 1, 2)));
 void Fail(char const* format, ...) {
   std::fflush(stdout);
-  std::fprintf(stderr, "emulator: block %d, thread %d: ", block_index, current != nullptr ? current->index : -1);
+  std::fprintf(stderr, "emulator: block %d, row %d, thread %d: ", block_index, block_row,
+               current != nullptr ? current->index : -1);
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
@@ -84,7 +89,10 @@ void CheckAccess(void const* p, int32_t bytes, bool write) {
     Fail("%s of %d bytes at %p is not aligned", write ? "store" : "load", bytes, p);
   }
   for (Range const& range : memory) {
-    if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
+    if (begin < range.begin || begin + bytes > range.end) continue;
+    if (write && (range.kind == Memory::kConstant || range.kind == Memory::kProduced)) continue;
+    if (current->waited || (!write && range.kind == Memory::kConstant)) return;
+    Fail("%s at %p while the kernel before may be running", write ? "store" : "load", p);
   }
   Fail("%s of %d bytes at %p is outside every buffer", write ? "store" : "load", bytes, p);
 }
@@ -127,16 +135,35 @@ void Enter() {
 
 }  // namespace
 
-void RegisterMemory(void const* p, int64_t bytes, bool writable) {
-  memory.push_back({static_cast<char const*>(p), static_cast<char const*>(p) + bytes, writable});
+void RegisterMemory(void const* p, int64_t bytes, Memory kind) {
+  memory.push_back({static_cast<char const*>(p), static_cast<char const*>(p) + bytes, kind});
 }
-void ForgetMemory() { memory.clear(); }
+void ForgetMemory() {
+  auto const gone = [](Range const& range) { return range.kind != Memory::kOwn; };
+  memory.erase(std::remove_if(memory.begin(), memory.end(), gone), memory.end());
+}
+void ForgetMemory(void const* p) {
+  auto const gone = [p](Range const& range) { return range.begin == p; };
+  memory.erase(std::remove_if(memory.begin(), memory.end(), gone), memory.end());
+}
+
+void CheckShared(void const* p, int32_t bytes) {
+  char const* const begin = static_cast<char const*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) Fail("access of %d bytes to shared %p is not aligned", bytes, p);
+  bool const dynamic = begin >= dynamic_shared && begin < dynamic_shared + kMaxSharedBytes;
+  if (dynamic && begin + bytes > dynamic_shared + shared_bytes) {
+    Fail("access to byte %d of %d in shared memory", static_cast<int>(begin - dynamic_shared), shared_bytes);
+  }
+}
 
 void CheckLoad(void const* p, int32_t bytes) { CheckAccess(p, bytes, false); }
 void CheckStore(void const* p, int32_t bytes) { CheckAccess(p, bytes, true); }
 
-void Run(int64_t blocks, int32_t thread_count, void (*body)(void*), void* context) {
+void Run(Grid const& grid, void (*body)(void*), void* context) {
+  int32_t const thread_count = grid.threads;
   block_threads = thread_count;
+  shared_bytes = grid.shared_bytes;
+  if (shared_bytes > kMaxSharedBytes) Fail("%d bytes of shared memory", shared_bytes);
   thread_body = body;
   thread_context = context;
   while (static_cast<int32_t>(threads.size()) < thread_count) {
@@ -144,14 +171,20 @@ void Run(int64_t blocks, int32_t thread_count, void (*body)(void*), void* contex
     threads.back()->stack = std::make_unique<char[]>(kStackBytes);
   }
   std::vector<int32_t> warp_order(thread_count / kLanes);
-  for (int64_t block = 0; block < blocks; ++block) {
-    block_index = static_cast<int32_t>(block);
+  std::vector<int64_t> block_order(grid.blocks * grid.rows);
+  for (size_t i = 0; i < block_order.size(); ++i) block_order[i] = static_cast<int64_t>(i);
+  std::shuffle(block_order.begin(), block_order.end(), order);
+  for (int64_t block : block_order) {
+    block_index = static_cast<int32_t>(block % grid.blocks);
+    block_row = static_cast<int32_t>(block / grid.blocks);
+    std::memset(dynamic_shared, 0xff, shared_bytes);
     warps.assign(thread_count / kLanes, Warp{});
     barrier_arrived = 0;
     for (int32_t i = 0; i < thread_count; ++i) {
       Thread& thread = *threads[i];
       thread.index = i;
       thread.done = false;
+      thread.waited = !grid.early;
       thread.open.clear();
       thread.groups.clear();
       Prepare(thread);
@@ -226,10 +259,10 @@ void WaitCopies(int32_t pending) {
   while (static_cast<int32_t>(current->groups.size()) > pending) {
     for (Copy const& copy : current->groups.front()) {
       if (copy.valid) {
-        CheckLoad(copy.global, 16);
-        std::memcpy(copy.shared, copy.global, 16);
+        CheckLoad(copy.global, copy.bytes);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
       } else {
-        std::memset(copy.shared, 0, 16);
+        std::memset(copy.shared, 0, copy.bytes);
       }
     }
     current->groups.pop_front();
@@ -240,6 +273,7 @@ void WaitCopies(int32_t pending) {
 
 int32_t ThreadIndex() { return emulator::current->index; }
 int32_t BlockIndex() { return emulator::block_index; }
+int32_t BlockRow() { return emulator::block_row; }
 int32_t BlockThreads() { return emulator::block_threads; }
 
 void SyncThreads() {
@@ -252,22 +286,37 @@ void SyncThreads() {
   while (barrier_generation == generation) Yield();
 }
 
-void CopyAsync(void* shared, void const* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulator::Fail("cp.async to %p is not aligned", shared);
-  std::memset(shared, 0xff, 16);  // not there before it is waited for
-  emulator::current->open.push_back({shared, global, valid});
+void SyncWarp() {
+  struct Operands {
+  } mine;
+  emulator::Collective("bar.warp.sync", mine, [](Operands**) {});
 }
+
+void WaitForPreviousKernel() { emulator::current->waited = true; }
+
+Shared DynamicShared() { return emulator::dynamic_shared; }
+
+namespace emulator {
+void StartCopy(Shared shared, void const* global, int32_t bytes, bool valid) {
+  CheckShared(shared, bytes);
+  std::memset(shared, 0xff, bytes);  // not there before it is waited for
+  if (valid) CheckLoad(global, bytes);
+  current->open.push_back({shared, global, bytes, valid});
+}
+}  // namespace emulator
+void CopyAsync(Shared shared, void const* global, bool valid) { emulator::StartCopy(shared, global, 16, valid); }
+void CopyAsync8(Shared shared, void const* global) { emulator::StartCopy(shared, global, 8, true); }
 void CommitCopies() {
   emulator::current->groups.push_back(std::move(emulator::current->open));
   emulator::current->open.clear();
 }
 
-void LoadMatrices(uint32_t (&r)[4], void const* shared_row) {
+void LoadMatrices(uint32_t (&r)[4], Shared shared_row) {
   struct Operands {
     uint32_t* r;
     char const* row;
-  } mine{r, static_cast<char const*>(shared_row)};
-  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) emulator::Fail("ldmatrix from %p is not aligned", shared_row);
+  } mine{r, shared_row};
+  emulator::CheckShared(shared_row, 16);
   emulator::Collective("ldmatrix", mine, [](Operands** all) {
     for (int32_t lane = 0; lane < emulator::kLanes; ++lane) {
       for (int32_t matrix = 0; matrix < 4; ++matrix) {

@@ -1,5 +1,6 @@
 // The machine of device.h on a CPU: every thread of a block is a fiber, memory is bounds-checked, shared memory starts
-// as garbage, asynchronous copies land only when they are waited for, and warps run in random order.
+// as garbage, asynchronous copies land only when they are waited for, blocks and warps run in random order, and what
+// the kernel before has written can be read only after waiting for it.
 //
 // What each primitive does is written from the PTX ISA, not from the kernels: "Matrix Fragments for mma.m16n8k16",
 // "ldmatrix", "cp.async". Included by device.h only.
@@ -9,22 +10,32 @@
 #include <cstring>
 
 #define AWQ_DEVICE inline
-#define AWQ_HOST_DEVICE constexpr
-#define AWQ_KERNEL(max_threads) inline void
+#define AWQ_KERNEL(max_threads, min_blocks) inline void
 #define AWQ_SHARED static
 
 namespace awq_trt {
 namespace emulator {
 
-// Global memory is what has been registered; the kernels may touch nothing else.
-void RegisterMemory(void const* p, int64_t bytes, bool writable);
+// Global memory is what has been registered; the kernels may touch nothing else. A constant may be read before the
+// kernel before has ended. ForgetMemory forgets all but memory of the device's own (kOwn).
+enum class Memory { kConstant, kProduced, kWritable, kOwn };
+void RegisterMemory(void const* p, int64_t bytes, Memory kind);
 void ForgetMemory();
+void ForgetMemory(void const* p);
 
+struct Grid {
+  int64_t blocks;
+  int32_t rows;  // of blocks: BlockRow() is below
+  int32_t threads;
+  int32_t shared_bytes;
+  bool early;  // launched before the kernel before has ended
+};
 // Run body() for every thread of every block.
-void Run(int64_t blocks, int32_t threads, void (*body)(void*), void* context);
+void Run(Grid const& grid, void (*body)(void*), void* context);
 
 void CheckLoad(void const* p, int32_t bytes);
 void CheckStore(void const* p, int32_t bytes);
+void CheckShared(void const* p, int32_t bytes);
 
 enum class ElementType { kHalf, kBfloat16 };
 uint32_t Fma2(ElementType type, uint32_t a, uint32_t b, uint32_t c);
@@ -61,23 +72,73 @@ void Store(void* p, V const& v) {
 
 int32_t ThreadIndex();
 int32_t BlockIndex();
+int32_t BlockRow();
 int32_t BlockThreads();
 void SyncThreads();
+void SyncWarp();
+void WaitForPreviousKernel();
+inline void LetNextKernelStart() {}
+template <typename V>
+V Opaque(V v) {
+  return v;
+}
+
+using Shared = char*;
+inline Shared SharedOf(void const* p) { return static_cast<char*>(const_cast<void*>(p)); }
+Shared DynamicShared();
+template <typename V>
+V LoadSharedAs(Shared p) {
+  emulator::CheckShared(p, sizeof(V));
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+inline Words LoadShared(Shared p) { return LoadSharedAs<Words>(p); }
+inline uint32_t LoadShared32(Shared p) { return LoadSharedAs<uint32_t>(p); }
+inline uint32_t LoadShared8(Shared p) { return LoadSharedAs<uint8_t>(p); }
+inline void StoreShared(Shared p, Words const& v) {
+  emulator::CheckShared(p, sizeof(v));
+  std::memcpy(p, &v, sizeof(v));
+}
 
 inline Words LoadStreaming(void const* p) { return emulator::Load<Words>(p); }
 inline uint32_t Load32(void const* p) { return emulator::Load<uint32_t>(p); }
 inline uint16_t Load16(void const* p) { return emulator::Load<uint16_t>(p); }
 inline uint8_t Load8(void const* p) { return emulator::Load<uint8_t>(p); }
+inline Words LoadWords(void const* p) { return emulator::Load<Words>(p); }
 inline void StoreWords(void* p, Words const& v) { emulator::Store(p, v); }
+inline void Store32(void* p, uint32_t v) { emulator::Store(p, v); }
 inline void Store16(void* p, uint16_t v) { emulator::Store(p, v); }
 
-void CopyAsync(void* shared, void const* global, bool valid);
+inline uint32_t CountArrival(uint32_t* p) {
+  uint32_t const before = emulator::Load<uint32_t>(p);
+  emulator::Store(p, before + 1);
+  return before;
+}
+
+void CopyAsync(Shared shared, void const* global, bool valid);
+void CopyAsync8(Shared shared, void const* global);
 void CommitCopies();
 template <int kPending>
 void WaitCopies() {
   emulator::WaitCopies(kPending);
 }
-void LoadMatrices(uint32_t (&r)[4], void const* shared_row);
+void LoadMatrices(uint32_t (&r)[4], Shared row);
+
+inline uint32_t MultiplyHigh(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+}
+inline uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t BitsOf(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+inline float FloatOf(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
 
 template <typename T>
 uint32_t Fma2(uint32_t a, uint32_t b, uint32_t c) {

@@ -1,5 +1,6 @@
 #include "interface_checks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <set>
 
@@ -14,6 +15,7 @@ using nvinfer1::PluginFieldType;
 
 constexpr LayerConfig kFull{72, 96, 32, true, true, true};
 constexpr LayerConfig kBare{72, 96, 96, false, false, false};
+constexpr LayerConfig kFused{72, 96, 32, true, true, true, 3, {40, 24, 8}};
 
 // `text` must have been logged: a failure without a reason is a failure of the check.
 void CheckLogged(Report& report, Log10& log, std::string const& name, bool refused, std::string const& text) {
@@ -37,8 +39,8 @@ void CheckCreator(Library const& library, Report& report) {
     listed += std::string(names->fields[i].name) + " ";
     all_int32 &= names->fields[i].type == PluginFieldType::kINT32 && names->fields[i].length == 1;
   }
-  report.Check("field names: six int32",
-               all_int32 && listed == "out_features in_features group_size has_zeros has_bias has_pre_scale ");
+  report.Check("field names: seven int32",
+               all_int32 && listed == "out_features in_features group_size has_zeros has_bias has_pre_scale splits ");
 }
 
 void CheckFields(Library const& library, Log10& log, Report& report) {
@@ -89,6 +91,31 @@ void CheckFields(Library const& library, Log10& log, Report& report) {
               CreatorOf(library)->createPlugin(nullptr, nullptr, nvinfer1::TensorRTPhase::kBUILD) == nullptr,
               "'out_features' is missing");
 
+  struct BadSplits {
+    std::vector<int32_t> values;
+    char const* message;
+  };
+  for (BadSplits const& b : {BadSplits{{40, 24}, "splits add up to 64, need out_features 72"},
+                             BadSplits{{36, 36}, "splits[0] is 36, need a multiple of 8"},
+                             BadSplits{{72, 0}, "splits[1] is 0, need a multiple of 8"},
+                             BadSplits{{80, -8}, "splits[1] is -8, need a multiple of 8"},
+                             BadSplits{{24, 16, 16, 8, 8}, "field 'splits' is INT32 with 5 values, need 1 to 4"}}) {
+    std::vector<Field> fields = FieldsOf(kFull);
+    fields.push_back({"splits", 0, PluginFieldType::kINT32, 1, false, b.values});
+    CheckLogged(report, log, std::string("bad field: ") + b.message, CreatePlugin(library, fields) == nullptr,
+                b.message);
+  }
+  std::vector<Field> one = FieldsOf(kFull);
+  one.push_back({"splits", 72});
+  std::vector<Field> none = FieldsOf(kFull);
+  none.push_back({"splits", 0, PluginFieldType::kINT32, 0, true});
+  for (std::vector<Field> const& fields : {one, none}) {
+    Plugin const plugin = CreatePlugin(library, fields);
+    report.Check("one split and no split are one output",
+                 plugin != nullptr && BuildOf(*plugin)->getNbOutputs() == 1 &&
+                     RuntimeOf(*plugin)->getFieldsToSerialize()->nbFields == 6 && log.Take().empty());
+  }
+
   std::vector<Field> unknown = FieldsOf(kFull);
   unknown.push_back({"has_zero", 1});
   CheckLogged(report, log, "unknown field: a warning that names it", CreatePlugin(library, unknown) != nullptr,
@@ -103,8 +130,11 @@ void CheckFields(Library const& library, Log10& log, Report& report) {
 }
 
 void CheckShapes(Library const& library, Log10& log, Report& report) {
-  for (LayerConfig const& layer : {kFull, kBare}) {
+  for (LayerConfig const& layer : {kFull, kBare, kFused}) {
     Plugin const plugin = CreatePlugin(library, FieldsOf(layer));
+    std::vector<int32_t> const widths = WidthsOf(layer);
+    int32_t const outputs = BuildOf(*plugin)->getNbOutputs();
+    report.Check("number of outputs", outputs == static_cast<int32_t>(widths.size()));
     for (std::vector<int64_t> const& x : std::vector<std::vector<int64_t>>{
              {96}, {5, 96}, {-1, 96}, {2, 3, 96}, {-1, -1, 96}, {1, 2, 3, 96}, {-1, -1}, {0, 96}, {-1, 4, 1, 2, 96}}) {
       ExprBuilder builder;
@@ -112,13 +142,20 @@ void CheckShapes(Library const& library, Log10& log, Report& report) {
       for (InputSpec const& input : InputsOf(layer, DataType::kHALF, x)) {
         inputs.push_back(builder.Expressions(input.dims));
       }
-      nvinfer1::DimsExprs y{};
-      int32_t const status = BuildOf(*plugin)->getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()),
-                                                               nullptr, 0, &y, 1, builder);
-      bool ok = status == 0 && y.nbDims == static_cast<int32_t>(x.size());
-      for (size_t i = 0; ok && i + 1 < x.size(); ++i) ok &= y.d[i] == inputs[0].d[i];  // the very same expression
-      ok &= ok && y.d[y.nbDims - 1]->isConstant() && y.d[y.nbDims - 1]->getConstantValue() == layer.out_features;
-      report.Check("output shape for X of rank " + std::to_string(x.size()), ok);
+      std::vector<nvinfer1::DimsExprs> ys(outputs);
+      bool ok = BuildOf(*plugin)->getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0,
+                                                  ys.data(), outputs, builder) == 0;
+      for (int32_t output = 0; ok && output < outputs; ++output) {
+        nvinfer1::DimsExprs const& y = ys[output];
+        ok &= y.nbDims == static_cast<int32_t>(x.size());
+        for (size_t i = 0; ok && i + 1 < x.size(); ++i) ok &= y.d[i] == inputs[0].d[i];  // the very same expression
+        ok &= ok && y.d[y.nbDims - 1]->isConstant() && y.d[y.nbDims - 1]->getConstantValue() == widths[output];
+      }
+      report.Check("output shapes for X of rank " + std::to_string(x.size()), ok);
+      CheckLogged(report, log, "a wrong number of outputs",
+                  BuildOf(*plugin)->getOutputShapes(inputs.data(), static_cast<int32_t>(inputs.size()), nullptr, 0,
+                                                    ys.data(), outputs + 1, builder) != 0,
+                  "outputs, need " + std::to_string(outputs));
     }
   }
 
@@ -215,19 +252,48 @@ void CheckTactics(Library const& library, Log10& log, Report& report) {
   CheckLogged(report, log, "a wrong number of tactics",
               BuildOf(*plugin)->getValidTactics(tactics.data(), count - 1) != 0, "getNbTactics said");
 
-  std::vector<InputSpec> const inputs = InputsOf(kFull, DataType::kHALF, {5, 96});
-  report.Check("workspace is 0 bytes",
-               BuildOf(*plugin)->getWorkspaceSize(DynamicDescsOf(inputs).data(), static_cast<int32_t>(inputs.size()),
-                                                  nullptr, 1) == 0);
-  std::string const id = BuildOf(*plugin)->getTimingCacheID();
-  std::string const other = BuildOf(*CreatePlugin(library, FieldsOf(kBare)))->getTimingCacheID();
-  report.Check("timing cache id tells layers apart", !id.empty() && id != other, "\"id\": " + Quote(id));
+  auto workspace = [](nvinfer1::IPluginV3& plugin, LayerConfig const& layer, std::vector<int64_t> const& x) {
+    std::vector<InputSpec> const inputs = InputsOf(layer, DataType::kHALF, x);
+    return BuildOf(plugin)->getWorkspaceSize(DynamicDescsOf(inputs).data(), static_cast<int32_t>(inputs.size()),
+                                             nullptr, 1);
+  };
+  report.Check("a K of one unit needs no workspace", workspace(*plugin, kFull, {5, 96}) == 0);
+  LayerConfig const large{4096, 14336, 128, true, false, false};
+  Plugin const large_plugin = CreatePlugin(library, FieldsOf(large));
+  size_t const most = DecodeWorkspaceBytes(4096, 14336, kDecodeMaxTokens);
+  bool sizes = most > 0 && most <= 4096 * size_t{14336} / 2;  // at most what the weights take
+  for (std::vector<int64_t> const& x : std::vector<std::vector<int64_t>>{
+           {32, 14336}, {2, 16, 14336}, {1 << 20, 1 << 20, 14336}, {33, 14336}, {8, -1, 14336}}) {
+    sizes &= workspace(*large_plugin, large, x) == most;
+  }
+  sizes &= workspace(*large_plugin, large, {0, 14336}) == 0 && workspace(*large_plugin, large, {1, 14336}) <= most;
+  report.Check("the workspace is that of a decode, however many tokens there are", sizes);
+
+  Plugin const bare = CreatePlugin(library, FieldsOf(kBare)), fused = CreatePlugin(library, FieldsOf(kFused));
+  std::set<std::string> ids;
+  for (nvinfer1::IPluginV3* p : {plugin.get(), bare.get(), fused.get()}) {
+    ids.insert(BuildOf(*p)->getTimingCacheID());
+  }
+  for (DataType type : {DataType::kHALF, DataType::kBF16}) {
+    std::vector<InputSpec> const typed = InputsOf(kFused, type, {5, 96});
+    BuildOf(*fused)->configurePlugin(DynamicDescsOf(typed).data(), static_cast<int32_t>(typed.size()), nullptr, 3);
+    ids.insert(BuildOf(*Plugin(fused->clone()))->getTimingCacheID());
+  }
+  std::string listed;
+  bool whole = ids.size() == 5;
+  for (std::string const& id : ids) {
+    listed += id + " ";
+    whole &= id.find("awq_trt-") == 0 && id.find("-sm") != std::string::npos;
+  }
+  whole &= listed.find("-BF16-n72-k96-g32-z1-b1-p1-y40-y24-y8 ") != std::string::npos;
+  report.Check("timing cache ids tell layers, types and outputs apart", whole, "\"ids\": " + Quote(listed));
 }
 
 void CheckSerialization(Library const& library, Log10& log, Report& report) {
   bool ok = true;
   for (int32_t flags = 0; flags < 8; ++flags) {
-    LayerConfig const layer{136, 256, 128, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
+    LayerConfig layer{136, 256, 128, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
+    if (flags % 3 == 0) layer.outputs = 2, layer.splits[0] = 96, layer.splits[1] = 40;
     Plugin const built = CreatePlugin(library, FieldsOf(layer));
     Plugin restored(CreatorOf(library)->createPlugin("restored", RuntimeOf(*built)->getFieldsToSerialize(),
                                                      nvinfer1::TensorRTPhase::kRUNTIME));
@@ -241,8 +307,11 @@ void CheckSerialization(Library const& library, Log10& log, Report& report) {
       ok &= fields->nbFields == static_cast<int32_t>(expected.size());
       for (size_t i = 0; ok && i < expected.size(); ++i) {
         nvinfer1::PluginField const& field = fields->fields[i];
-        ok &= expected[i].name == field.name && field.type == PluginFieldType::kINT32 && field.length == 1 &&
-              *static_cast<int32_t const*>(field.data) == expected[i].value;
+        std::vector<int32_t> values = expected[i].values;
+        if (values.empty()) values = {static_cast<int32_t>(expected[i].value)};
+        int32_t const* data = static_cast<int32_t const*>(field.data);
+        ok &= expected[i].name == field.name && field.type == PluginFieldType::kINT32 &&
+              field.length == static_cast<int32_t>(values.size()) && std::equal(values.begin(), values.end(), data);
       }
     }
     ok &= std::string(CoreOf(*copy)->getPluginName()) == "W4A16Gemm";
@@ -265,7 +334,6 @@ void CheckEnqueueArguments(Library const& library, Log10& log, Report& report) {
         y = bad;
       }
       std::string const name = wrong < inputs.size() ? inputs[wrong].name : "Y";
-      if (name == "zeros" && !null) continue;  // bytes: every address is fine
       CheckLogged(
           report, log, (null ? "no address of " : "odd address of ") + name,
           RuntimeOf(*plugin)->enqueue(DescsOf(inputs).data(), nullptr, pointers.data(), &y, nullptr, nullptr) != 0,

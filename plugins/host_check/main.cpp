@@ -5,6 +5,7 @@
 #include <iostream>
 #include <string>
 
+#include "decode_checks.h"
 #include "interface_checks.h"
 #include "launch_checks.h"
 #include "loggers.h"
@@ -34,6 +35,7 @@ ActivationType TypeOf(std::string const& name) {
 int Check(Library const& library, bool emulate, uint64_t seed) {
   Report report;
   CheckInterface(library, report);
+  CheckDecode(seed, report);
   if (emulate) CheckLaunches(EmulatedLibrary(), Where::kEmulator, seed, report);
   std::string reason;
   std::string const gpu = DescribeGpu(reason);

@@ -65,7 +65,7 @@ Reference::Reference(RandomLayer const& layer) : layer_(layer) {
   for (size_t i = 0; i < layer.q.size(); ++i) {
     size_t const entry = i / k * groups + i % k / group_size;
     double const integer = layer.q[i] - layer.zero[entry];
-    w_.push_back(Decode(format, Encode(format, integer * Decode(format, layer.scale[entry]))));
+    w_.push_back(integer * Decode(format, layer.scale[entry]));
   }
 }
 
@@ -74,15 +74,18 @@ Expected Reference::At(int32_t token, int32_t n) const {
   int32_t const k = layer_.config.in_features;
   double const *x = &x_[static_cast<size_t>(token) * k], *w = &w_[static_cast<size_t>(n) * k];
   double const bias = layer_.config.has_bias ? Decode(format, layer_.bias[n]) : 0.0;
-  double sum = bias, magnitude = std::fabs(bias);
+  double sum = bias, magnitude = std::fabs(bias), squares = 0;
   for (int32_t i = 0; i < k; ++i) {
     sum += x[i] * w[i];
     magnitude += std::fabs(x[i] * w[i]);
+    squares += x[i] * x[i] * w[i] * w[i];
   }
-  // fp32 sums of k / 16 steps, any order, truncation allowed; then Y is rounded to nearest once
-  double const accumulation = (k / 16 + 32) * std::ldexp(1.0, -24) * magnitude;
-  double const rounding = std::ldexp(1.0, -format.mantissa_bits - 1) * (std::fabs(sum) + accumulation) +
-                          std::ldexp(1.0, format.min_exponent - format.mantissa_bits);
+  // fp32 sums of k / 16 steps, any order, truncation allowed; weights rounded at random, half a unit at most each, so
+  // five times the root of the sum of squares is nearly nine deviations; then Y is rounded to nearest once
+  double const half_unit = std::ldexp(1.0, -format.mantissa_bits - 1);
+  double const accumulation = (k / 16 + 32) * std::ldexp(1.0, -24) * magnitude + 5 * half_unit * std::sqrt(squares);
+  double const rounding =
+      half_unit * (std::fabs(sum) + accumulation) + std::ldexp(1.0, format.min_exponent - format.mantissa_bits);
   return {sum, accumulation + rounding};
 }
 

@@ -32,7 +32,7 @@ struct RandomLayer {
 
 RandomLayer MakeRandomLayer(LayerConfig const& config, ActivationType type, int32_t tokens, uint64_t seed);
 
-// What Y should be, and how far a kernel with fp32 accumulation may be from it.
+// What Y should be, and how far a kernel with fp32 accumulation, and weights rounded to 16 bits or not, may be from it.
 struct Expected {
   double value;
   double tolerance;
@@ -45,7 +45,7 @@ class Reference {
  private:
   RandomLayer const& layer_;
   std::vector<double> x_;  // X * pre_scale, rounded
-  std::vector<double> w_;  // [N, K], rounded
+  std::vector<double> w_;  // [N, K], exact
 };
 
 }  // namespace awq_trt

@@ -34,9 +34,16 @@ nvinfer1::DimsExprs ExprBuilder::Expressions(Dims const& dims) {
 }
 
 std::vector<Field> FieldsOf(LayerConfig const& layer) {
-  return {{"out_features", layer.out_features}, {"in_features", layer.in_features},
-          {"group_size", layer.group_size},     {"has_zeros", layer.has_zeros},
-          {"has_bias", layer.has_bias},         {"has_pre_scale", layer.has_pre_scale}};
+  std::vector<Field> fields{{"out_features", layer.out_features}, {"in_features", layer.in_features},
+                            {"group_size", layer.group_size},     {"has_zeros", layer.has_zeros},
+                            {"has_bias", layer.has_bias},         {"has_pre_scale", layer.has_pre_scale}};
+  if (layer.outputs > 1) fields.push_back({"splits", 0, nvinfer1::PluginFieldType::kINT32, 1, false, WidthsOf(layer)});
+  return fields;
+}
+
+std::vector<int32_t> WidthsOf(LayerConfig const& layer) {
+  if (layer.outputs == 1) return {layer.out_features};
+  return {layer.splits, layer.splits + layer.outputs};
 }
 
 Plugin CreatePlugin(Library const& library, std::vector<Field> const& fields, nvinfer1::TensorRTPhase phase) {
@@ -45,8 +52,11 @@ Plugin CreatePlugin(Library const& library, std::vector<Field> const& fields, nv
   std::vector<nvinfer1::PluginField> plugin_fields;
   for (Field const& field : fields) data.push_back({field.value, 0});
   for (size_t i = 0; i < fields.size(); ++i) {
-    plugin_fields.push_back(
-        {fields[i].name.c_str(), fields[i].null_data ? nullptr : data[i].data(), fields[i].type, fields[i].length});
+    Field const& field = fields[i];
+    bool const list = !field.values.empty();
+    void const* const values = list ? static_cast<void const*>(field.values.data()) : data[i].data();
+    plugin_fields.push_back({field.name.c_str(), field.null_data ? nullptr : values, field.type,
+                             list ? static_cast<int32_t>(field.values.size()) : field.length});
   }
   nvinfer1::PluginFieldCollection const collection{static_cast<int32_t>(plugin_fields.size()), plugin_fields.data()};
   return Plugin(CreatorOf(library)->createPlugin("test_layer", &collection, phase));

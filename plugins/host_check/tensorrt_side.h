@@ -67,6 +67,7 @@ struct Field {
   nvinfer1::PluginFieldType type = nvinfer1::PluginFieldType::kINT32;
   int32_t length = 1;
   bool null_data = false;
+  std::vector<int32_t> values = {};  // of a list, instead of `value` and `length`
 };
 std::vector<Field> FieldsOf(LayerConfig const& layer);
 Plugin CreatePlugin(Library const& library, std::vector<Field> const& fields,
@@ -85,6 +86,8 @@ struct InputSpec {
   nvinfer1::DataType type;
   nvinfer1::Dims dims;
 };
+// The width of each output of a layer.
+std::vector<int32_t> WidthsOf(LayerConfig const& layer);
 std::vector<InputSpec> InputsOf(LayerConfig const& layer, nvinfer1::DataType type, std::vector<int64_t> const& x);
 std::vector<nvinfer1::PluginTensorDesc> DescsOf(std::vector<InputSpec> const& inputs);
 std::vector<nvinfer1::DynamicPluginTensorDesc> DynamicDescsOf(std::vector<InputSpec> const& inputs);

@@ -107,17 +107,21 @@ def test_kernels_read_what_python_packs(
     (tmp_path / "in").write_bytes(_pack(linear, x, b))
     options = [name for name, on in (("zeros", not symmetric), ("bias", bias), ("pre_scale", pre_scale)) if on]
     name = {torch.float16: "float16", torch.bfloat16: "bfloat16"}[dtype]
-    for tactic in range(4):
+    for tactic in range(5):
         arguments = [tokens, n, k, group, name, tactic, ",".join(options) or "none", tmp_path / "in", tmp_path / "out"]
         subprocess.run([host_check, "emulate", *map(str, arguments)], check=True)
         raw = np.fromfile(tmp_path / "out", np.int16)
         y = torch.from_numpy(raw).view(dtype).reshape(tokens, n).double()
 
         scaled = x if scale is None else x * scale
-        expected = scaled.double() @ linear.dequantize().double().T + (0 if b is None else b.double())
-        magnitude = scaled.double().abs() @ linear.dequantize().double().abs().T + 1
-        # Y is rounded to dtype once; the fp32 sum has 2^-24 per step
-        tolerance = torch.finfo(dtype).eps / 2 * expected.abs() + magnitude * k * 2.0**-24
+        zeros = 8 if linear.zeros is None else linear.zeros.double().repeat_interleave(group, 1)
+        w = (linear.q.double() - zeros) * linear.scales.double().repeat_interleave(group, 1)
+        expected = scaled.double() @ w.T + (0 if b is None else b.double())
+        magnitude = scaled.double().abs() @ w.abs().T + 1
+        # Y is rounded to dtype once; the fp32 sum has 2^-24 per step; weights may be rounded, at random
+        half_unit = torch.finfo(dtype).eps / 2
+        weights = 5 * half_unit * (scaled.double().square() @ w.square().T).sqrt()
+        tolerance = half_unit * expected.abs() + magnitude * k * 2.0**-24 + weights
         assert bool(((y - expected).abs() <= tolerance).all())
 
 

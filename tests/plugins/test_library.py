@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 from collections.abc import Callable
@@ -19,7 +20,7 @@ ALLOWED_LIBRARIES = {
     "libpthread.so.0",
     "ld-linux-x86-64.so.2",  # the loader, a part of libc: __tls_get_addr
 }
-KERNELS = 10  # (decode with 1, 2 token tiles, gemm with 4, 8, 16) x (fp16, bf16)
+KERNELS = 14  # (decode with 1, 2, 3, 4 token tiles, gemm with 4, 8, 16) x (fp16, bf16)
 
 
 def _symbols(library: Path, option: str) -> list[str]:
@@ -56,14 +57,22 @@ def test_machine_code_for_every_architecture(cuobjdump: Callable[..., str]) -> N
     assert set(re.findall(r"\.(sm_\d+a?)\.ptx", cuobjdump("--list-ptx"))) == {"sm_120"}
 
 
+def _launch_bound(name: str) -> int:
+    """Registers per thread with which a kernel's largest block, or two of them, fit on a multiprocessor."""
+    decode = re.search(r"DecodeKernelINS_\d+\w+?ELi(\d)E", name)
+    if decode is None:
+        return 255
+    return 65536 // (512 * (2 if decode.group(1) == "1" else 1))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(cuobjdump: Callable[..., str], architecture: str) -> None:
     usage = cuobjdump("-res-usage", "-arch", architecture)
-    numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert len(numbers) == KERNELS
-    for registers, stack, shared, local in numbers:
-        assert int(registers) <= 255
-        assert (int(stack), int(local)) == (0, 0), usage
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert len(found) == KERNELS
+    for name, registers, stack, shared, local in found:
+        assert int(registers) <= _launch_bound(name), name
+        assert (int(stack), int(local)) == (0, 0), name
         assert int(shared) <= 49 * 1024 + 1024  # static limit, and the 1 KiB that newer architectures reserve
 
 
@@ -76,8 +85,34 @@ def test_tensor_cores_and_wide_loads(cuobjdump: Callable[..., str], architecture
         name = function.split(maxsplit=1)[0]
         mma = "HMMA.16816.F32.BF16" if "Bfloat16" in name else "HMMA.16816.F32 "
         assert mma in function, f"{name} does not use tensor cores"
-        assert re.search(r"LDG\.E\.(NA\.)?128", function), f"{name} does not load weights 16 bytes at a time"
         assert not re.search(r"\b(LDL|STL)\b", function), f"{name} uses local memory"
+        assert "LDSM.16.M88.4" in function, f"{name} does not use ldmatrix"
+        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", function), f"{name} does not use cp.async"
         if "GemmKernel" in name:
-            assert "LDSM.16.M88.4" in function, f"{name} does not use ldmatrix"
-            assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", function), f"{name} does not use cp.async"
+            assert re.search(r"LDG\.E\.(NA\.)?128", function), f"{name} does not load weights 16 bytes at a time"
+            continue
+        assert "ATOMG.E.ADD.STRONG.GPU" in function, f"{name} does not count arrivals"
+        early = int(re.findall(r"\d+", architecture)[0]) >= 90
+        assert ("ACQBULK" in function) == early, f"{name} does not wait for the kernel before"
+        assert ("PREEXIT" in function) == early, f"{name} does not let the next kernel start"
+        if early:  # weights are under way before the wait
+            assert function.index("LDGSTS") < function.index("ACQBULK")
+
+
+def test_plain_c_library(library: Path) -> None:
+    """The kernels as C functions, for benchmarks: what they are called, and what they say without a GPU."""
+    path = library.with_name("libawq_trt_kernels.so")
+    exported = sorted(line.split()[-1] for line in _symbols(path, "--defined-only"))
+    names = ["counter_bytes", "error_text", "gemm", "tactics", "workspace_bytes"]
+    assert exported == [f"awq_trt_{name}" for name in names]
+    c = ctypes.CDLL(str(path))
+    ids = (ctypes.c_int * 8)()
+    count = c.awq_trt_tactics(ids, 8)
+    assert len(set(ids[:count]) - {0}) == count > 1
+    for name in ("counter_bytes", "workspace_bytes"):
+        getattr(c, f"awq_trt_{name}").restype = ctypes.c_size_t
+    assert c.awq_trt_counter_bytes(40) == 3 * 4
+    assert c.awq_trt_workspace_bytes(1, 4096, 4096, 128, 0) % (256 * 512) == 0  # slices x strips x 512 bytes
+    assert c.awq_trt_workspace_bytes(1, 64, 128, 128, 0) == 0  # one unit of 128 columns is not split
+    c.awq_trt_error_text.restype = ctypes.c_char_p
+    assert b"no error" in c.awq_trt_error_text(0)

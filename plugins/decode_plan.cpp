@@ -1,0 +1,125 @@
+#include "decode_plan.h"
+
+#include <algorithm>
+
+namespace awq_trt {
+namespace {
+
+constexpr int32_t kUnitBytes = kUnitTiles * 512, kStageBytes = kUnitBytes + kUnitMaxGroups * 40;
+constexpr int32_t kReservedBytes = 1024;                           // of shared memory, by the system, for every block
+constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
+constexpr int32_t kPartialBytes = kTileN * kTokenTile * 4;         // of a strip, in fp32
+constexpr double kSplitNanoseconds = 1100;                         // fence, atomic addition and one more trip to L2
+constexpr double kL2Ratio = 2;                                     // bandwidth of L2 over that of device memory
+
+// What is known of a generation before anything is measured.
+struct Architecture {
+  int32_t sm;        // this one and newer, up to the next row
+  double bandwidth;  // bytes per nanosecond for one multiprocessor: of the datasheet, over the multiprocessors
+  int32_t warps;     // of one multiprocessor: what keeps bandwidth * 1 microsecond under way, if shared memory allows
+};
+constexpr Architecture kArchitectures[] = {{80, 18.0, 16},   // A100 80 GB: 2039 / 108
+                                           {86, 11.0, 8},    // RTX 3090: 936 / 82
+                                           {89, 7.9, 8},     // RTX 4090: 1008 / 128
+                                           {90, 25.0, 16},   // H100 SXM: 3350 / 132
+                                           {100, 54.0, 16},  // B200: 8000 / 148
+                                           {120, 10.5, 8}};  // RTX 5090: 1792 / 170
+
+Architecture const& ArchitectureOf(int32_t sm) {
+  Architecture const* found = &kArchitectures[0];
+  for (Architecture const& row : kArchitectures) {
+    if (row.sm <= sm) found = &row;
+  }
+  return *found;
+}
+
+int32_t SharedBytes(int32_t warps, int32_t token_tiles, int32_t rows, int32_t row_bytes) {
+  return warps * (kDecodeStages * kStageBytes + token_tiles * kPartialBytes) + rows * row_bytes;
+}
+
+int32_t Log2(int32_t power) {
+  int32_t shift = 0;
+  while (1 << shift < power) ++shift;
+  return shift;
+}
+
+uint32_t Reciprocal(int32_t divisor) {  // 0 for 1, whose quotients are the dividends
+  return static_cast<uint32_t>(((int64_t{1} << 32) + divisor - 1) / divisor);
+}
+
+// A row of X: an odd number of 16-byte chunks, so that the 8 rows of one ldmatrix phase fall into different banks.
+int32_t RowBytes(int32_t units) { return units * kUnitK * 2 + 16; }
+
+// Slices beyond which nobody gains: enough for X to fit where shared memory is least, and for about a thousand blocks,
+// but partial sums (written and read) at most as many bytes as the weights.
+int32_t MostSlices(int32_t n, int32_t k, int32_t tokens) {
+  int32_t const units = CeilDiv(k, kUnitK), token_tiles = CeilDiv(tokens, kTokenTile);
+  int32_t const room = kLeastSharedBytes - kReservedBytes - SharedBytes(kLeastWarps, token_tiles, 0, 0);
+  int32_t const fitting = std::max(1, (room / tokens - 16) / (2 * kUnitK));
+  int32_t const wanted = std::max(CeilDiv(units, fitting), CeilDiv(1024, CeilDiv(n, kTileN)));
+  return std::clamp(wanted, 1, std::max(1, units / token_tiles));
+}
+
+}  // namespace
+
+bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& device, DecodePlan& plan) {
+  if (args.tokens < 1 || args.tokens > kDecodeMaxTokens) return false;
+  int32_t const strips = CeilDiv(args.n, kTileN), units = CeilDiv(args.k, kUnitK);
+  int32_t const token_tiles = CeilDiv(args.tokens, kTokenTile);
+  int32_t const most = MostSlices(args.n, args.k, args.tokens);
+  int32_t const room = device.shared_bytes / policy.blocks_per_multiprocessor - kReservedBytes;
+  Architecture const& architecture = ArchitectureOf(device.sm);
+  double const bandwidth = architecture.bandwidth / policy.blocks_per_multiprocessor;  // of one block
+  int32_t const warps = architecture.warps / policy.blocks_per_multiprocessor;
+
+  auto with_slices = [&](int32_t slices, DecodePlan& made) {
+    int32_t const blocks = device.multiprocessors * policy.blocks_per_multiprocessor;
+    made.token_tiles = token_tiles;
+    made.warp_shift = Log2(warps);
+    made.slices = slices;
+    made.ranges = std::clamp(blocks / slices, 1, strips);
+    made.strips_of_range = {strips / made.ranges, strips % made.ranges};
+    made.units_of_slice = {units / slices, units % slices};
+    made.reciprocal = Reciprocal(made.units_of_slice.base);
+    made.larger_reciprocal = Reciprocal(made.units_of_slice.base + 1);
+    int32_t const slice_units = CeilDiv(units, slices);
+    made.row_bytes = RowBytes(slice_units);
+    if (made.row_bytes > room) return false;  // also: no overflow below
+    made.shared_bytes = SharedBytes(warps, token_tiles, args.tokens, made.row_bytes);
+    // the kernel's quotients by reciprocals are exact up to here
+    bool const exact = static_cast<int64_t>(CeilDiv(strips, made.ranges)) * slice_units * slice_units < UINT32_MAX;
+    return exact && made.shared_bytes <= room;
+  };
+  auto nanoseconds = [&](DecodePlan const& p) {
+    double const block_strips = CeilDiv(strips, p.ranges), block_units = CeilDiv(units, p.slices);
+    double const weights = block_strips * block_units * kUnitBytes, x = args.tokens * block_units * kUnitK * 2;
+    double const sums = p.slices > 1 ? block_strips * token_tiles * kPartialBytes * (p.slices + 1) : 0;
+    double const split = p.slices > 1 ? kSplitNanoseconds : 0;
+    return weights / bandwidth + (x + sums) / (kL2Ratio * bandwidth) + split;
+  };
+
+  bool found = false;
+  for (int32_t slices = 1; slices <= most; ++slices) {
+    DecodePlan candidate;
+    if (!with_slices(slices, candidate)) continue;
+    if (!found || nanoseconds(candidate) < nanoseconds(plan)) plan = candidate;
+    found = true;
+    if (policy.split == Split::kFewest) break;
+  }
+  DecodePlan twice;
+  if (found && policy.split == Split::kDouble && 2 * plan.slices <= most && with_slices(2 * plan.slices, twice)) {
+    plan = twice;
+  }
+  return found;
+}
+
+size_t DecodeWorkspaceBytes(int32_t n, int32_t k, int64_t tokens) {
+  size_t bytes = 0;
+  for (int32_t m = 1; m <= std::min<int64_t>(tokens, kDecodeMaxTokens); ++m) {
+    size_t const slices = MostSlices(n, k, m);
+    if (slices > 1) bytes = std::max(bytes, slices * CeilDiv(n, kTileN) * CeilDiv(m, kTokenTile) * kPartialBytes);
+  }
+  return bytes;
+}
+
+}  // namespace awq_trt

@@ -1,0 +1,67 @@
+// How the decode kernel divides a layer over blocks and warps: made by the host, read by the kernel.
+//
+//   strip   16 output features                      unit   128 columns of a strip: 2 tiles, 1 KiB of weights
+//
+//            K ─────────────────────────────►
+//          ┌────────────┬────────────┬──────────┐
+//   N  16  │ strip 0    │            │          │   blocks   strips are cut into `ranges`, units into `slices`;
+//   │  16  │ strip 1    │            │          │            block (range, slice) has one rectangle
+//   │      ├────────────┼────────────┼──────────┤   warps    the rectangle's units, strip after strip, are cut into
+//   ▼  16  │ strip 2    │            │          │            one segment of consecutive units for each warp
+//          └────────────┴────────────┴──────────┘
+//             slice 0      slice 1     slice 2
+//
+// A segment that ends inside a strip leaves a partial sum, added in shared memory in the order of the warps; slices of
+// a range leave theirs in the workspace, added in the order of the slices by the block that arrives last.
+#pragma once
+
+#include "problem.h"
+
+namespace awq_trt {
+
+constexpr int32_t kDecodeMaxTokenTiles = 4, kDecodeMaxTokens = kDecodeMaxTokenTiles * kTokenTile;
+constexpr int32_t kUnitTiles = 2, kUnitK = kUnitTiles * kTileK;
+constexpr int32_t kUnitMaxGroups = kUnitK / 32;  // groups of a unit, at most
+constexpr int32_t kDecodeStages = 4;             // units of a warp in shared memory: one in use, the others under way
+constexpr int32_t kDecodeMaxWarps = 16;
+
+// `total` items cut into parts whose sizes differ by at most one, the larger ones first.
+struct Cut {
+  int32_t base, extra;
+  AWQ_HOST_DEVICE int32_t Begin(int32_t part) const { return part * base + (part < extra ? part : extra); }
+  AWQ_HOST_DEVICE int32_t Size(int32_t part) const { return base + (part < extra ? 1 : 0); }
+};
+
+struct DecodePlan {
+  int32_t token_tiles;  // ceil(tokens / 8)
+  int32_t warp_shift;   // warps per block: 1 << warp_shift
+  int32_t ranges, slices;
+  Cut strips_of_range, units_of_slice;
+  uint32_t reciprocal, larger_reciprocal;  // ceil(2^32 / units) of a slice: kernels do not divide
+  int32_t row_bytes;                       // of one token of X in shared memory
+  int32_t shared_bytes;                    // of a block
+
+  AWQ_HOST_DEVICE int32_t warps() const { return 1 << warp_shift; }
+};
+
+// What a plan needs to know of a GPU.
+struct Device {
+  int32_t sm;               // compute capability times ten
+  int32_t multiprocessors;  //
+  int32_t shared_bytes;     // of a multiprocessor that its blocks may use together
+};
+
+// One way to divide a layer; the best one depends on layer, tokens and GPU, so TensorRT times them.
+enum class Split { kFewest, kEstimated, kDouble };
+struct DecodePolicy {
+  int32_t blocks_per_multiprocessor;  // that share its warps: 1 or 2
+  Split split;                        // slices: as few as shared memory allows, as estimated to be fastest, twice that
+};
+
+// False where the decode kernel is not for this call: too many tokens, or no slice of X fits into shared memory.
+bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& device, DecodePlan& plan);
+
+// The workspace of the most slices that any plan has, on any GPU, for this many tokens or fewer.
+size_t DecodeWorkspaceBytes(int32_t n, int32_t k, int64_t tokens);
+
+}  // namespace awq_trt
