@@ -396,7 +396,6 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
     }
     unit = block.first_unit, ++strip, from_start = true;
   }
-  WaitCopies<0>();
   SyncWarp();  // no lane needs the ring any more
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {

@@ -1,3 +1,4 @@
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -33,8 +34,11 @@ struct Copy {
   bool valid;
 };
 
+// A fiber begins as a context; from then on it is left and resumed by _setjmp and _longjmp, which make no system call.
 struct Thread {
   ucontext_t context;
+  jmp_buf resume;
+  bool started;
   std::unique_ptr<char[]> stack;
   int32_t index;
   bool done;
@@ -55,7 +59,7 @@ std::vector<Range> memory;
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
 Thread* current = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 int32_t block_index, block_row, block_threads, shared_bytes;
 constexpr int32_t kMaxSharedBytes = 256 << 10;
 alignas(16) char dynamic_shared[kMaxSharedBytes];
@@ -77,8 +81,15 @@ void Fail(char const* format, ...) {
 }
 
 void Yield() {
-  Thread* const self = current;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+}
+
+// Run a fiber until it yields.
+[[gnu::noinline]] void Resume(Thread& thread) {
+  if (_setjmp(scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.resume, 1);
+  thread.started = true;
+  setcontext(&thread.context);
 }
 
 Format const& FormatOf(ElementType type) { return type == ElementType::kHalf ? kHalfFormat : kBfloat16Format; }
@@ -183,6 +194,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
     for (int32_t i = 0; i < thread_count; ++i) {
       Thread& thread = *threads[i];
       thread.index = i;
+      thread.started = false;
       thread.done = false;
       thread.waited = !grid.early;
       thread.open.clear();
@@ -199,7 +211,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
           running |= !threads[i]->done;
           if (threads[i]->done || skip) continue;
           current = threads[i].get();
-          swapcontext(&scheduler, &current->context);
+          Resume(*current);
         }
       }
     }

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <random>
 
 #include "device.h"
 #include "kernels.h"
@@ -165,6 +166,26 @@ std::vector<LayerCase> EmulatorCases() {
           {{56, 160, 32, false, false, true}, {1, 2, 97, 128}}};
 }
 
+// Shapes of every odd multiple of 8 up to 8192 as N, with a K of whole groups up to 16384 such that N K is small; on
+// the emulator a few of them. Options, tokens and groups at random.
+std::vector<LayerCase> TailCases(Where where, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  auto below = [&random](int64_t bound) { return static_cast<int32_t>(random() % bound); };
+  int64_t const most = where == Where::kGpu ? 4 << 20 : 1 << 17;
+  std::vector<LayerCase> cases;
+  for (int32_t n = 8; n <= 8192; n += 16) {
+    if (where == Where::kEmulator && below(40) != 0) continue;
+    int32_t const group = 32 << below(3);
+    int32_t const groups = 1 + below(std::max<int64_t>(1, std::min<int64_t>(16384, most / n) / group));
+    bool const row = below(8) == 0;  // one group for the whole row
+    LayerConfig const layer{
+        n, groups * group, row ? groups * group : group, below(4) != 0, below(2) != 0, below(3) == 0};
+    cases.push_back({layer, {1 + below(kDecodeMaxTokens), 1 + below(kDecodeMaxTokens + 8)}});
+  }
+  cases.push_back({{8, 16384, 128, true, true, false}, {1, 31}});
+  return cases;
+}
+
 std::string NameOf(LayerConfig const& l, ActivationType type, int32_t tactic, size_t offset) {
   char text[160];
   std::snprintf(text, sizeof(text), "n=%d k=%d group=%d zeros=%d bias=%d pre_scale=%d outputs=%d %s tactic=%d%s",
@@ -240,14 +261,15 @@ void CheckCall(RunningPlugin& plugin, Where where, RandomLayer const& layer, Ref
   }
 }
 
-void CheckLayer(Library const& library, Where where, LayerCase const& layer_case, ActivationType type, size_t offset,
-                uint64_t seed, cudaStream_t stream, Report& report) {
+void CheckLayer(Library const& library, Where where, LayerCase const& layer_case, ActivationType type,
+                std::vector<int32_t> const& tactics, size_t offset, uint64_t seed, cudaStream_t stream,
+                Report& report) {
   LayerConfig const& config = layer_case.layer;
   int32_t const most = *std::max_element(layer_case.tokens.begin(), layer_case.tokens.end());
   RandomLayer const layer = MakeRandomLayer(config, type, most, seed);
   Reference const reference(layer);
   RunningPlugin plugin(library, config);
-  for (Tactic const& tactic : kTactics) {
+  for (int32_t tactic : tactics) {
     Outcome outcome;
     if (!plugin.ready()) outcome.Fail("no plugin could be made");
     for (int32_t tokens : layer_case.tokens) {
@@ -265,13 +287,13 @@ void CheckLayer(Library const& library, Where where, LayerCase const& layer_case
       if (config.has_zeros) inputs.push_back(zeros.get());
       if (config.has_bias) inputs.push_back(bias.get());
       if (config.has_pre_scale) inputs.push_back(pre_scale.get());
-      CheckCall(plugin, where, layer, reference, tactic.id, tokens, offset, inputs, stream, outcome);
+      CheckCall(plugin, where, layer, reference, tactic, tokens, offset, inputs, stream, outcome);
     }
     char numbers[160];
     std::snprintf(numbers, sizeof(numbers),
                   "\"token_counts\": %zu, \"max_error\": %.3g, \"error_over_tolerance\": %.3g",
                   layer_case.tokens.size(), outcome.max_error, outcome.worst);
-    report.Check(std::string(where == Where::kGpu ? "gpu " : "emulated ") + NameOf(config, type, tactic.id, offset),
+    report.Check(std::string(where == Where::kGpu ? "gpu " : "emulated ") + NameOf(config, type, tactic, offset),
                  outcome.ok, numbers + (outcome.ok ? "" : ", \"problem\": " + Quote(outcome.problem)));
   }
 }
@@ -293,18 +315,28 @@ std::string DescribeGpu(std::string& reason) {
   return text;
 }
 
-int64_t CountGpuLaunches() { return static_cast<int64_t>(GpuCases().size()) * 4 * kTacticCount; }
+int64_t CountGpuLaunches() {
+  return static_cast<int64_t>(GpuCases().size()) * 4 * kTacticCount +
+         static_cast<int64_t>(TailCases(Where::kGpu, 1).size());
+}
 
 void CheckLaunches(Library const& library, Where where, uint64_t seed, Report& report) {
   cudaStream_t stream = nullptr;
   if (where == Where::kGpu) Must(cudaStreamCreate(&stream), "cudaStreamCreate");
+  std::vector<int32_t> tactics;
+  for (Tactic const& tactic : kTactics) tactics.push_back(tactic.id);
   for (LayerCase const& layer_case : where == Where::kGpu ? GpuCases() : EmulatorCases()) {
     for (ActivationType type : {ActivationType::kHalf, ActivationType::kBfloat16}) {
       for (size_t offset : {0, 2}) {
         if (offset != 0 && where == Where::kEmulator && layer_case.layer.in_features > 200) continue;  // minutes
-        CheckLayer(library, where, layer_case, type, offset, ++seed, stream, report);
+        CheckLayer(library, where, layer_case, type, tactics, offset, ++seed, stream, report);
       }
     }
+  }
+  for (LayerCase const& layer_case : TailCases(where, seed)) {
+    ++seed;
+    ActivationType const type = seed % 2 == 0 ? ActivationType::kHalf : ActivationType::kBfloat16;
+    CheckLayer(library, where, layer_case, type, {tactics[seed / 2 % kTacticCount]}, 0, seed, stream, report);
   }
   if (stream != nullptr) Must(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
