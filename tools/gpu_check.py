@@ -2,6 +2,7 @@
 
     python tools/gpu_check.py --output result.json                     # the plugin's kernels, through its interface
     python tools/gpu_check.py --output result.json --engine out.plan   # and a plan against its ONNX file
+    python tools/gpu_check.py --output result.json --sanitizer         # and few of the layers under compute-sanitizer
 
 Needs the standard library only; the plugin library and its test program come from the installed
 package, from `--library DIR` (a folder carried along), or from `--build` (nvcc and the TensorRT headers of
@@ -29,6 +30,8 @@ LIBRARY, HOST_CHECK = "libawq_trt_plugins.so", "awq_trt_host_check"
 PACKAGES = ("awq_trt", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "numpy")
 HARDWARE = "name,compute_cap,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
 HOST_CHECK_SECONDS = 420
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZER_SECONDS = 100
 
 
 class UsageError(Exception):
@@ -43,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--build", type=Path, metavar="DIR", help="build both into DIR with nvcc, for this GPU only")
     p.add_argument("--engine", type=Path, help="a plan to load and run")
     p.add_argument("--onnx", type=Path, help="the ONNX file of the plan; default: the plan's name with .onnx")
+    p.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer's four tools (CUDA toolkit)")
     p.add_argument("--seed", type=int, help="of the random data; default: the time")
     return p
 
@@ -128,6 +132,37 @@ def check_plugin(library: Path, host_check: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def check_sanitizers(library: Path, host_check: Path, seed: int) -> dict[str, Any]:
+    """Run few layers of the test program under each tool: "clean" where no error was found and every check passed.
+
+    Where there is no GPU or no compute-sanitizer, a tool's "clean" is None and "words" say why.
+    """
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).is_file():
+        return {tool: {"clean": None, "words": "compute-sanitizer is not installed"} for tool in SANITIZERS}
+    found: dict[str, Any] = {}
+    for tool in SANITIZERS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", str(host_check), "few", str(library)]
+        started = time.monotonic()
+        try:
+            done = subprocess.run(
+                [*command, "--seed", str(seed)], capture_output=True, text=True, timeout=SANITIZER_SECONDS
+            )
+            lines, code = done.stdout.splitlines() + done.stderr.splitlines(), done.returncode
+        except subprocess.TimeoutExpired:
+            lines, code = [f"stopped after {SANITIZER_SECONDS} seconds"], -1
+        words = [line for line in lines if line.startswith("=========") or not line.startswith("{")]
+        on_gpu = any('"gpu": "' in line for line in lines)
+        clean = None if code == 0 and not on_gpu else code == 0
+        found[tool] = {
+            "clean": clean,
+            "exit_code": code,
+            "seconds": round(time.monotonic() - started, 1),
+            "words": "\n".join(words[-20:]) if clean is not None else "no GPU",
+        }
+    return found
+
+
 def check_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Load and run a plan in a child process, which may die with it; what it printed, or its last words."""
     onnx = args.onnx or args.engine.with_suffix(".onnx")
@@ -163,6 +198,7 @@ def main() -> int:
             "library": str(library),
             "seed": seed,
             "plugin": check_plugin(library, host_check, seed),
+            "sanitizer": check_sanitizers(library, host_check, seed) if args.sanitizer else None,
             "engine": check_engine(args) if args.engine else None,
         }
     except UsageError as problem:
@@ -179,12 +215,17 @@ def main() -> int:
         f"{where}: {summary.get('passed', 0)} passed, {summary.get('failed', '?')} failed, "
         f"{summary.get('skipped', '?')} skipped in {plugin['seconds']} s; written to {args.output}"
     )
+    sanitizer = result["sanitizer"] or {}
+    verdicts = {True: "clean", False: "NOT CLEAN", None: "not run"}
+    for tool, outcome in sanitizer.items():
+        print(f"{tool}: {verdicts[outcome['clean']]}" + ("" if outcome["clean"] else f": {outcome['words']}"))
     if engine is not None:
         print(
             "engine: " + (f"agrees: {engine['agrees']}" if engine.get("ran") else f"did not run: {engine['refusal']}")
         )
     engine_failed = engine is not None and engine.get("ran") and not engine["agrees"]
-    return 0 if plugin["exit_code"] == 0 and not engine_failed else 1
+    dirty = any(outcome["clean"] is False for outcome in sanitizer.values())
+    return 0 if plugin["exit_code"] == 0 and not engine_failed and not dirty else 1
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ std::vector<int32_t> AllTails() {
 }
 
 // n, k, group_size, zeros, bias, pre_scale: every group size, every option, tails of N (8, 24, 72..) and K (32, 96..).
-std::vector<LayerCase> GpuCases() {
+std::vector<LayerCase> ManyCases() {
   std::vector<int32_t> const some{1, 7, 16, 17, 64, 129, 512}, all = AllTails();
   return {{{1040, 4096, 128, true, true, true, 3, {520, 264, 256}}, all},
           {{48, 96, 32, true, false, false, 4, {8, 16, 8, 16}}, all},
@@ -149,7 +149,7 @@ std::vector<LayerCase> GpuCases() {
 }
 
 // Few layers and few numbers of tokens: the emulator is a million times slower.
-std::vector<LayerCase> EmulatorCases() {
+std::vector<LayerCase> FewCases() {
   std::vector<int32_t> const small{0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40}, around{1, 16, 63, 64, 65},
       few{5, 16, 129};
   return {{{8, 32, 32, true, false, false}, small},
@@ -168,13 +168,13 @@ std::vector<LayerCase> EmulatorCases() {
 
 // Shapes of every odd multiple of 8 up to 8192 as N, with a K of whole groups up to 16384 such that N K is small; on
 // the emulator a few of them. Options, tokens and groups at random.
-std::vector<LayerCase> TailCases(Where where, uint64_t seed) {
+std::vector<LayerCase> TailCases(bool few, uint64_t seed) {
   std::mt19937_64 random(seed);
   auto below = [&random](int64_t bound) { return static_cast<int32_t>(random() % bound); };
-  int64_t const most = where == Where::kGpu ? 4 << 20 : 1 << 17;
+  int64_t const most = few ? 1 << 17 : 4 << 20;
   std::vector<LayerCase> cases;
   for (int32_t n = 8; n <= 8192; n += 16) {
-    if (where == Where::kEmulator && below(40) != 0) continue;
+    if (few && below(40) != 0) continue;
     int32_t const group = 32 << below(3);
     int32_t const groups = 1 + below(std::max<int64_t>(1, std::min<int64_t>(16384, most / n) / group));
     bool const row = below(8) == 0;  // one group for the whole row
@@ -316,24 +316,23 @@ std::string DescribeGpu(std::string& reason) {
 }
 
 int64_t CountGpuLaunches() {
-  return static_cast<int64_t>(GpuCases().size()) * 4 * kTacticCount +
-         static_cast<int64_t>(TailCases(Where::kGpu, 1).size());
+  return static_cast<int64_t>(ManyCases().size()) * 4 * kTacticCount + static_cast<int64_t>(TailCases(false, 1).size());
 }
 
-void CheckLaunches(Library const& library, Where where, uint64_t seed, Report& report) {
+void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed, Report& report) {
   cudaStream_t stream = nullptr;
   if (where == Where::kGpu) Must(cudaStreamCreate(&stream), "cudaStreamCreate");
   std::vector<int32_t> tactics;
   for (Tactic const& tactic : kTactics) tactics.push_back(tactic.id);
-  for (LayerCase const& layer_case : where == Where::kGpu ? GpuCases() : EmulatorCases()) {
+  for (LayerCase const& layer_case : few ? FewCases() : ManyCases()) {
     for (ActivationType type : {ActivationType::kHalf, ActivationType::kBfloat16}) {
       for (size_t offset : {0, 2}) {
-        if (offset != 0 && where == Where::kEmulator && layer_case.layer.in_features > 200) continue;  // minutes
+        if (offset != 0 && few && layer_case.layer.in_features > 200) continue;  // minutes
         CheckLayer(library, where, layer_case, type, tactics, offset, ++seed, stream, report);
       }
     }
   }
-  for (LayerCase const& layer_case : TailCases(where, seed)) {
+  for (LayerCase const& layer_case : TailCases(few, seed)) {
     ++seed;
     ActivationType const type = seed % 2 == 0 ? ActivationType::kHalf : ActivationType::kBfloat16;
     CheckLayer(library, where, layer_case, type, {tactics[seed / 2 % kTacticCount]}, 0, seed, stream, report);

@@ -13,8 +13,9 @@ enum class Where { kGpu, kEmulator };
 // The name and compute capability of the GPU, or nothing where there is none that can be used (`reason` says why).
 std::string DescribeGpu(std::string& reason);
 
-// Every layer of the list of `where`, every tactic, both types, all numbers of tokens. Returns the number of checks.
-void CheckLaunches(Library const& library, Where where, uint64_t seed, Report& report);
+// Every layer of a list, every tactic, both types, all numbers of tokens; `few`: the short list, for the emulator, and
+// for a GPU under a tool that slows it down.
+void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed, Report& report);
 
 // How many checks CheckLaunches makes on a GPU.
 int64_t CountGpuLaunches();

@@ -7,6 +7,7 @@
 
 #include "decode_checks.h"
 #include "interface_checks.h"
+#include "kernels.h"
 #include "launch_checks.h"
 #include "loggers.h"
 #include "report.h"
@@ -21,22 +22,26 @@ constexpr char kUsage[] =
     "  %s check LIBRARY [--seed S]     the plugin interface, the kernels on an emulated GPU, and on a GPU where there\n"
     "                                  is one; one JSON line per check, exit code 1 where one failed\n"
     "  %s gpu LIBRARY [--seed S]       the interface and the GPU only\n"
+    "  %s few LIBRARY [--seed S]       the same with few layers, for a GPU that is watched by compute-sanitizer\n"
     "  %s supports LIBRARY             reads lines `n k group_size float16|bfloat16 sm`, answers each with the\n"
     "                                  capability table's and the plugin creator's `yes` or reason, between tabs\n"
     "  %s emulate TOKENS N K GROUP float16|bfloat16 TACTIC zeros,bias,pre_scale|none INPUT OUTPUT\n"
     "                                  one call on the emulated GPU: INPUT holds the plugin's inputs one after the\n"
-    "                                  other, Y is written to OUTPUT\n";
+    "                                  other, Y is written to OUTPUT\n"
+    "  %s plan                         reads lines `n k group_size tokens sm multiprocessors shared_bytes tactic`\n"
+    "                                  (shared_bytes: of a multiprocessor), answers each with the decode kernel's\n"
+    "                                  plan as JSON; null where that kernel is not for the call\n";
 
 ActivationType TypeOf(std::string const& name) {
   if (name == "float16") return ActivationType::kHalf;
   return name == "bfloat16" ? ActivationType::kBfloat16 : static_cast<ActivationType>(-1);
 }
 
-int Check(Library const& library, bool emulate, uint64_t seed) {
+int Check(Library const& library, bool emulate, bool few, uint64_t seed) {
   Report report;
   CheckInterface(library, report);
   CheckDecode(seed, report);
-  if (emulate) CheckLaunches(EmulatedLibrary(), Where::kEmulator, seed, report);
+  if (emulate) CheckLaunches(EmulatedLibrary(), Where::kEmulator, true, seed, report);
   std::string reason;
   std::string const gpu = DescribeGpu(reason);
   if (gpu.empty()) {
@@ -50,7 +55,7 @@ int Check(Library const& library, bool emulate, uint64_t seed) {
     library.set_logger_finder(nullptr);
     report.Skip("launch checks", CountGpuLaunches(), "no GPU: launch checks skipped (" + reason + ")");
   } else {
-    CheckLaunches(library, Where::kGpu, seed, report);
+    CheckLaunches(library, Where::kGpu, few, seed, report);
   }
   report.PrintSummary(gpu);
   return report.failed() == 0 ? 0 : 1;
@@ -70,6 +75,33 @@ int Supports(Library const& library) {
     std::printf("%s\t%s\n", reason.empty() ? "yes" : reason.text, plugin != nullptr ? "yes" : message.c_str());
   }
   library.set_logger_finder(nullptr);
+  return 0;
+}
+
+int Plan() {
+  int32_t n, k, group, tokens, tactic;
+  Device device;
+  while (std::cin >> n >> k >> group >> tokens >> device.sm >> device.multiprocessors >> device.shared_bytes >>
+         tactic) {
+    Tactic const* const found = FindTactic(tactic);
+    DecodePlan plan;
+    bool planned = found != nullptr && WhyNot(n, k, group, ActivationType::kHalf, device.sm).empty();
+    if (planned) {
+      GemmArgs args = MakeArgs({n, k, group, true, false, false});
+      args.tokens = tokens;
+      planned = PlanDecode(args, found->decode, device, plan);
+    }
+    if (!planned) {
+      std::puts("null");
+      continue;
+    }
+    std::printf(
+        "{\"token_tiles\": %d, \"blocks_per_multiprocessor\": %d, \"warps\": %d, \"stages\": %d, "
+        "\"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
+        "\"row_bytes\": %d, \"shared_bytes\": %d}\n",
+        plan.token_tiles, found->decode.blocks_per_multiprocessor, plan.warps(), kDecodeStages, plan.ranges,
+        plan.slices, plan.strips_of_range.Size(0), plan.units_of_slice.Size(0), plan.row_bytes, plan.shared_bytes);
+  }
   return 0;
 }
 
@@ -95,11 +127,14 @@ int main(int count, char** arguments) {
   uint64_t seed = 1;
   if (count == 5 && std::strcmp(arguments[3], "--seed") == 0) seed = std::strtoull(arguments[4], nullptr, 10);
   bool const known = count == 3 || count == 5;
-  if (known && command == "check") return Check(OpenLibrary(arguments[2]), true, seed);
-  if (known && command == "gpu") return Check(OpenLibrary(arguments[2]), false, seed);
+  if (known && command == "check") return Check(OpenLibrary(arguments[2]), true, false, seed);
+  if (known && (command == "gpu" || command == "few")) {
+    return Check(OpenLibrary(arguments[2]), false, command == "few", seed);
+  }
   if (count == 3 && command == "supports") return Supports(OpenLibrary(arguments[2]));
   if (count == 11 && command == "emulate") return Emulate(arguments + 2);
+  if (count == 2 && command == "plan") return Plan();
   char const* const self = arguments[0];
-  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self);
+  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self, self);
   return 2;
 }

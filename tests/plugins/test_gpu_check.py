@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from onnx import TensorProto, helper
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, TOOLS / "gpu_check.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_writes_one_json(tmp_path: Path) -> None:
@@ -39,6 +40,26 @@ def test_writes_one_json(tmp_path: Path) -> None:
         assert result["hardware"]
         assert summary["skipped"] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_sanitizer(tmp_path: Path, library: Path) -> None:
+    """Every tool runs the short list; a tool that finds something fails the whole; without a GPU nothing is clean."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "compute-sanitizer"
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    for code, gpu, clean in ((0, '"H100"', True), (9, '"H100"', False), (0, "null", None)):
+        fake.write_text(
+            f'#!/bin/sh\n[ "$5" = "{library.with_name("awq_trt_host_check")}" ] && [ "$6" = few ] || exit 7\n'
+            f"echo '========= ERROR SUMMARY: of '$2\necho '{{\"summary\": true, \"gpu\": {gpu}}}'\nexit {code}\n"
+        )
+        fake.chmod(0o755)
+        done = _run("--output", tmp_path / "r.json", "--sanitizer", environment=environment)
+        found = json.loads((tmp_path / "r.json").read_text())["sanitizer"]
+        assert [found[t]["clean"] for t in ("memcheck", "racecheck", "synccheck", "initcheck")] == [clean] * 4
+        assert done.returncode == (1 if clean is False else 0), done.stdout + done.stderr
+        assert {True: "racecheck: clean", False: "racecheck: NOT CLEAN: ========= ERROR SUMMARY: of racecheck",
+                None: "racecheck: not run: no GPU"}[clean] in done.stdout  # fmt: skip
 
 
 def test_binaries_can_be_carried_along(tmp_path: Path, library: Path, host_check: Path) -> None:
