@@ -127,8 +127,8 @@ def test_fusion_is_in_the_sidecar_and_can_be_left_out(models: Path, out: Path) -
     assert (len(sidecar["quantized"]), sidecar["plugin"]["layers"]) == (14, 8)
     assert len(sidecar["fused"]) == 4
     attention = "model.layers.0.self_attn."
-    assert sidecar["fused"][0]["name"] == "/model/layers.0/self_attn/q_proj+k_proj+v_proj"
-    assert sidecar["fused"][0]["layers"] == [f"{attention}{part}_proj" for part in "qkv"]
+    layers = {node["name"]: node["layers"] for node in sidecar["fused"]}
+    assert layers["/model/layers.0/self_attn/q_proj+k_proj+v_proj"] == [f"{attention}{part}_proj" for part in "qkv"]
     features = {layer["name"]: layer["n"] for layer in sidecar["quantized"]}
     for node in sidecar["fused"]:
         assert node["splits"] == [features[layer] for layer in node["layers"]]

@@ -135,6 +135,6 @@ int main(int count, char** arguments) {
   if (count == 11 && command == "emulate") return Emulate(arguments + 2);
   if (count == 2 && command == "plan") return Plan();
   char const* const self = arguments[0];
-  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self, self);
+  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self, self, self);
   return 2;
 }
