@@ -26,8 +26,10 @@ cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan c
                          cudaStream_t stream) {
   Kernel const kernel =
       type == ActivationType::kHalf ? KernelFor<Half>(plan.token_tiles) : KernelFor<Bfloat16>(plan.token_tiles);
-  cudaError_t const error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  // all of it: the next layer's blocks are to fit beside these
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -41,6 +41,22 @@ def test_every_nibble_at_every_position(dtype: torch.dtype, zero: int) -> None:
                     assert torch.equal(integers * scale, once)
 
 
+@pytest.mark.parametrize("zero", range(16))
+def test_every_nibble_one_shift_higher(zero: int) -> None:
+    """fp16, decode: a nibble at bit 4 of a half is 1024 + 16 q; one FMA with 1/16 and -(64 + zero) gives q - zero."""
+    minus_zero = _halves(zero << 4 | zero << 20 | 0x54005400 | 0x80008000, torch.float16)
+    assert minus_zero.tolist() == [-(64 + zero)] * 2
+    sixteenth = _halves(0x2C002C00, torch.float16)
+    assert sixteenth.tolist() == [1 / 16] * 2
+    for low in range(16):
+        for high in range(16):
+            word = 0x5A0A5A0A | low << 4 | high << 20
+            shifted = _halves(word & 0x00F000F0 | 0x64006400, torch.float16)
+            assert shifted.tolist() == [1024 + 16 * low, 1024 + 16 * high]
+            exact = shifted.double() * sixteenth.double() + minus_zero.double()  # what an FMA rounds once
+            assert exact.to(torch.float16).tolist() == [low - zero, high - zero]
+
+
 def _ptx_a(lane: int, i: int) -> tuple[int, int]:
     """(row, column) of element a_i of the .f16/.bf16 A fragment of mma.m16n8k16 (PTX ISA)."""
     group, in_group = lane >> 2, lane & 3
@@ -66,6 +82,23 @@ def test_packed_words_are_the_a_fragment() -> None:
             register, high = i // 2, i % 2
             nibble = int(words[tn, tk, lane, step]) >> (4 * register + 16 * high) & 15
             assert nibble == padded[16 * tn + row, 64 * tk + 16 * step + column]
+
+
+def _ptx_wgmma_a(thread: int, i: int) -> tuple[int, int]:
+    """(row, column) of a_i of the .f16/.bf16 A fragment in registers of wgmma.m64nNk16 (PTX ISA)."""
+    warp, lane = thread >> 5, thread & 31
+    row = 16 * warp + (lane >> 2) + (8 if i // 2 % 2 else 0)
+    return row, (lane & 3) * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def test_four_tiles_are_the_a_fragment_of_a_warpgroup() -> None:
+    """What warp w of a warpgroup loads of strip 4 b + w is its share of wgmma's A: one layout serves Hopper too."""
+    places = {_ptx_wgmma_a(thread, i) for thread in range(128) for i in range(8)}
+    assert places == {(r, c) for r in range(64) for c in range(16)}
+    for thread in range(128):
+        for i in range(8):
+            row, column = _ptx_a(thread & 31, i)
+            assert _ptx_wgmma_a(thread, i) == (16 * (thread >> 5) + row, column)
 
 
 def test_scales_and_zeros_are_the_rows_of_a_lane() -> None:
