@@ -15,11 +15,11 @@
 
 namespace awq_trt {
 
-// A unit as it lies in shared memory, in bytes: q [tile][lane][16], scales [group][i][4] (rows i and i + 8),
-// zeros [group][i].
+// A unit as it lies in shared memory, in bytes: q [tile][lane][16], scales [part][i][4] (rows i and i + 8),
+// zeros [part][i] of 8 bytes in every 32.
 constexpr int32_t kTileBytes = kTileN * kTileK / 2;
 constexpr int32_t kStageScales = kUnitTiles * kTileBytes, kStageZeros = kStageScales + kUnitMaxGroups * 32;
-constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 8;
+constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 32;
 constexpr int32_t kSumsBytes = kWarp * 16;  // of a strip and a tile of tokens
 
 // Four floats of a lane for one strip and one tile of tokens: accumulators as in fragments.h.
@@ -32,36 +32,55 @@ AWQ_DEVICE void Add(Sums& sum, Words const& part) {
   for (int32_t e = 0; e < 4; ++e) sum.v[e] += FloatOf(part.w[e]);
 }
 
-// A unit is scaled in parts of 32 << PartShift columns: a group, or the whole unit where a group is larger.
-AWQ_DEVICE int32_t PartShift(GemmArgs const& args) { return args.group_shift < 7 ? args.group_shift - 5 : 2; }
-
-// What a lane copies next. Two lanes copy the scales of a group, the first of them also its zeros.
+// What a lane copies next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8 bytes of
+// `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
 struct Fetch {
-  int32_t strip, unit;
-  bool has_scales, has_zeros;
-  char const* q;  // of this lane
+  static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
+  int32_t unit;
+  uint32_t tile, entry;
+  uint32_t roles, last_roles;  // in any unit, and in the last one of a strip
+  char const* q;               // of this lane in tile 0
 
-  AWQ_DEVICE Fetch(GemmArgs const& args, int32_t strip, int32_t unit, int32_t lane)
-      : strip(strip),
-        unit(unit),
-        has_scales(lane < 2 * (kUnitMaxGroups >> PartShift(args))),
-        has_zeros(has_scales && lane % 2 == 0 && args.zeros != nullptr),
-        q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {}
+  AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t lane)
+      : unit(unit),
+        tile(strip * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
+        entry(strip * args.groups + unit * plan.part_step + lane / 2),
+        q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {
+    int32_t const part = lane / 2;
+    uint32_t const copies = lane % 2 == 0 && args.zeros != nullptr ? kScales | kZeros : kScales;
+    roles = kSecondTile | (part < kUnitMaxGroups >> plan.part_shift ? copies : 0);
+    last_roles = (CeilDiv(args.k, kTileK) % kUnitTiles == 0 ? kSecondTile : 0) | (part < plan.last_parts ? copies : 0);
+  }
 
-  // Start the copy of a unit into a stage and go on to the next one; strips have the units first_unit .. end_unit - 1.
-  AWQ_DEVICE void Fill(GemmArgs const& args, Shared stage, int32_t first_unit, int32_t end_unit, int32_t lane) {
-    uint32_t const k_tiles = CeilDiv(args.k, kTileK), tile = unit * kUnitTiles;
-    char const* source = q + static_cast<uint64_t>(strip * k_tiles + tile) * kTileBytes;
-    CopyAsync(stage + lane * 16, source, true);
-    CopyAsync(stage + kTileBytes + lane * 16, source + kTileBytes, tile + 1 < k_tiles);
-    int32_t const group = (unit * kUnitK >> args.group_shift) + lane / 2;
-    uint32_t const entry = strip * args.groups + (group < args.groups ? group : args.groups - 1);
-    uint64_t const scale_chunk = 2 * entry + lane % 2;
-    if (has_scales) CopyAsync(stage + kStageScales + lane * 16, args.scales + scale_chunk * 8, true);
-    if (has_zeros) CopyAsync8(stage + kStageZeros + lane * 4, args.zeros + static_cast<uint64_t>(entry) * 8);
-    if (++unit == end_unit) unit = first_unit, ++strip;
+  // Start the copy of a unit into a stage and go on to the next one, of the block's rectangle. `lane_stage` is the
+  // stage's address + lane * 16.
+  AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t first_unit,
+                       int32_t end_unit, int32_t lane) {
+    uint32_t const now = unit == plan.last_unit ? last_roles : roles;
+    char const* const source = q + static_cast<uint64_t>(tile) * kTileBytes;
+    CopyAsync(lane_stage, source, true);
+    CopyAsync(lane_stage + kTileBytes, source + kTileBytes, (now & kSecondTile) != 0);
+    uint32_t const half = 2 * entry + lane % 2;
+    if ((now & kScales) != 0) CopyAsync(lane_stage + kStageScales, args.scales + static_cast<uint64_t>(half) * 8, true);
+    if ((now & kZeros) != 0) CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(entry) * 8);
+    ++unit, tile += kUnitTiles, entry += plan.part_step;
+    if (unit < end_unit) return;
+    int32_t const units = end_unit - first_unit;
+    unit = first_unit, tile += CeilDiv(args.k, kTileK) - units * kUnitTiles;
+    entry += args.groups - units * plan.part_step;
   }
 };
+
+// Scales of 0 for parts that are never copied (times sums of 0; whatever was there might be NaN), and the zero 8 of
+// layers that have none.
+AWQ_DEVICE void PrepareRing(GemmArgs const& args, Shared ring, int32_t lane) {
+  uint32_t const fill = lane % 16 >= 8 && args.zeros == nullptr ? 0x88888888u : 0u;
+#pragma unroll
+  for (int32_t stage = lane / 16; stage < kDecodeStages; stage += 2) {
+    StoreShared(ring + stage * kStageBytes + kStageScales + lane % 16 * 16, {{fill, fill, fill, fill}});
+  }
+  SyncWarp();
+}
 
 // The A fragment of one k-step as integers: q - zero, exact. `minus_zero` is -(kOffset + zero), see MinusZeros.
 template <typename T>
@@ -100,10 +119,10 @@ struct PartScale {
   float low, high;  // of rows g and g + 8
   uint32_t minus_zero[2];
 
-  AWQ_DEVICE PartScale(Shared stage, int32_t part, bool has_zeros, int32_t lane) {
+  AWQ_DEVICE PartScale(Shared stage, int32_t part, int32_t lane) {
     uint32_t const scales = LoadShared32(stage + kStageScales + part * 32 + lane / 4 * 4);
     low = ToFloat<T>(static_cast<uint16_t>(scales)), high = ToFloat<T>(static_cast<uint16_t>(scales >> 16));
-    MinusZeros<T>(minus_zero, has_zeros ? LoadShared8(stage + kStageZeros + part * 8 + lane / 4) : 0x88u);
+    MinusZeros<T>(minus_zero, LoadShared8(stage + kStageZeros + part * 32 + lane / 4));
   }
 };
 
@@ -134,12 +153,14 @@ AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums const (&sums)[kTokenTil
 
 // acc += unit * X, scaled in parts of 32 << kPartShift columns.
 template <typename T, int32_t kPartShift, int kTokenTiles>
-AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, bool has_zeros,
-                             Shared const (&x_rows)[kTokenTiles], int32_t x_offset, int32_t lane) {
+AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, Shared const (&x_rows)[kTokenTiles],
+                             int32_t x_offset, int32_t lane) {
+  [[maybe_unused]] constexpr int32_t kAtOnce =
+      kTokenTiles == 1 ? kUnitTiles : 1;  // X of more would not fit into registers
   Sums sums[kTokenTiles] = {};
   if constexpr (kPartShift == 2) {
-    PartScale<T> const scale(stage, 0, has_zeros, lane);
-#pragma unroll 1  // X of both tiles at once would not fit into registers
+    PartScale<T> const scale(stage, 0, lane);
+#pragma unroll kAtOnce
     for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
       Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
       MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
@@ -147,17 +168,17 @@ AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, bool has_ze
     }
     AddScaled<T>(acc, sums, scale);
   } else {
-#pragma unroll 1  // X of both tiles at once would not fit into registers
+#pragma unroll kAtOnce
     for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
       Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
-      PartScale<T> const scale(stage, 2 * tile >> kPartShift, has_zeros, lane);
+      PartScale<T> const scale(stage, 2 * tile >> kPartShift, lane);
       MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
       if constexpr (kPartShift == 1) {
         MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, x_offset + tile * 128 + 64);
         AddScaled<T>(acc, sums, scale);
       } else {
         AddScaled<T>(acc, sums, scale);
-        PartScale<T> const second(stage, 2 * tile + 1, has_zeros, lane);
+        PartScale<T> const second(stage, 2 * tile + 1, lane);
         Sums more[kTokenTiles] = {};
         MultiplyQuarter<T>(more, q.w[2], q.w[3], second.minus_zero, x_rows, x_offset + tile * 128 + 64);
         AddScaled<T>(acc, more, second);
@@ -337,16 +358,18 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
   Rectangle const block = RectangleOf(plan, BlockIndex(), BlockRow());
   Cut const segments = SegmentsOf(plan, block);
-  int32_t const begin = segments.Begin(warp), count = segments.Size(warp);
+  int32_t const begin = segments.Begin(warp), count = Opaque(segments.Size(warp));
 
   SharedLayout const shared(plan);
   Shared const ring = shared.Ring(warp);
   int32_t const strips_before = StripOf(block, begin), end_unit = block.first_unit + block.units;
   int32_t strip = block.first_strip + strips_before, unit = block.first_unit + begin - strips_before * block.units;
-  Fetch fetch(args, strip, unit, lane);
+  Fetch fetch(args, plan, strip, unit, lane);
+  PrepareRing(args, ring, lane);
 #pragma unroll
   for (int32_t stage = 0; stage < kDecodeStages - 1; ++stage) {
-    if (stage < count) fetch.Fill(args, ring + stage * kStageBytes, block.first_unit, end_unit, lane);
+    Shared const lane_stage = ring + stage * kStageBytes + lane * 16;
+    if (stage < count) fetch.Fill(args, plan, lane_stage, block.first_unit, end_unit, lane);
     CommitCopies();
   }
   LetNextKernelStart();
@@ -370,18 +393,17 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
     SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
     if (turn + kDecodeStages - 1 < count) {
       int32_t const free = (turn + kDecodeStages - 1) % kDecodeStages;
-      fetch.Fill(args, ring + free * kStageBytes, block.first_unit, end_unit, lane);
+      fetch.Fill(args, plan, ring + free * kStageBytes + lane * 16, block.first_unit, end_unit, lane);
     }
     CommitCopies();
     Shared const stage = ring + turn % kDecodeStages * kStageBytes;
-    int32_t const x_offset = unit * (kUnitK * 2), part_shift = PartShift(args);
-    bool const has_zeros = args.zeros != nullptr;
-    if (part_shift == 2) {
-      MultiplyUnit<T, 2>(acc, stage, has_zeros, x_rows, x_offset, lane);
-    } else if (part_shift == 1) {
-      MultiplyUnit<T, 1>(acc, stage, has_zeros, x_rows, x_offset, lane);
+    int32_t const x_offset = unit * (kUnitK * 2);
+    if (plan.part_shift == 2) {
+      MultiplyUnit<T, 2>(acc, stage, x_rows, x_offset, lane);
+    } else if (plan.part_shift == 1) {
+      MultiplyUnit<T, 1>(acc, stage, x_rows, x_offset, lane);
     } else {
-      MultiplyUnit<T, 0>(acc, stage, has_zeros, x_rows, x_offset, lane);
+      MultiplyUnit<T, 0>(acc, stage, x_rows, x_offset, lane);
     }
     if (++unit < end_unit) continue;
     // the strip is complete: stored here, or, if it began in segments before, by AddTails

@@ -5,7 +5,7 @@
 namespace awq_trt {
 namespace {
 
-constexpr int32_t kUnitBytes = kUnitTiles * 512, kStageBytes = kUnitBytes + kUnitMaxGroups * 40;
+constexpr int32_t kUnitBytes = kUnitTiles * 512, kStageBytes = kUnitBytes + kUnitMaxGroups * 64;
 constexpr int32_t kReservedBytes = 1024;                           // of shared memory, by the system, for every block
 constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
 constexpr int32_t kPartialBytes = kTileN * kTokenTile * 4;         // of a strip, in fp32
@@ -82,6 +82,10 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
     made.units_of_slice = {units / slices, units % slices};
     made.reciprocal = Reciprocal(made.units_of_slice.base);
     made.larger_reciprocal = Reciprocal(made.units_of_slice.base + 1);
+    made.part_shift = args.group_shift < 7 ? args.group_shift - 5 : 2;
+    made.part_step = args.groups == 1 ? 0 : kUnitMaxGroups >> made.part_shift;
+    made.last_unit = units - 1;
+    made.last_parts = args.groups == 1 ? 1 : args.groups - made.last_unit * made.part_step;
     int32_t const slice_units = CeilDiv(units, slices);
     made.row_bytes = RowBytes(slice_units);
     if (made.row_bytes > room) return false;  // also: no overflow below

@@ -38,8 +38,11 @@ struct DecodePlan {
   int32_t ranges, slices;
   Cut strips_of_range, units_of_slice;
   uint32_t reciprocal, larger_reciprocal;  // ceil(2^32 / units) of a slice: kernels do not divide
-  int32_t row_bytes;                       // of one token of X in shared memory
-  int32_t shared_bytes;                    // of a block
+  int32_t part_shift;             // a unit is scaled in parts of 32 << part_shift columns: groups, or the whole unit
+  int32_t part_step;              // from the scales of a unit to the next one's in the same strip: parts, or 0
+  int32_t last_unit, last_parts;  // of a strip, and how many of that unit's parts are not beyond K
+  int32_t row_bytes;              // of one token of X in shared memory
+  int32_t shared_bytes;           // of a block
 
   AWQ_HOST_DEVICE int32_t warps() const { return 1 << warp_shift; }
 };

@@ -65,6 +65,8 @@ constexpr int32_t kMaxSharedBytes = 256 << 10;
 alignas(16) char dynamic_shared[kMaxSharedBytes];
 int32_t barrier_arrived;
 uint64_t barrier_generation;
+int32_t counting_thread;       // the one that has counted this block's arrival, -1 before
+uint64_t counting_generation;  // of the barrier, then
 std::mt19937 order(1);
 
 [[noreturn]] void Fail(char const* format, ...) __attribute__((format(printf, 1, 2)));
@@ -168,7 +170,13 @@ void CheckShared(void const* p, int32_t bytes) {
 }
 
 void CheckLoad(void const* p, int32_t bytes) { CheckAccess(p, bytes, false); }
-void CheckStore(void const* p, int32_t bytes) { CheckAccess(p, bytes, true); }
+void CheckStore(void const* p, int32_t bytes) {
+  CheckAccess(p, bytes, true);
+  // others may have seen the arrival, and with it only what a barrier had ordered before it
+  if (counting_thread >= 0 && counting_thread != current->index && counting_generation == barrier_generation) {
+    Fail("store at %p after thread %d has counted the arrival of this block", p, counting_thread);
+  }
+}
 
 void Run(Grid const& grid, void (*body)(void*), void* context) {
   int32_t const thread_count = grid.threads;
@@ -191,6 +199,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
     std::memset(dynamic_shared, 0xff, shared_bytes);
     warps.assign(thread_count / kLanes, Warp{});
     barrier_arrived = 0;
+    counting_thread = -1;
     for (int32_t i = 0; i < thread_count; ++i) {
       Thread& thread = *threads[i];
       thread.index = i;
@@ -316,6 +325,14 @@ void StartCopy(Shared shared, void const* global, int32_t bytes, bool valid) {
   current->open.push_back({shared, global, bytes, valid});
 }
 }  // namespace emulator
+uint32_t CountArrival(uint32_t* p) {
+  uint32_t const before = emulator::Load<uint32_t>(p);
+  emulator::Store(p, before + 1);
+  emulator::counting_thread = emulator::current->index;
+  emulator::counting_generation = emulator::barrier_generation;
+  return before;
+}
+
 void CopyAsync(Shared shared, void const* global, bool valid) { emulator::StartCopy(shared, global, 16, valid); }
 void CopyAsync8(Shared shared, void const* global) { emulator::StartCopy(shared, global, 8, true); }
 void CommitCopies() {

@@ -110,11 +110,7 @@ inline void StoreWords(void* p, Words const& v) { emulator::Store(p, v); }
 inline void Store32(void* p, uint32_t v) { emulator::Store(p, v); }
 inline void Store16(void* p, uint16_t v) { emulator::Store(p, v); }
 
-inline uint32_t CountArrival(uint32_t* p) {
-  uint32_t const before = emulator::Load<uint32_t>(p);
-  emulator::Store(p, before + 1);
-  return before;
-}
+uint32_t CountArrival(uint32_t* p);
 
 void CopyAsync(Shared shared, void const* global, bool valid);
 void CopyAsync8(Shared shared, void const* global);
