@@ -1,0 +1,185 @@
+"""How long a call ought to take, from instructions and bytes: predicted, not measured.
+
+The busiest multiprocessor decides. Its time is a start (LAUNCH_US and FIRST_BYTE_US), the time of the resource that it
+needs longest, and, where K is split over blocks, the reduction. The rings are filled while X is brought to shared
+memory; work on the weights begins when X is there. Taken as granted: schedulers issue in every clock while they have
+work, no bank conflicts, the other warps hide the latency of dependent instructions, a multiprocessor gets its even
+share of the bandwidth. Left out: the instructions before and after the main loop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gemm.shapes import Shape
+from bench.sass.paths import Steady
+
+LAUNCH_US = 1.2
+"""From the end of a kernel to the first instruction of the next one in a CUDA graph; assumed."""
+FIRST_BYTE_US = 0.8
+"""Until the first weights arrive from a memory that was idle; assumed."""
+SPLIT_US = 1.1
+"""Fence, atomic addition, one more trip to L2: kSplitNanoseconds of plugins/decode_plan.cpp."""
+LOADED_NS = 1000
+"""Latency of a busy memory: what is under way arrives within it. As plugins/decode_plan.cpp assumes."""
+L2_RATIO = 2
+"""Bandwidth of L2, where X and partial sums come from, over that of memory: kL2Ratio of plugins/decode_plan.cpp."""
+L2_BYTES_PER_CLOCK = 64
+"""That one multiprocessor can read from L2 while others do not, as the last arrivers of a reduction do; assumed."""
+SCHEDULERS = 4
+ALU_PER_CLOCK = IMAD_PER_CLOCK = 2
+"""Warp instructions of a multiprocessor: 64 results per clock for logic, shifts, comparisons and integer multiply-add
+on every architecture here (CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions"; that 12.0
+adds integers at twice the rate is not counted)."""
+WAVEFRONT_BYTES = 128
+TACTICS = (1, 2, 3, 4)
+DEFAULT_TACTIC = TACTICS[0]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A row of GPUS. Rates are warp instructions per clock of one multiprocessor."""
+
+    name: str
+    sm: int
+    multiprocessors: int
+    shared_bytes: int
+    bandwidth: float  # bytes per nanosecond of the datasheet
+    achievable: float  # fraction of it that a streaming kernel gets
+    ghz: float
+    hmma: float  # m16n8k16 with fp32 sums, 2048 multiply-adds
+    half: float  # fp16 pairs
+    single: float  # fp32
+
+    @property
+    def share(self) -> float:
+        """Bytes per nanosecond that one multiprocessor can count on."""
+        return self.bandwidth * self.achievable / self.multiprocessors
+
+
+GPUS = (
+    # NVIDIA H100 datasheet (SXM5); 3.0 TB/s achievable and 1.755 GHz as the targets assume. mma.sync reaches about 62 %
+    # of the 2048 multiply-adds per clock that wgmma has (Luo et al. 2024, arXiv 2402.13499).
+    Gpu("H100 SXM", 90, 132, 228 << 10, 3350, 3000 / 3350, 1.755, 0.62, 4, 4),
+    # NVIDIA A100 80GB datasheet (SXM4); A100 whitepaper: 1024 multiply-adds per clock.
+    Gpu("A100 80GB", 80, 108, 164 << 10, 2039, 0.9, 1.41, 0.5, 4, 2),
+    # NVIDIA Ada whitepaper, RTX 4090: 165.2 TFLOPS dense with fp32 sums at 2.52 GHz = 256 multiply-adds per clock.
+    Gpu("RTX 4090", 89, 128, 100 << 10, 1008, 0.9, 2.52, 0.125, 2, 4),
+    # NVIDIA L40S datasheet: 362 TFLOPS dense at 2.52 GHz = 512 multiply-adds per clock.
+    Gpu("L40S", 89, 142, 100 << 10, 864, 0.9, 2.52, 0.25, 2, 4),
+    # NVIDIA RTX Blackwell whitepaper, RTX 5090: 209.5 TFLOPS dense with fp32 sums at 2.41 GHz = 256 per clock.
+    Gpu("RTX 5090", 120, 170, 100 << 10, 1792, 0.9, 2.41, 0.125, 2, 4),
+    # NVIDIA HGX B200 datasheet, clock of the public GPU data bases. No public figure for mma.sync: A100's is assumed.
+    Gpu("B200", 100, 148, 228 << 10, 8000, 0.9, 1.965, 0.5, 2, 4),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `awq_trt_host_check plan` answers: plugins/decode_plan.h."""
+
+    token_tiles: int
+    blocks_per_multiprocessor: int  # planned for; fewer where there are fewer blocks
+    warps: int  # of a block
+    stages: int
+    ranges: int
+    slices: int
+    most_strips: int  # of a range
+    most_units: int  # of a strip in a slice
+    row_bytes: int
+    shared_bytes: int
+
+    def resident(self, gpu: Gpu) -> int:
+        """Blocks on the busiest multiprocessor."""
+        return math.ceil(self.ranges * self.slices / gpu.multiprocessors)
+
+    def weight_bytes(self, gpu: Gpu, group_size: int) -> int:
+        """Of the busiest multiprocessor."""
+        return self.resident(gpu) * self.most_strips * self.most_units * unit_bytes(group_size)
+
+    def bytes_in_flight(self, gpu: Gpu, group_size: int) -> int:
+        """Of the busiest multiprocessor: all stages but the one in use; fewer where there is less to read."""
+        ring = self.resident(gpu) * self.warps * (self.stages - 1) * unit_bytes(group_size)
+        return min(ring, self.weight_bytes(gpu, group_size))
+
+
+Cell = tuple[Shape, int, Gpu, int]
+"""(shape, tokens, GPU, tactic)."""
+
+
+def ask_planner(host_check: Path, cells: Iterable[Cell]) -> list[Plan | None]:
+    """The plans of cells, from the planner that the plugin uses; None where another kernel runs."""
+    questions = [
+        f"{s.n} {s.k} {s.group_size} {m} {gpu.sm} {gpu.multiprocessors} {gpu.shared_bytes} {tactic}\n"
+        for s, m, gpu, tactic in cells
+    ]
+    done = subprocess.run([host_check, "plan"], input="".join(questions), capture_output=True, text=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    if len(answers) != len(questions):
+        raise ValueError(f"{host_check} does not plan: is it of this version? {done.stderr.splitlines()[:1]}")
+    return [Plan(**a) if a else None for a in answers]
+
+
+def unit_bytes(group_size: int) -> int:
+    """Of 16 output features x 128 columns: nibbles, scales and zero points."""
+    groups = max(1, 128 // group_size)
+    return 16 * 128 // 2 + groups * (32 + 8)
+
+
+def parts(group_size: int) -> int:
+    """Of a unit that are scaled separately: the key of paths.steady."""
+    return {32: 4, 64: 2}.get(group_size, 1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds: of each resource of the busiest multiprocessor, until X is there, of the reduction, of the call."""
+
+    resources: dict[str, float]
+    x: float
+    split: float
+    us: float
+
+    @property
+    def bound(self) -> str:
+        """The resource that is needed longest."""
+        return max(self.resources, key=self.resources.__getitem__)
+
+
+def predict(shape: Shape, tokens: int, gpu: Gpu, plan: Plan, unit: Steady) -> Prediction:
+    """A call's time with a plan; `unit` is what its kernel issues for a unit of weights."""
+    resident = plan.resident(gpu)
+    block_units = plan.most_strips * plan.most_units
+    each, more = divmod(block_units, plan.warps)
+    busiest = resident * (each * plan.warps // SCHEDULERS + math.ceil(more / SCHEDULERS))  # units of one scheduler
+    pipes, opcodes = unit.by_pipe(), unit.by_opcode()
+    singles = sum(opcodes[name] for name in ("FFMA", "FADD", "FMUL"))
+    fma = opcodes["IMAD"] / IMAD_PER_CLOCK + singles / gpu.single
+    fma += (pipes["fma"] - opcodes["IMAD"] - singles) / gpu.half
+    clocks = {  # of one multiprocessor, for a unit
+        "issue": unit.slots / SCHEDULERS,
+        "alu": pipes["alu"] / ALU_PER_CLOCK,
+        "fma": fma,
+        "tensor": opcodes["HMMA"] / gpu.hmma,
+        "shared": unit.wavefronts(),
+    }
+    weights, ring = plan.weight_bytes(gpu, shape.group_size), plan.bytes_in_flight(gpu, shape.group_size)
+    l2 = L2_RATIO * gpu.share * 1e3  # bytes per microsecond
+    x = resident * tokens * plan.most_units * 128 * 2 / l2
+    sums = plan.most_strips * plan.token_tiles * 512 if plan.slices > 1 else 0  # bytes of a block
+    filled = max(ring / (gpu.share * 1e3), ring / l2 + x)
+    resources = {
+        "memory": filled + (weights - ring) / (gpu.share * 1e3) + resident * sums / l2,
+        "latency": (weights / ring - 1) * LOADED_NS / 1e3,  # the first ones: FIRST_BYTE_US
+    }
+    resources |= {name: x + c * SCHEDULERS * busiest / gpu.ghz / 1e3 for name, c in clocks.items()}
+    split = 0.0
+    if plan.slices > 1:
+        read = min(L2_BYTES_PER_CLOCK * gpu.ghz * 1e3, l2 * gpu.multiprocessors / plan.ranges)
+        split = SPLIT_US + plan.slices * sums / read
+    return Prediction(resources, x, split, LAUNCH_US + FIRST_BYTE_US + max(resources.values()) + split)
