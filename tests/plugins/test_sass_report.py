@@ -21,10 +21,10 @@ from bench.sass.prediction import GPUS, Plan, ask_planner, predict
 ROOT = Path(__file__).parents[2]
 H100 = GPUS[0]
 SLOTS = {
-    1: {128: 268, 64: 294, 32: 342},
-    2: {128: 275, 64: 309, 32: 362},
-    3: {128: 318, 64: 359, 32: 416},
-    4: {128: 345, 64: 393, 32: 459},
+    1: {128: 224, 64: 240, 32: 279},
+    2: {128: 256, 64: 289, 32: 336},
+    3: {128: 287, 64: 327, 32: 377},
+    4: {128: 314, 64: 360, 32: 419},
 }
 """Tokens / 8 -> group size -> issue slots for a unit, at most: 10 % over the slowest architecture and type today."""
 
