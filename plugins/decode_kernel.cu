@@ -35,7 +35,7 @@ cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan c
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<uint32_t>(plan.ranges), static_cast<uint32_t>(plan.slices));
+  config.gridDim = dim3(static_cast<uint32_t>(plan.slices), static_cast<uint32_t>(plan.ranges));
   config.blockDim = dim3(static_cast<uint32_t>(plan.warps() * kWarp));
   config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
   config.stream = stream;

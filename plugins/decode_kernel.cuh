@@ -10,6 +10,8 @@
 // less than a scaled weight, and one rounding per weight less.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_plan.h"
 #include "fragments.h"
 
@@ -36,38 +38,40 @@ AWQ_DEVICE void Add(Sums& sum, Words const& part) {
 // `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
 struct Fetch {
   static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
-  int32_t unit;
+  static constexpr int32_t kLast = 3;
+  int32_t left;  // units of the strip, in the block's rectangle
   uint32_t tile, entry;
-  uint32_t roles, last_roles;  // in any unit, and in the last one of a strip
-  char const* q;               // of this lane in tile 0
+  uint32_t roles;  // in any unit; in the last one of a strip, shifted by kLast
+  char const* q;   // of this lane in tile 0
 
-  AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t lane)
-      : unit(unit),
+  // The next one is `unit` of `strip`; the rectangle ends before end_unit.
+  AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t end_unit,
+                   int32_t lane)
+      : left(end_unit - unit),
         tile(strip * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
         entry(strip * args.groups + unit * plan.part_step + lane / 2),
         q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {
     int32_t const part = lane / 2;
     uint32_t const copies = lane % 2 == 0 && args.zeros != nullptr ? kScales | kZeros : kScales;
-    roles = kSecondTile | (part < kUnitMaxGroups >> plan.part_shift ? copies : 0);
-    last_roles = (CeilDiv(args.k, kTileK) % kUnitTiles == 0 ? kSecondTile : 0) | (part < plan.last_parts ? copies : 0);
+    uint32_t const any = kSecondTile | (part < kUnitMaxGroups >> plan.part_shift ? copies : 0);
+    uint32_t const second = CeilDiv(args.k, kTileK) % kUnitTiles == 0 ? kSecondTile : 0;
+    uint32_t const last = end_unit <= plan.last_unit ? any : second | (part < plan.last_parts ? copies : 0);
+    roles = Opaque(any | last << kLast);
   }
 
-  // Start the copy of a unit into a stage and go on to the next one, of the block's rectangle. `lane_stage` is the
-  // stage's address + lane * 16.
-  AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t first_unit,
-                       int32_t end_unit, int32_t lane) {
-    uint32_t const now = unit == plan.last_unit ? last_roles : roles;
+  // Start the copy of a unit into a stage and go on to the next one. `lane_stage` is the stage's address + lane * 16,
+  // `units` those of a strip in the rectangle.
+  AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t units, int32_t lane) {
+    uint32_t const now = left == 1 ? roles >> kLast : roles;
     char const* const source = q + static_cast<uint64_t>(tile) * kTileBytes;
     CopyAsync(lane_stage, source, true);
     CopyAsync(lane_stage + kTileBytes, source + kTileBytes, (now & kSecondTile) != 0);
     uint32_t const half = 2 * entry + lane % 2;
     if ((now & kScales) != 0) CopyAsync(lane_stage + kStageScales, args.scales + static_cast<uint64_t>(half) * 8, true);
     if ((now & kZeros) != 0) CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(entry) * 8);
-    ++unit, tile += kUnitTiles, entry += plan.part_step;
-    if (unit < end_unit) return;
-    int32_t const units = end_unit - first_unit;
-    unit = first_unit, tile += CeilDiv(args.k, kTileK) - units * kUnitTiles;
-    entry += args.groups - units * plan.part_step;
+    tile += kUnitTiles, entry += plan.part_step;
+    if (--left > 0) return;
+    left = units, tile += CeilDiv(args.k, kTileK) - units * kUnitTiles, entry += args.groups - units * plan.part_step;
   }
 };
 
@@ -104,12 +108,12 @@ AWQ_DEVICE void IntegerFragment(uint32_t (&a)[4], uint32_t word, uint32_t const 
 // What IntegerFragment adds for rows g and g + 8; `zeros` holds the zero of row g and, shifted by 4, of row g + 8.
 template <typename T>
 AWQ_DEVICE void MinusZeros(uint32_t (&minus_zero)[2], uint32_t zeros) {
-  uint32_t const low = zeros & 0xfu, high = zeros & 0xf0u;
-  minus_zero[0] = (low | low << 16) | T::kExponent | kSignBits;
+  uint32_t const both = zeros | zeros << 16;
+  minus_zero[0] = AndOr(both, 0x000f000fu, T::kExponent | kSignBits);
   if constexpr (T::kMantissaBits >= 8) {  // -(64 + zero): one in the last place is 1/16
-    minus_zero[1] = (high | high << 16) | T::kExponentOver16 | kSignBits;
+    minus_zero[1] = AndOr(both, 0x00f000f0u, T::kExponentOver16 | kSignBits);
   } else {
-    minus_zero[1] = (high >> 4 | high << 12) | T::kExponent | kSignBits;
+    minus_zero[1] = AndOr(both >> 4, 0x000f000fu, T::kExponent | kSignBits);
   }
 }
 
@@ -142,49 +146,44 @@ AWQ_DEVICE void MultiplyQuarter(Sums (&sums)[kTokenTiles], uint32_t q0, uint32_t
   }
 }
 
+// acc += sums * scale; and sums begin anew.
 template <typename T, int kTokenTiles>
-AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums const (&sums)[kTokenTiles], PartScale<T> const& scale) {
+AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums (&sums)[kTokenTiles], PartScale<T> const& scale) {
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
     for (int32_t e = 0; e < 4; ++e) acc[j].v[e] += sums[j].v[e] * (e < 2 ? scale.low : scale.high);
+    sums[j] = {};
   }
 }
 
 // acc += unit * X, scaled in parts of 32 << kPartShift columns.
 template <typename T, int32_t kPartShift, int kTokenTiles>
 AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, Shared const (&x_rows)[kTokenTiles],
-                             int32_t x_offset, int32_t lane) {
-  [[maybe_unused]] constexpr int32_t kAtOnce =
-      kTokenTiles == 1 ? kUnitTiles : 1;  // X of more would not fit into registers
+                             int32_t lane) {
+  [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kUnitTiles : 1;  // registers
   Sums sums[kTokenTiles] = {};
   if constexpr (kPartShift == 2) {
     PartScale<T> const scale(stage, 0, lane);
 #pragma unroll kAtOnce
     for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
       Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
-      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
-      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, x_offset + tile * 128 + 64);
+      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, tile * 128);
+      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, tile * 128 + 64);
     }
     AddScaled<T>(acc, sums, scale);
   } else {
 #pragma unroll kAtOnce
     for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
       Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
-      PartScale<T> const scale(stage, 2 * tile >> kPartShift, lane);
-      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, x_offset + tile * 128);
-      if constexpr (kPartShift == 1) {
-        MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, x_offset + tile * 128 + 64);
+      PartScale<T> scale(stage, 2 * tile >> kPartShift, lane);
+      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, tile * 128);
+      if constexpr (kPartShift == 0) {
         AddScaled<T>(acc, sums, scale);
-      } else {
-        AddScaled<T>(acc, sums, scale);
-        PartScale<T> const second(stage, 2 * tile + 1, lane);
-        Sums more[kTokenTiles] = {};
-        MultiplyQuarter<T>(more, q.w[2], q.w[3], second.minus_zero, x_rows, x_offset + tile * 128 + 64);
-        AddScaled<T>(acc, more, second);
+        scale = PartScale<T>(stage, 2 * tile + 1, lane);
       }
-#pragma unroll
-      for (int32_t j = 0; j < kTokenTiles; ++j) sums[j] = {};
+      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, tile * 128 + 64);
+      AddScaled<T>(acc, sums, scale);
     }
   }
 }
@@ -236,22 +235,28 @@ AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared
   }
 }
 
-// Y of one strip and one tile of tokens.
+// Y of one strip and one tile of tokens. It goes through `scratch`, kSumsBytes of shared memory of this warp, so that
+// 16 lanes write the 16 features of a token.
 template <typename T>
-AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, int32_t strip, int32_t token_tile, int32_t lane) {
-#pragma unroll
-  for (int32_t h = 0; h < 2; ++h) {
-    int32_t const n = strip * kTileN + lane / 4 + 8 * h;
-    if (n >= args.n) break;
+AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, Shared scratch, int32_t strip, int32_t token_tile,
+                          int32_t lane) {
+  StoreShared(scratch + lane * 16, WordsOf(sums));
+  SyncWarp();
+  int32_t const row = lane % kTileN, n = strip * kTileN + row;
+#pragma unroll 1
+  for (int32_t i = lane / kTileN; i < kTokenTile && n < args.n; i += kWarp / kTileN) {
+    int32_t const token = token_tile * kTokenTile + i;
+    if (token >= args.tokens) break;
+    Shared const sum = scratch + (row % 8 * 4 + i / 2) * 16 + (row / 8 * 2 + i % 2) * 4;  // as in fragments.h
     float const bias = args.bias != nullptr ? ToFloat<T>(Load16(args.bias + n)) : 0.0f;
     Output const output = OutputOf(args, n);
-#pragma unroll
-    for (int32_t e = 0; e < 2; ++e) {
-      int32_t const token = token_tile * kTokenTile + 2 * (lane % 4) + e;
-      if (token < args.tokens) Store16(output.y + token * output.stride, FromFloat<T>(sums.v[2 * h + e] + bias));
-    }
+    Store16(output.y + token * output.stride, FromFloat<T>(FloatOf(LoadShared32(sum)) + bias));
   }
+  SyncWarp();
 }
+
+AWQ_DEVICE int32_t BlockSlice() { return BlockIndex(); }
+AWQ_DEVICE int32_t BlockRange() { return BlockRow(); }
 
 // Where a slice leaves its sums of a strip and a tile of tokens in the workspace.
 AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t strip,
@@ -262,12 +267,12 @@ AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int3
 
 // The sums of a slice are complete: they are Y if it is the only one.
 template <typename T>
-AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, int32_t strip,
-                           int32_t token_tile, int32_t lane) {
+AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, Shared scratch,
+                           int32_t strip, int32_t token_tile, int32_t lane) {
   if (plan.slices == 1) {
-    StoreSums<T>(args, sums, strip, token_tile, lane);
+    StoreSums<T>(args, sums, scratch, strip, token_tile, lane);
   } else {
-    StoreWords(PartialSums(args, plan, BlockRow(), strip, token_tile, lane), WordsOf(sums));
+    StoreWords(PartialSums(args, plan, BlockSlice(), strip, token_tile, lane), WordsOf(sums));
   }
 }
 
@@ -306,13 +311,14 @@ struct SharedLayout {
     return heads + (warp * kTokenTiles + token_tile) * kSumsBytes;
   }
   AWQ_DEVICE Shared Tail(int32_t warp, int32_t token_tile) const { return Ring(warp) + token_tile * kSumsBytes; }
+  AWQ_DEVICE Shared Scratch(int32_t warp) const { return Tail(warp, kDecodeMaxTokenTiles); }  // once the ring is free
 };
 
 // A warp that has completed a strip which began in segments before adds their tails, nearest first, and stores it.
 template <typename T, int kTokenTiles>
 AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  Rectangle const block = RectangleOf(plan, Opaque(BlockIndex()), Opaque(BlockRow()));
+  Rectangle const block = RectangleOf(plan, Opaque(BlockRange()), Opaque(BlockSlice()));
   Cut const segments = SegmentsOf(plan, block);
   int32_t const begin = segments.Begin(warp), strip = StripOf(block, begin), strip_begin = strip * block.units;
   if (begin == strip_begin || segments.Begin(warp + 1) < strip_begin + block.units) return;
@@ -325,7 +331,7 @@ AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
     for (int32_t w = warp - 1; segments.Begin(w + 1) > strip_begin; --w) {
       Add(sums, LoadShared(shared.Tail(w, j) + lane * 16));
     }
-    StoreSlice<T>(args, plan, sums, block.first_strip + strip, j, lane);
+    StoreSlice<T>(args, plan, sums, shared.Scratch(warp), block.first_strip + strip, j, lane);
   }
 }
 
@@ -333,22 +339,67 @@ AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
 template <typename T, int kTokenTiles>
 AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodePlan const& plan) {
   AWQ_SHARED uint32_t arrived;
-  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  uint32_t* const counter = args.counters + BlockIndex();
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp, range = BlockRange();
   SyncThreads();  // all sums of this block are in the workspace
-  if (ThreadIndex() == 0) arrived = CountArrival(counter);
+  if (ThreadIndex() == 0) arrived = CountArrival(args.counters + range);
   SyncThreads();
   if (arrived + 1 != static_cast<uint32_t>(plan.slices)) return;
-  if (ThreadIndex() == 0) Store32(counter, 0);  // for the next call
-  int32_t const first_strip = plan.strips_of_range.Begin(BlockIndex());
-  int32_t const items = plan.strips_of_range.Size(BlockIndex()) * kTokenTiles;
+  if (ThreadIndex() == 0) Store32(args.counters + range, 0);  // for the next call
+  int32_t const first_strip = plan.strips_of_range.Begin(range);
+  int32_t const items = plan.strips_of_range.Size(range) * kTokenTiles;
 #pragma unroll 1
   for (int32_t item = warp; item < items; item += plan.warps()) {
     int32_t const strip = first_strip + item / kTokenTiles, token_tile = item % kTokenTiles;
     Sums sums = {};
 #pragma unroll 4
     for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, strip, token_tile, lane)));
-    StoreSums<T>(args, sums, strip, token_tile, lane);
+    StoreSums<T>(args, sums, SharedLayout(plan).Scratch(warp), strip, token_tile, lane);
+  }
+}
+
+// What a warp has before it: `count` units, the first ones of `strip` from its unit `from` in the rectangle on.
+struct Segment {
+  Fetch fetch;
+  Shared ring;
+  int32_t count, strip, from, units;  // units: of a strip in the rectangle
+
+  // Of the ring, for the unit after which `left` are left: counted down, so that one register does for both.
+  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * kStageBytes; }
+};
+
+// All units of a segment; what is left in `acc` is its tail. kDecodeStages - 1 units are under way. x_rows: where this
+// lane reads X for ldmatrix, at the first unit's columns.
+template <typename T, int32_t kPartShift, int kTokenTiles>
+AWQ_DEVICE void StreamUnits(Sums (&acc)[kTokenTiles], GemmArgs const& args, DecodePlan const& plan, Segment& segment,
+                            Shared (&x_rows)[kTokenTiles], int32_t lane) {
+  bool from_start = segment.from == 0;  // of the strip
+  int32_t unit = segment.from, strip = segment.strip;
+#pragma unroll 1
+  for (uint32_t left = segment.count; left > 0; --left) {
+    WaitCopies<kDecodeStages - 2>();
+    SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
+    if (left >= kDecodeStages) {
+      segment.fetch.Fill(args, plan, segment.Stage(left - (kDecodeStages - 1)) + lane * 16, segment.units, lane);
+    }
+    CommitCopies();
+    Shared const stage = segment.Stage(left);
+    MultiplyUnit<T, kPartShift>(acc, stage, x_rows, lane);
+    ++unit;
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] += kUnitK * 2;
+    if (unit < segment.units) continue;
+    // the strip is complete: stored here, or, if it began in segments before, by AddTails
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) {
+      if (from_start) {
+        StoreSlice<T>(args, plan, acc[j], stage, strip, j, lane);
+      } else {
+        StoreShared(SharedLayout(plan).Head<kTokenTiles>(ThreadIndex() / kWarp, j) + lane * 16, WordsOf(acc[j]));
+      }
+      acc[j] = {};
+      x_rows[j] -= segment.units * (kUnitK * 2);
+    }
+    unit = 0, ++strip, from_start = true;
   }
 }
 
@@ -356,20 +407,22 @@ template <typename T, int kTokenTiles>
 AWQ_KERNEL(kDecodeMaxWarps* kWarp, kTokenTiles == 1 ? 2 : 1)
 DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  Rectangle const block = RectangleOf(plan, BlockIndex(), BlockRow());
+  Rectangle const block = RectangleOf(plan, BlockRange(), BlockSlice());
   Cut const segments = SegmentsOf(plan, block);
-  int32_t const begin = segments.Begin(warp), count = Opaque(segments.Size(warp));
-
   SharedLayout const shared(plan);
-  Shared const ring = shared.Ring(warp);
-  int32_t const strips_before = StripOf(block, begin), end_unit = block.first_unit + block.units;
-  int32_t strip = block.first_strip + strips_before, unit = block.first_unit + begin - strips_before * block.units;
-  Fetch fetch(args, plan, strip, unit, lane);
-  PrepareRing(args, ring, lane);
+  int32_t const begin = segments.Begin(warp), strips = StripOf(block, begin), from = begin - strips * block.units;
+  int32_t const strip = block.first_strip + strips;
+  Segment segment{Fetch(args, plan, strip, block.first_unit + from, block.first_unit + block.units, lane),
+                  shared.Ring(warp),
+                  Opaque(segments.Size(warp)),
+                  strip,
+                  from,
+                  Opaque(block.units)};
+  PrepareRing(args, segment.ring, lane);
 #pragma unroll
-  for (int32_t stage = 0; stage < kDecodeStages - 1; ++stage) {
-    Shared const lane_stage = ring + stage * kStageBytes + lane * 16;
-    if (stage < count) fetch.Fill(args, plan, lane_stage, block.first_unit, end_unit, lane);
+  for (int32_t i = 0; i < kDecodeStages - 1; ++i) {
+    Shared const lane_stage = segment.Stage(segment.count + kDecodeStages - i) + lane * 16;
+    if (i < segment.count) segment.fetch.Fill(args, plan, lane_stage, segment.units, lane);
     CommitCopies();
   }
   LetNextKernelStart();
@@ -377,51 +430,26 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   StageTokens<T>(args, plan, shared.x, block.first_unit * kUnitK, block.units);
   SyncThreads();
 
-  // ldmatrix: lanes 8i .. 8i + 7 read 8 columns of 8 tokens each, 8i columns on; missing tokens repeat the last one.
-  // Columns are counted from the layer's first one.
+  // ldmatrix: lanes 8i .. 8i + 7 read 8 columns of 8 tokens each, 8i columns on; missing tokens repeat the last one
   Shared x_rows[kTokenTiles];
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
     int32_t const token = j * kTokenTile + lane % 8;
-    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 -
-                block.first_unit * (kUnitK * 2);
+    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 +
+                from * (kUnitK * 2);
   }
   Sums acc[kTokenTiles] = {};
-  bool from_start = unit == block.first_unit;  // of the strip
-  for (int32_t turn = 0; turn < count; ++turn) {
-    WaitCopies<kDecodeStages - 2>();
-    SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
-    if (turn + kDecodeStages - 1 < count) {
-      int32_t const free = (turn + kDecodeStages - 1) % kDecodeStages;
-      fetch.Fill(args, plan, ring + free * kStageBytes + lane * 16, block.first_unit, end_unit, lane);
-    }
-    CommitCopies();
-    Shared const stage = ring + turn % kDecodeStages * kStageBytes;
-    int32_t const x_offset = unit * (kUnitK * 2);
-    if (plan.part_shift == 2) {
-      MultiplyUnit<T, 2>(acc, stage, x_rows, x_offset, lane);
-    } else if (plan.part_shift == 1) {
-      MultiplyUnit<T, 1>(acc, stage, x_rows, x_offset, lane);
-    } else {
-      MultiplyUnit<T, 0>(acc, stage, x_rows, x_offset, lane);
-    }
-    if (++unit < end_unit) continue;
-    // the strip is complete: stored here, or, if it began in segments before, by AddTails
-#pragma unroll
-    for (int32_t j = 0; j < kTokenTiles; ++j) {
-      if (from_start) {
-        StoreSlice<T>(args, plan, acc[j], strip, j, lane);
-      } else {
-        StoreShared(shared.Head<kTokenTiles>(warp, j) + lane * 16, WordsOf(acc[j]));
-      }
-      acc[j] = {};
-    }
-    unit = block.first_unit, ++strip, from_start = true;
+  if (plan.part_shift == 2) {
+    StreamUnits<T, 2>(acc, args, plan, segment, x_rows, lane);
+  } else if (plan.part_shift == 1) {
+    StreamUnits<T, 1>(acc, args, plan, segment, x_rows, lane);
+  } else {
+    StreamUnits<T, 0>(acc, args, plan, segment, x_rows, lane);
   }
   SyncWarp();  // no lane needs the ring any more
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
-    StoreShared(SharedLayout(plan).Tail(warp, j) + lane * 16, WordsOf(acc[j]));
+    StoreShared(SharedLayout(plan).Tail(ThreadIndex() / kWarp, j) + lane * 16, WordsOf(acc[j]));
   }
   SyncThreads();
   AddTails<T, kTokenTiles>(args, plan);

@@ -7,9 +7,11 @@ namespace {
 
 constexpr int32_t kUnitBytes = kUnitTiles * 512, kStageBytes = kUnitBytes + kUnitMaxGroups * 64;
 constexpr int32_t kReservedBytes = 1024;                           // of shared memory, by the system, for every block
-constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
 constexpr int32_t kPartialBytes = kTileN * kTokenTile * 4;         // of a strip, in fp32
-constexpr double kSplitNanoseconds = 1100;                         // fence, atomic addition and one more trip to L2
+constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
+constexpr int32_t kMostWaves = 4;                                  // of blocks that fit at once
+constexpr double kSplitNanoseconds = 1100;                         // fence, addition and one more trip to L2
+constexpr double kWaveNanoseconds = 1000;                          // until a new block's rings are full
 constexpr double kL2Ratio = 2;                                     // bandwidth of L2 over that of device memory
 
 // What is known of a generation before anything is measured.
@@ -50,7 +52,7 @@ uint32_t Reciprocal(int32_t divisor) {  // 0 for 1, whose quotients are the divi
 // A row of X: an odd number of 16-byte chunks, so that the 8 rows of one ldmatrix phase fall into different banks.
 int32_t RowBytes(int32_t units) { return units * kUnitK * 2 + 16; }
 
-// Slices beyond which nobody gains: enough for X to fit where shared memory is least, and for about a thousand blocks,
+// Slices beyond which nobody gains: enough for X to fit where shared memory is least, or for about a thousand blocks,
 // but partial sums (written and read) at most as many bytes as the weights.
 int32_t MostSlices(int32_t n, int32_t k, int32_t tokens) {
   int32_t const units = CeilDiv(k, kUnitK), token_tiles = CeilDiv(tokens, kTokenTile);
@@ -68,24 +70,28 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
   int32_t const token_tiles = CeilDiv(args.tokens, kTokenTile);
   int32_t const most = MostSlices(args.n, args.k, args.tokens);
   int32_t const room = device.shared_bytes / policy.blocks_per_multiprocessor - kReservedBytes;
+  int32_t const at_once = device.multiprocessors * policy.blocks_per_multiprocessor;  // blocks
   Architecture const& architecture = ArchitectureOf(device.sm);
   double const bandwidth = architecture.bandwidth / policy.blocks_per_multiprocessor;  // of one block
   int32_t const warps = architecture.warps / policy.blocks_per_multiprocessor;
 
-  auto with_slices = [&](int32_t slices, DecodePlan& made) {
-    int32_t const blocks = device.multiprocessors * policy.blocks_per_multiprocessor;
-    made.token_tiles = token_tiles;
-    made.warp_shift = Log2(warps);
+  DecodePlan base{};
+  base.token_tiles = token_tiles;
+  base.warp_shift = Log2(warps);
+  base.part_shift = args.group_shift < 7 ? args.group_shift - 5 : 2;
+  base.part_step = args.groups == 1 ? 0 : kUnitMaxGroups >> base.part_shift;
+  base.last_unit = units - 1;
+  base.last_parts = args.groups == 1 ? 1 : args.groups - base.last_unit * base.part_step;
+
+  // False where a block would need more shared memory than there is.
+  auto make = [&](int32_t slices, int32_t waves, DecodePlan& made) {
+    made = base;
     made.slices = slices;
-    made.ranges = std::clamp(blocks / slices, 1, strips);
+    made.ranges = std::clamp(at_once * waves / slices, 1, strips);
     made.strips_of_range = {strips / made.ranges, strips % made.ranges};
     made.units_of_slice = {units / slices, units % slices};
     made.reciprocal = Reciprocal(made.units_of_slice.base);
     made.larger_reciprocal = Reciprocal(made.units_of_slice.base + 1);
-    made.part_shift = args.group_shift < 7 ? args.group_shift - 5 : 2;
-    made.part_step = args.groups == 1 ? 0 : kUnitMaxGroups >> made.part_shift;
-    made.last_unit = units - 1;
-    made.last_parts = args.groups == 1 ? 1 : args.groups - made.last_unit * made.part_step;
     int32_t const slice_units = CeilDiv(units, slices);
     made.row_bytes = RowBytes(slice_units);
     if (made.row_bytes > room) return false;  // also: no overflow below
@@ -97,21 +103,28 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
   auto nanoseconds = [&](DecodePlan const& p) {
     double const block_strips = CeilDiv(strips, p.ranges), block_units = CeilDiv(units, p.slices);
     double const weights = block_strips * block_units * kUnitBytes, x = args.tokens * block_units * kUnitK * 2;
-    double const sums = p.slices > 1 ? block_strips * token_tiles * kPartialBytes * (p.slices + 1) : 0;
-    double const split = p.slices > 1 ? kSplitNanoseconds : 0;
-    return weights / bandwidth + (x + sums) / (kL2Ratio * bandwidth) + split;
+    double const sums = block_strips * token_tiles * kPartialBytes;
+    double const block = weights / bandwidth + x / (kL2Ratio * bandwidth);
+    double const last = p.slices > 1 ? kSplitNanoseconds + sums * (p.slices + 1) / (kL2Ratio * bandwidth) : 0;
+    int32_t const waves = CeilDiv(p.ranges * p.slices, at_once);
+    return waves * block + (waves - 1) * kWaveNanoseconds + last;
   };
 
   bool found = false;
+  int32_t best_waves = 1;
   for (int32_t slices = 1; slices <= most; ++slices) {
-    DecodePlan candidate;
-    if (!with_slices(slices, candidate)) continue;
-    if (!found || nanoseconds(candidate) < nanoseconds(plan)) plan = candidate;
-    found = true;
-    if (policy.split == Split::kFewest) break;
+    bool fits = false;
+    for (int32_t waves = 1; waves <= kMostWaves; ++waves) {
+      DecodePlan candidate;
+      if (!make(slices, waves, candidate)) continue;
+      fits = true;
+      if (found && nanoseconds(candidate) >= nanoseconds(plan)) continue;
+      plan = candidate, best_waves = waves, found = true;
+    }
+    if (fits && policy.split == Split::kFewest) break;
   }
   DecodePlan twice;
-  if (found && policy.split == Split::kDouble && 2 * plan.slices <= most && with_slices(2 * plan.slices, twice)) {
+  if (found && policy.split == Split::kDouble && 2 * plan.slices <= most && make(2 * plan.slices, best_waves, twice)) {
     plan = twice;
   }
   return found;

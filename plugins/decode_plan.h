@@ -4,15 +4,17 @@
 //
 //            K ─────────────────────────────►
 //          ┌────────────┬────────────┬──────────┐
-//   N  16  │ strip 0    │            │          │   blocks   strips are cut into `ranges`, units into `slices`;
-//   │  16  │ strip 1    │            │          │            block (range, slice) has one rectangle
-//   │      ├────────────┼────────────┼──────────┤   warps    the rectangle's units, strip after strip, are cut into
-//   ▼  16  │ strip 2    │            │          │            one segment of consecutive units for each warp
-//          └────────────┴────────────┴──────────┘
+//   N  16  │ strip 0    │            │          │   blocks   strips are cut into `ranges`, units into `slices`; block
+//   │  16  │ strip 1    │            │          │            (slice, range) has one rectangle. Slices of a range
+//   │      ├────────────┼────────────┼──────────┤            start together
+//   ▼  16  │ strip 2    │            │          │   warps    the rectangle's units, strip after strip, are cut into
+//          └────────────┴────────────┴──────────┘            one segment of consecutive units for each warp
 //             slice 0      slice 1     slice 2
 //
-// A segment that ends inside a strip leaves a partial sum, added in shared memory in the order of the warps; slices of
-// a range leave theirs in the workspace, added in the order of the slices by the block that arrives last.
+// Slices of X have to fit into shared memory; more of them use more multiprocessors where there are few strips. Where
+// that makes many, there are more blocks than fit at once, so that sums are added while others stream. A segment that
+// ends inside a strip leaves a partial sum, added in shared memory in the order of the warps; slices of a range leave
+// theirs in the workspace, added in the order of the slices by the block that arrives last.
 #pragma once
 
 #include "problem.h"
@@ -58,10 +60,10 @@ struct Device {
 enum class Split { kFewest, kEstimated, kDouble };
 struct DecodePolicy {
   int32_t blocks_per_multiprocessor;  // that share its warps: 1 or 2
-  Split split;                        // slices: as few as shared memory allows, as estimated to be fastest, twice that
+  Split split;                        // slices: as few as fit, as estimated to be fastest, twice that
 };
 
-// False where the decode kernel is not for this call: too many tokens, or no slice of X fits into shared memory.
+// False where the decode kernel is not for this call: too many tokens, or not even a unit of X fits into shared memory.
 bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& device, DecodePlan& plan);
 
 // The workspace of the most slices that any plan has, on any GPU, for this many tokens or fewer.

@@ -36,7 +36,11 @@ struct alignas(16) Words {
 
 namespace awq_trt {
 
-AWQ_DEVICE int32_t ThreadIndex() { return static_cast<int32_t>(threadIdx.x); }
+AWQ_DEVICE int32_t ThreadIndex() {
+  int32_t i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));  // each use reads it anew and holds no register until the next
+  return i;
+}
 AWQ_DEVICE int32_t BlockIndex() { return static_cast<int32_t>(blockIdx.x); }
 AWQ_DEVICE int32_t BlockRow() { return static_cast<int32_t>(blockIdx.y); }
 AWQ_DEVICE int32_t BlockThreads() { return static_cast<int32_t>(blockDim.x); }
@@ -94,7 +98,8 @@ AWQ_DEVICE char const* Opaque(char const* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
-AWQ_DEVICE int32_t Opaque(int32_t v) {
+template <typename V>
+AWQ_DEVICE V Opaque(V v) {
   asm volatile("" : "+r"(v));
   return v;
 }

@@ -46,6 +46,7 @@ std::string ProblemOf(DecodePlan const& plan, GemmArgs const& args, DecodePolicy
   int32_t const x_end =
       plan.warps() * (kDecodeStages * kStageBytes + plan.token_tiles * kSumsBytes) + args.tokens * plan.row_bytes;
   if (x_end != plan.shared_bytes) return "layout of shared memory";
+  if (plan.ranges > 65535) return "more rows of blocks than a launch may have";
   if (plan.slices > 1) {
     int64_t const sums = static_cast<int64_t>(plan.slices) * strips * plan.token_tiles * kSumsBytes;
     if (sums > static_cast<int64_t>(DecodeWorkspaceBytes(args.n, args.k, args.tokens))) return "workspace";
@@ -82,7 +83,7 @@ void CheckPlans(uint64_t seed, Report& report) {
                                  {120, 170, 100 << 10}};
   std::mt19937_64 random(seed);
   auto below = [&random](int64_t bound) { return static_cast<int32_t>(random() % bound); };
-  int32_t planned = 0, split = 0;
+  int32_t planned = 0, split = 0, waves = 0;
   std::string problem;
   for (int32_t i = 0; i < kPlans && problem.empty(); ++i) {
     // every magnitude alike; K in 32s, N in 8s
@@ -96,6 +97,7 @@ void CheckPlans(uint64_t seed, Report& report) {
     if (!PlanDecode(args, policy, device, plan)) continue;
     ++planned;
     split += plan.slices > 1;
+    waves += plan.slices * plan.ranges > device.multiprocessors * policy.blocks_per_multiprocessor;
     problem = ProblemOf(plan, args, policy, device);
     if (problem.empty()) continue;
     char text[200];
@@ -104,8 +106,10 @@ void CheckPlans(uint64_t seed, Report& report) {
     problem += text;
   }
   char numbers[160];
-  std::snprintf(numbers, sizeof(numbers), "\"shapes\": %d, \"planned\": %d, \"split\": %d", kPlans, planned, split);
-  report.Check("every unit of a layer belongs to one warp", problem.empty() && planned > kPlans / 2 && split > 100,
+  std::snprintf(numbers, sizeof(numbers), "\"shapes\": %d, \"planned\": %d, \"split\": %d, \"waves\": %d", kPlans,
+                planned, split, waves);
+  report.Check("every unit of a layer belongs to one warp",
+               problem.empty() && planned > kPlans / 2 && split > 100 && waves > 100,
                numbers + (problem.empty() ? "" : ", \"problem\": " + Quote(problem)));
 }
 

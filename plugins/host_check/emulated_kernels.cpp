@@ -16,7 +16,7 @@ struct DecodeCall {
 template <void (*kKernel)(GemmArgs, DecodePlan)>
 void RunDecode(DecodeCall call) {
   DecodePlan const& plan = call.plan;
-  emulator::Grid const grid{plan.ranges, plan.slices, plan.warps() * kWarp, plan.shared_bytes, true};
+  emulator::Grid const grid{plan.slices, plan.ranges, plan.warps() * kWarp, plan.shared_bytes, true};
   auto body = [](void* context) {
     DecodeCall const& c = *static_cast<DecodeCall*>(context);
     kKernel(c.args, c.plan);
