@@ -122,7 +122,7 @@ def test_parse(made_up: tuple[listing.Instruction, ...]) -> None:
 
 def test_paths_through_a_made_up_loop(made_up: tuple[listing.Instruction, ...]) -> None:
     graph = paths.graph_of(made_up)
-    header = paths.main_loop(graph)
+    (header,) = paths.main_loops(graph)
     assert graph.blocks[header][0].opcode == "DEPBAR.LE"
     assert paths.wait_depth(graph, graph.loops[header]) == 2
     assert len(graph.loops) == 3
@@ -149,6 +149,21 @@ def test_steady_path_of_a_made_up_loop(made_up: tuple[listing.Instruction, ...])
     # older compilers jump over the same detour, where newer ones jump into it
     older = LOOP.replace("BRA.DIV UR4, apart", "BRA.CONV ~URZ, joined\n          CALL.REL.NOINC apart")
     assert paths.steady(listing.parse(assemble(older)), 1)[2].by_opcode() == found[2].by_opcode()
+
+
+def test_a_loop_for_each_scaling() -> None:
+    """Two main loops, one or the other: each is gone through."""
+    once = LOOP[LOOP.index("head:") : LOOP.index("          EXIT")]
+    twice = re.sub(r"\b(head|apart|joined|filled|whole|fine|done|empty|next)\b", r"\1x", once)
+    ends = LOOP[LOOP.index("apart:") :]
+    endsx = re.sub(r"\b(apart|over|joined)\b", r"\1x", ends)
+    text = f"          @P6 BRA headx\n{once}          EXIT\n{twice}          EXIT\n{ends.strip()}\n{endsx.strip()}"
+    code = listing.parse(assemble(text))
+    graph = paths.graph_of(code)
+    assert len(paths.main_loops(graph)) == 2
+    assert list(paths.steady(code, 1)) == [1, 2]
+    assert list(paths.steady([replace(i, opcode="NOP") if i.base == "LDGSTS" and i.address > 16 * 40 else i
+                              for i in code], 1)) == [1, 2]  # fmt: skip
 
 
 def test_unknown_opcodes_are_reported(made_up: tuple[listing.Instruction, ...]) -> None:

@@ -92,16 +92,16 @@ def _loops(after: Sequence[tuple[int, ...]]) -> dict[int, set[int]]:
     return loops
 
 
-def main_loop(graph: Graph) -> int:
-    """The header of the smallest loop that waits for copies, starts copies and multiplies."""
+def main_loops(graph: Graph) -> list[int]:
+    """Headers of the smallest loops that wait for copies, start copies and multiply: one for each way of scaling."""
     found = []
     for header, body in graph.loops.items():
         opcodes = {i.base for b in body for i in graph.blocks[b]}
         if {"LDGSTS", "HMMA"} <= opcodes and wait_depth(graph, body) is not None:
-            found.append((len(body), header))
+            found.append(header)
     if not found:
         raise ValueError("no loop with DEPBAR.LE SB0, LDGSTS and HMMA: is this the decode kernel?")
-    return min(found)[1]
+    return [h for h in found if not any(other != h and graph.loops[other] < graph.loops[h] for other in found)]
 
 
 def wait_depth(graph: Graph, body: set[int]) -> int | None:
@@ -195,7 +195,7 @@ def steady(code: Sequence[Instruction], token_tiles: int) -> dict[int, Steady]:
     graph = graph_of(code)
     candidates: dict[int, tuple[tuple[int, int], Steady]] = {}
     hmma = HMMA_PER_UNIT * token_tiles
-    for path in paths(graph, main_loop(graph), hmma):
+    for path in [path for header in main_loops(graph) for path in paths(graph, header, hmma)]:
         taken = tuple(i for block in path for i in graph.blocks[block])
         opcodes = Counter(i.base for i in taken)
         parts, rest = divmod(opcodes["FFMA"], FFMA_PER_PART * token_tiles)

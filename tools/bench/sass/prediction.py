@@ -4,7 +4,8 @@ The busiest multiprocessor decides. Its time is a start (LAUNCH_US and FIRST_BYT
 needs longest, and, where K is split over blocks, the reduction. The rings are filled while X is brought to shared
 memory; work on the weights begins when X is there. Taken as granted: schedulers issue in every clock while they have
 work, no bank conflicts, the other warps hide the latency of dependent instructions, a multiprocessor gets its even
-share of the bandwidth. Left out: the instructions before and after the main loop.
+share of the bandwidth. Blocks that do not fit at once come in waves. Left out: the instructions before and after the
+main loop.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ ALU_PER_CLOCK = IMAD_PER_CLOCK = 2
 on every architecture here (CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions"; that 12.0
 adds integers at twice the rate is not counted)."""
 WAVEFRONT_BYTES = 128
+WAVE_US = 1.0
+"""Until the rings of the next wave of blocks are full: kWaveNanoseconds of plugins/decode_plan.cpp."""
 TACTICS = (1, 2, 3, 4)
 DEFAULT_TACTIC = TACTICS[0]
 
@@ -94,12 +97,17 @@ class Plan:
     row_bytes: int
     shared_bytes: int
 
+    def waves(self, gpu: Gpu) -> int:
+        """How many times as many blocks there are as fit at once."""
+        return math.ceil(self.ranges * self.slices / (gpu.multiprocessors * self.blocks_per_multiprocessor))
+
     def resident(self, gpu: Gpu) -> int:
-        """Blocks on the busiest multiprocessor."""
-        return math.ceil(self.ranges * self.slices / gpu.multiprocessors)
+        """Blocks on the busiest multiprocessor at once."""
+        blocks = math.ceil(self.ranges * self.slices / gpu.multiprocessors)
+        return min(blocks, self.blocks_per_multiprocessor)
 
     def weight_bytes(self, gpu: Gpu, group_size: int) -> int:
-        """Of the busiest multiprocessor."""
+        """Of the busiest multiprocessor, in a wave."""
         return self.resident(gpu) * self.most_strips * self.most_units * unit_bytes(group_size)
 
     def bytes_in_flight(self, gpu: Gpu, group_size: int) -> int:
@@ -178,8 +186,10 @@ def predict(shape: Shape, tokens: int, gpu: Gpu, plan: Plan, unit: Steady) -> Pr
         "latency": (weights / ring - 1) * LOADED_NS / 1e3,  # the first ones: FIRST_BYTE_US
     }
     resources |= {name: x + c * SCHEDULERS * busiest / gpu.ghz / 1e3 for name, c in clocks.items()}
+    waves = plan.waves(gpu)
+    resources = {name: waves * us + (waves - 1) * WAVE_US for name, us in resources.items()}
     split = 0.0
-    if plan.slices > 1:
-        read = min(L2_BYTES_PER_CLOCK * gpu.ghz * 1e3, l2 * gpu.multiprocessors / plan.ranges)
+    if plan.slices > 1:  # of the last wave: the others are added while it streams
+        read = min(L2_BYTES_PER_CLOCK * gpu.ghz * 1e3, l2 * gpu.multiprocessors / math.ceil(plan.ranges / waves))
         split = SPLIT_US + plan.slices * sums / read
     return Prediction(resources, x, split, LAUNCH_US + FIRST_BYTE_US + max(resources.values()) + split)
