@@ -158,6 +158,7 @@ std::vector<LayerCase> FewCases() {
           {{48, 96, 32, true, false, false, 4, {8, 16, 8, 16}}, {2, 33}},
           {{24, 8192, 128, true, false, true}, {3, 25}},
           {{2200, 128, 32, true, true, false}, {4, 16}},
+          {{1096, 160, 32, true, false, false}, {2, 9}},  // segments of a strip's end, a whole one, and a beginning
           {{72, 64, 64, false, false, false}, around},
           {{136, 192, 64, true, true, false}, few},
           {{264, 352, 352, true, true, true}, {3, 33}},
