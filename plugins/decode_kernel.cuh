@@ -17,14 +17,16 @@
 
 namespace awq_trt {
 
-// A unit as it lies in shared memory, in bytes: q [tile][lane][16], scales [part][i][4] (rows i and i + 8),
-// zeros [part][i] of 8 bytes in every 32.
+// Of a unit, 16 features as they lie in shared memory, in bytes: q [tile][lane][16], scales [part][i][4] (rows i and i
+// + 8), zeros [part][i] of 8 bytes in every 32.
 constexpr int32_t kTileBytes = kTileN * kTileK / 2;
 constexpr int32_t kStageScales = kUnitTiles * kTileBytes, kStageZeros = kStageScales + kUnitMaxGroups * 32;
 constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 32;
-constexpr int32_t kSumsBytes = kWarp * 16;  // of a strip and a tile of tokens
+constexpr int32_t kSumsBytes = kWarp * 16;  // of 16 features and a tile of tokens
+constexpr int32_t kMaxSums = 8;             // of a lane: rows of 16 features times tiles of tokens
 
-// Four floats of a lane for one strip and one tile of tokens: accumulators as in fragments.h.
+// Four floats of a lane for 16 features and one tile of tokens: accumulators as in fragments.h. Sums of a strip are
+// [row of 16 features][tile of tokens].
 struct Sums {
   float v[4];
 };
@@ -36,10 +38,12 @@ AWQ_DEVICE void Add(Sums& sum, Words const& part) {
 
 // What a lane copies next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8 bytes of
 // `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
+template <int kStripTiles>
 struct Fetch {
   static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
   static constexpr int32_t kLast = 3;
   int32_t left;  // units of the strip, in the block's rectangle
+  int32_t rows;  // of 16 features, from the strip on
   uint32_t tile, entry;
   uint32_t roles;  // in any unit; in the last one of a strip, shifted by kLast
   char const* q;   // of this lane in tile 0
@@ -48,8 +52,9 @@ struct Fetch {
   AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t end_unit,
                    int32_t lane)
       : left(end_unit - unit),
-        tile(strip * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
-        entry(strip * args.groups + unit * plan.part_step + lane / 2),
+        rows(CeilDiv(args.n, kTileN) - strip * kStripTiles),
+        tile(strip * kStripTiles * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
+        entry(strip * kStripTiles * args.groups + unit * plan.part_step + lane / 2),
         q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {
     int32_t const part = lane / 2;
     uint32_t const copies = lane % 2 == 0 && args.zeros != nullptr ? kScales | kZeros : kScales;
@@ -63,24 +68,34 @@ struct Fetch {
   // `units` those of a strip in the rectangle.
   AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t units, int32_t lane) {
     uint32_t const now = left == 1 ? roles >> kLast : roles;
-    char const* const source = q + static_cast<uint64_t>(tile) * kTileBytes;
-    CopyAsync(lane_stage, source, true);
-    CopyAsync(lane_stage + kTileBytes, source + kTileBytes, (now & kSecondTile) != 0);
-    uint32_t const half = 2 * entry + lane % 2;
-    if ((now & kScales) != 0) CopyAsync(lane_stage + kStageScales, args.scales + static_cast<uint64_t>(half) * 8, true);
-    if ((now & kZeros) != 0) CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(entry) * 8);
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row, lane_stage += kStageBytes) {
+      bool const there = row == 0 || row < rows;
+      uint32_t const row_tile = tile + row * CeilDiv(args.k, kTileK), row_entry = entry + row * args.groups;
+      char const* const source = q + static_cast<uint64_t>(row_tile) * kTileBytes;
+      CopyAsync(lane_stage, source, there);
+      CopyAsync(lane_stage + kTileBytes, source + kTileBytes, there && (now & kSecondTile) != 0);
+      uint64_t const half = 2 * row_entry + lane % 2;
+      if (there && (now & kScales) != 0) CopyAsync(lane_stage + kStageScales, args.scales + half * 8, true);
+      if (there && (now & kZeros) != 0) {
+        CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(row_entry) * 8);
+      }
+    }
     tile += kUnitTiles, entry += plan.part_step;
     if (--left > 0) return;
-    left = units, tile += CeilDiv(args.k, kTileK) - units * kUnitTiles, entry += args.groups - units * plan.part_step;
+    left = units, rows -= kStripTiles;
+    tile += kStripTiles * CeilDiv(args.k, kTileK) - units * kUnitTiles;
+    entry += kStripTiles * args.groups - units * plan.part_step;
   }
 };
 
 // Scales of 0 for parts that are never copied (times sums of 0; whatever was there might be NaN), and the zero 8 of
 // layers that have none.
+template <int kStripTiles>
 AWQ_DEVICE void PrepareRing(GemmArgs const& args, Shared ring, int32_t lane) {
   uint32_t const fill = lane % 16 >= 8 && args.zeros == nullptr ? 0x88888888u : 0u;
 #pragma unroll
-  for (int32_t stage = lane / 16; stage < kDecodeStages; stage += 2) {
+  for (int32_t stage = lane / 16; stage < kDecodeStages * kStripTiles; stage += 2) {
     StoreShared(ring + stage * kStageBytes + kStageScales + lane % 16 * 16, {{fill, fill, fill, fill}});
   }
   SyncWarp();
@@ -123,6 +138,7 @@ struct PartScale {
   float low, high;  // of rows g and g + 8
   uint32_t minus_zero[2];
 
+  PartScale() = default;
   AWQ_DEVICE PartScale(Shared stage, int32_t part, int32_t lane) {
     uint32_t const scales = LoadShared32(stage + kStageScales + part * 32 + lane / 4 * 4);
     low = ToFloat<T>(static_cast<uint16_t>(scales)), high = ToFloat<T>(static_cast<uint16_t>(scales >> 16));
@@ -130,25 +146,23 @@ struct PartScale {
   }
 };
 
-// sums += 32 columns, two k-steps, of integers times X. `x_rows[j]` is where this lane reads X for ldmatrix.
+// sums += 32 columns, two k-steps, of integers times X, of 16 features. `b[j]`: X of tile j of tokens.
 template <typename T, int kTokenTiles>
-AWQ_DEVICE void MultiplyQuarter(Sums (&sums)[kTokenTiles], uint32_t q0, uint32_t q1, uint32_t const (&minus_zero)[2],
-                                Shared const (&x_rows)[kTokenTiles], int32_t x_offset) {
+AWQ_DEVICE void MultiplyQuarter(Sums* sums, uint32_t q0, uint32_t q1, uint32_t const (&minus_zero)[2],
+                                uint32_t const (&b)[kTokenTiles][4]) {
   uint32_t a[2][4];
   IntegerFragment<T>(a[0], q0, minus_zero);
   IntegerFragment<T>(a[1], q1, minus_zero);
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
-    uint32_t b[4];
-    LoadMatrices(b, x_rows[j] + x_offset);
-    Mma<T>(sums[j].v, a[0], b[0], b[1]);
-    Mma<T>(sums[j].v, a[1], b[2], b[3]);
+    Mma<T>(sums[j].v, a[0], b[j][0], b[j][1]);
+    Mma<T>(sums[j].v, a[1], b[j][2], b[j][3]);
   }
 }
 
 // acc += sums * scale; and sums begin anew.
 template <typename T, int kTokenTiles>
-AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums (&sums)[kTokenTiles], PartScale<T> const& scale) {
+AWQ_DEVICE void AddScaled(Sums* acc, Sums* sums, PartScale<T> const& scale) {
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
@@ -157,33 +171,35 @@ AWQ_DEVICE void AddScaled(Sums (&acc)[kTokenTiles], Sums (&sums)[kTokenTiles], P
   }
 }
 
-// acc += unit * X, scaled in parts of 32 << kPartShift columns.
+// acc += unit * X, scaled in parts of 32 << kPartShift columns. `x_rows[j]` is where this lane reads X for ldmatrix.
 template <typename T, int32_t kPartShift, int kTokenTiles>
-AWQ_DEVICE void MultiplyUnit(Sums (&acc)[kTokenTiles], Shared stage, Shared const (&x_rows)[kTokenTiles],
-                             int32_t lane) {
+AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTokenTiles], int32_t lane) {
+  constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kParts = kUnitMaxGroups >> kPartShift;
   [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kUnitTiles : 1;  // registers
-  Sums sums[kTokenTiles] = {};
-  if constexpr (kPartShift == 2) {
-    PartScale<T> const scale(stage, 0, lane);
+  Sums sums[kStripTiles * kTokenTiles] = {};
+  PartScale<T> scale[kStripTiles];
 #pragma unroll kAtOnce
-    for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
-      Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
-      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, tile * 128);
-      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, tile * 128 + 64);
+  for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
+    Words q[kStripTiles];
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) {
+      q[row] = LoadShared(stage + row * kStageBytes + tile * kTileBytes + lane * 16);
     }
-    AddScaled<T>(acc, sums, scale);
-  } else {
-#pragma unroll kAtOnce
-    for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
-      Words const q = LoadShared(stage + tile * kTileBytes + lane * 16);
-      PartScale<T> scale(stage, 2 * tile >> kPartShift, lane);
-      MultiplyQuarter<T>(sums, q.w[0], q.w[1], scale.minus_zero, x_rows, tile * 128);
-      if constexpr (kPartShift == 0) {
-        AddScaled<T>(acc, sums, scale);
-        scale = PartScale<T>(stage, 2 * tile + 1, lane);
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {  // of a tile: 32 columns
+      bool const begins = kPartShift == 0 || (half == 0 && (kPartShift == 1 || tile == 0));
+      bool const ends = kPartShift == 0 || (half == 1 && (kPartShift == 1 || tile == kUnitTiles - 1));
+      uint32_t b[kTokenTiles][4];
+#pragma unroll
+      for (int32_t j = 0; j < kTokenTiles; ++j) LoadMatrices(b[j], x_rows[j] + tile * 128 + half * 64);
+#pragma unroll
+      for (int32_t row = 0; row < kStripTiles; ++row) {
+        Sums* const row_sums = sums + row * kTokenTiles;
+        int32_t const part = (2 * tile + half) * kParts / kUnitMaxGroups;
+        if (begins) scale[row] = PartScale<T>(stage + row * kStageBytes, part, lane);
+        MultiplyQuarter<T>(row_sums, q[row].w[2 * half], q[row].w[2 * half + 1], scale[row].minus_zero, b);
+        if (ends) AddScaled<T, kTokenTiles>(acc + row * kTokenTiles, row_sums, scale[row]);
       }
-      MultiplyQuarter<T>(sums, q.w[2], q.w[3], scale.minus_zero, x_rows, tile * 128 + 64);
-      AddScaled<T>(acc, sums, scale);
     }
   }
 }
@@ -235,19 +251,19 @@ AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared
   }
 }
 
-// Y of one strip and one tile of tokens. It goes through `scratch`, kSumsBytes of shared memory of this warp, so that
-// 16 lanes write the 16 features of a token.
+// Y of 16 features, `row` of them, and one tile of tokens. It goes through `scratch`, kSumsBytes of shared memory of
+// this warp, so that 16 lanes write the 16 features of a token.
 template <typename T>
-AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, Shared scratch, int32_t strip, int32_t token_tile,
+AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, Shared scratch, int32_t row, int32_t token_tile,
                           int32_t lane) {
   StoreShared(scratch + lane * 16, WordsOf(sums));
   SyncWarp();
-  int32_t const row = lane % kTileN, n = strip * kTileN + row;
+  int32_t const i = lane % kTileN, n = row * kTileN + i;
 #pragma unroll 1
-  for (int32_t i = lane / kTileN; i < kTokenTile && n < args.n; i += kWarp / kTileN) {
-    int32_t const token = token_tile * kTokenTile + i;
+  for (int32_t j = lane / kTileN; j < kTokenTile && n < args.n; j += kWarp / kTileN) {
+    int32_t const token = token_tile * kTokenTile + j;
     if (token >= args.tokens) break;
-    Shared const sum = scratch + (row % 8 * 4 + i / 2) * 16 + (row / 8 * 2 + i % 2) * 4;  // as in fragments.h
+    Shared const sum = scratch + (i % 8 * 4 + j / 2) * 16 + (i / 8 * 2 + j % 2) * 4;  // as in fragments.h
     float const bias = args.bias != nullptr ? ToFloat<T>(Load16(args.bias + n)) : 0.0f;
     Output const output = OutputOf(args, n);
     Store16(output.y + token * output.stride, FromFloat<T>(FloatOf(LoadShared32(sum)) + bias));
@@ -258,21 +274,22 @@ AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, Shared scratch
 AWQ_DEVICE int32_t BlockSlice() { return BlockIndex(); }
 AWQ_DEVICE int32_t BlockRange() { return BlockRow(); }
 
-// Where a slice leaves its sums of a strip and a tile of tokens in the workspace.
-AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t strip,
+// Where a slice leaves its sums of 16 features and a tile of tokens in the workspace.
+AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t row,
                               int32_t token_tile, int32_t lane) {
-  int64_t const tile = static_cast<int64_t>(slice) * CeilDiv(args.n, kTileN) + strip;
+  int64_t const tile = static_cast<int64_t>(slice) * CeilDiv(args.n, kTileN) + row;
   return static_cast<Words*>(args.workspace) + (tile * plan.token_tiles + token_tile) * kWarp + lane;
 }
 
-// The sums of a slice are complete: they are Y if it is the only one.
+// The sums of a slice are complete: they are Y if it is the only one. The last strip may have a row that is not there.
 template <typename T>
-AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, Shared scratch,
-                           int32_t strip, int32_t token_tile, int32_t lane) {
+AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, Shared scratch, int32_t row,
+                           int32_t token_tile, int32_t lane) {
+  if (row * kTileN >= args.n) return;
   if (plan.slices == 1) {
-    StoreSums<T>(args, sums, scratch, strip, token_tile, lane);
+    StoreSums<T>(args, sums, scratch, row, token_tile, lane);
   } else {
-    StoreWords(PartialSums(args, plan, BlockSlice(), strip, token_tile, lane), WordsOf(sums));
+    StoreWords(PartialSums(args, plan, BlockSlice(), row, token_tile, lane), WordsOf(sums));
   }
 }
 
@@ -299,19 +316,19 @@ AWQ_DEVICE int32_t StripOf(Rectangle const& block, int32_t position) {
 // Shared memory of a block: the rings, sums that could not be stored, X. A segment that ends inside a strip leaves the
 // sums of its last one, its tail, where the ring was. One that begins inside a strip and completes it keeps those sums,
 // its head, until all tails are there.
+template <int kTokenTiles>
 struct SharedLayout {
+  static constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kSums = kStripTiles * kTokenTiles;
+  static constexpr int32_t kRingBytes = kDecodeStages * kStripTiles * kStageBytes;
   Shared rings, heads, x;
   AWQ_DEVICE explicit SharedLayout(DecodePlan const& plan)
       : rings(DynamicShared()),
-        heads(rings + (kDecodeStages * kStageBytes << plan.warp_shift)),
-        x(heads + (plan.token_tiles * kSumsBytes << plan.warp_shift)) {}
-  AWQ_DEVICE Shared Ring(int32_t warp) const { return rings + warp * (kDecodeStages * kStageBytes); }
-  template <int kTokenTiles>
-  AWQ_DEVICE Shared Head(int32_t warp, int32_t token_tile) const {
-    return heads + (warp * kTokenTiles + token_tile) * kSumsBytes;
-  }
-  AWQ_DEVICE Shared Tail(int32_t warp, int32_t token_tile) const { return Ring(warp) + token_tile * kSumsBytes; }
-  AWQ_DEVICE Shared Scratch(int32_t warp) const { return Tail(warp, kDecodeMaxTokenTiles); }  // once the ring is free
+        heads(rings + (kRingBytes << plan.warp_shift)),
+        x(heads + (kSums * kSumsBytes << plan.warp_shift)) {}
+  AWQ_DEVICE Shared Ring(int32_t warp) const { return rings + warp * kRingBytes; }
+  AWQ_DEVICE Shared Head(int32_t warp, int32_t i) const { return heads + (warp * kSums + i) * kSumsBytes; }
+  AWQ_DEVICE Shared Tail(int32_t warp, int32_t i) const { return Ring(warp) + i * kSumsBytes; }
+  AWQ_DEVICE Shared Scratch(int32_t warp) const { return Tail(warp, kMaxSums); }  // once the ring is free
 };
 
 // A warp that has completed a strip which began in segments before adds their tails, nearest first, and stores it.
@@ -322,16 +339,17 @@ AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
   Cut const segments = SegmentsOf(plan, block);
   int32_t const begin = segments.Begin(warp), strip = StripOf(block, begin), strip_begin = strip * block.units;
   if (begin == strip_begin || segments.Begin(warp + 1) < strip_begin + block.units) return;
-  SharedLayout const shared(plan);
+  SharedLayout<kTokenTiles> const shared(plan);
+  int32_t const first_row = (block.first_strip + strip) * StripTiles(kTokenTiles);
 #pragma unroll 1
-  for (int32_t j = 0; j < kTokenTiles; ++j) {
+  for (int32_t i = 0; i < shared.kSums; ++i) {
     Sums sums = {};
-    Add(sums, LoadShared(shared.Head<kTokenTiles>(warp, j) + lane * 16));
+    Add(sums, LoadShared(shared.Head(warp, i) + lane * 16));
 #pragma unroll 2
     for (int32_t w = warp - 1; segments.Begin(w + 1) > strip_begin; --w) {
-      Add(sums, LoadShared(shared.Tail(w, j) + lane * 16));
+      Add(sums, LoadShared(shared.Tail(w, i) + lane * 16));
     }
-    StoreSlice<T>(args, plan, sums, shared.Scratch(warp), block.first_strip + strip, j, lane);
+    StoreSlice<T>(args, plan, sums, shared.Scratch(warp), first_row + i / kTokenTiles, i % kTokenTiles, lane);
   }
 }
 
@@ -345,33 +363,35 @@ AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodePlan const& plan) {
   SyncThreads();
   if (arrived + 1 != static_cast<uint32_t>(plan.slices)) return;
   if (ThreadIndex() == 0) Store32(args.counters + range, 0);  // for the next call
-  int32_t const first_strip = plan.strips_of_range.Begin(range);
-  int32_t const items = plan.strips_of_range.Size(range) * kTokenTiles;
+  int32_t const first_row = plan.strips_of_range.Begin(range) * StripTiles(kTokenTiles);
+  int32_t const rows = plan.strips_of_range.Size(range) * StripTiles(kTokenTiles);
 #pragma unroll 1
-  for (int32_t item = warp; item < items; item += plan.warps()) {
-    int32_t const strip = first_strip + item / kTokenTiles, token_tile = item % kTokenTiles;
+  for (int32_t item = warp; item < rows * kTokenTiles; item += plan.warps()) {
+    int32_t const row = first_row + item / kTokenTiles, token_tile = item % kTokenTiles;
+    if (row * kTileN >= args.n) break;
     Sums sums = {};
 #pragma unroll 4
-    for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, strip, token_tile, lane)));
-    StoreSums<T>(args, sums, SharedLayout(plan).Scratch(warp), strip, token_tile, lane);
+    for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, row, token_tile, lane)));
+    StoreSums<T>(args, sums, SharedLayout<kTokenTiles>(plan).Scratch(warp), row, token_tile, lane);
   }
 }
 
 // What a warp has before it: `count` units, the first ones of `strip` from its unit `from` in the rectangle on.
+template <int kStripTiles>
 struct Segment {
-  Fetch fetch;
+  Fetch<kStripTiles> fetch;
   Shared ring;
   int32_t count, strip, from, units;  // units: of a strip in the rectangle
 
   // Of the ring, for the unit after which `left` are left: counted down, so that one register does for both.
-  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * kStageBytes; }
+  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * (kStripTiles * kStageBytes); }
 };
 
 // All units of a segment; what is left in `acc` is its tail. kDecodeStages - 1 units are under way. x_rows: where this
 // lane reads X for ldmatrix, at the first unit's columns.
 template <typename T, int32_t kPartShift, int kTokenTiles>
-AWQ_DEVICE void StreamUnits(Sums (&acc)[kTokenTiles], GemmArgs const& args, DecodePlan const& plan, Segment& segment,
-                            Shared (&x_rows)[kTokenTiles], int32_t lane) {
+AWQ_DEVICE void StreamUnits(Sums* acc, GemmArgs const& args, DecodePlan const& plan,
+                            Segment<StripTiles(kTokenTiles)>& segment, Shared (&x_rows)[kTokenTiles], int32_t lane) {
   bool from_start = segment.from == 0;  // of the strip
   int32_t unit = segment.from, strip = segment.strip;
 #pragma unroll 1
@@ -390,35 +410,39 @@ AWQ_DEVICE void StreamUnits(Sums (&acc)[kTokenTiles], GemmArgs const& args, Deco
     if (unit < segment.units) continue;
     // the strip is complete: stored here, or, if it began in segments before, by AddTails
 #pragma unroll
-    for (int32_t j = 0; j < kTokenTiles; ++j) {
+    for (int32_t i = 0; i < StripTiles(kTokenTiles) * kTokenTiles; ++i) {
       if (from_start) {
-        StoreSlice<T>(args, plan, acc[j], stage, strip, j, lane);
+        int32_t const row = strip * StripTiles(kTokenTiles) + i / kTokenTiles;
+        StoreSlice<T>(args, plan, acc[i], stage, row, i % kTokenTiles, lane);
       } else {
-        StoreShared(SharedLayout(plan).Head<kTokenTiles>(ThreadIndex() / kWarp, j) + lane * 16, WordsOf(acc[j]));
+        StoreShared(SharedLayout<kTokenTiles>(plan).Head(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
       }
-      acc[j] = {};
-      x_rows[j] -= segment.units * (kUnitK * 2);
+      acc[i] = {};
     }
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] -= segment.units * (kUnitK * 2);
     unit = 0, ++strip, from_start = true;
   }
 }
 
 template <typename T, int kTokenTiles>
-AWQ_KERNEL(kDecodeMaxWarps* kWarp, kTokenTiles == 1 ? 2 : 1)
+AWQ_KERNEL(kDecodeMaxWarps* kWarp / StripTiles(kTokenTiles), kTokenTiles == 1 ? 2 : 1)
 DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
   Rectangle const block = RectangleOf(plan, BlockRange(), BlockSlice());
   Cut const segments = SegmentsOf(plan, block);
-  SharedLayout const shared(plan);
+  constexpr int32_t kStripTiles = StripTiles(kTokenTiles);
+  SharedLayout<kTokenTiles> const shared(plan);
   int32_t const begin = segments.Begin(warp), strips = StripOf(block, begin), from = begin - strips * block.units;
   int32_t const strip = block.first_strip + strips;
-  Segment segment{Fetch(args, plan, strip, block.first_unit + from, block.first_unit + block.units, lane),
-                  shared.Ring(warp),
-                  Opaque(segments.Size(warp)),
-                  strip,
-                  from,
-                  Opaque(block.units)};
-  PrepareRing(args, segment.ring, lane);
+  Segment<kStripTiles> segment{
+      Fetch<kStripTiles>(args, plan, strip, block.first_unit + from, block.first_unit + block.units, lane),
+      shared.Ring(warp),
+      Opaque(segments.Size(warp)),
+      strip,
+      from,
+      Opaque(block.units)};
+  PrepareRing<kStripTiles>(args, segment.ring, lane);
 #pragma unroll
   for (int32_t i = 0; i < kDecodeStages - 1; ++i) {
     Shared const lane_stage = segment.Stage(segment.count + kDecodeStages - i) + lane * 16;
@@ -438,7 +462,7 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
     x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 +
                 from * (kUnitK * 2);
   }
-  Sums acc[kTokenTiles] = {};
+  Sums acc[shared.kSums] = {};
   if (plan.part_shift == 2) {
     StreamUnits<T, 2>(acc, args, plan, segment, x_rows, lane);
   } else if (plan.part_shift == 1) {
@@ -448,8 +472,8 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   }
   SyncWarp();  // no lane needs the ring any more
 #pragma unroll
-  for (int32_t j = 0; j < kTokenTiles; ++j) {
-    StoreShared(SharedLayout(plan).Tail(ThreadIndex() / kWarp, j) + lane * 16, WordsOf(acc[j]));
+  for (int32_t i = 0; i < shared.kSums; ++i) {
+    StoreShared(SharedLayout<kTokenTiles>(plan).Tail(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
   }
   SyncThreads();
   AddTails<T, kTokenTiles>(args, plan);

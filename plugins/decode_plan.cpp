@@ -36,7 +36,8 @@ Architecture const& ArchitectureOf(int32_t sm) {
 }
 
 int32_t SharedBytes(int32_t warps, int32_t token_tiles, int32_t rows, int32_t row_bytes) {
-  return warps * (kDecodeStages * kStageBytes + token_tiles * kPartialBytes) + rows * row_bytes;
+  return warps * StripTiles(token_tiles) * (kDecodeStages * kStageBytes + token_tiles * kPartialBytes) +
+         rows * row_bytes;
 }
 
 int32_t Log2(int32_t power) {
@@ -56,7 +57,8 @@ int32_t RowBytes(int32_t units) { return units * kUnitK * 2 + 16; }
 // but partial sums (written and read) at most as many bytes as the weights.
 int32_t MostSlices(int32_t n, int32_t k, int32_t tokens) {
   int32_t const units = CeilDiv(k, kUnitK), token_tiles = CeilDiv(tokens, kTokenTile);
-  int32_t const room = kLeastSharedBytes - kReservedBytes - SharedBytes(kLeastWarps, token_tiles, 0, 0);
+  int32_t const room =
+      kLeastSharedBytes - kReservedBytes - SharedBytes(kLeastWarps / StripTiles(token_tiles), token_tiles, 0, 0);
   int32_t const fitting = std::max(1, (room / tokens - 16) / (2 * kUnitK));
   int32_t const wanted = std::max(CeilDiv(units, fitting), CeilDiv(1024, CeilDiv(n, kTileN)));
   return std::clamp(wanted, 1, std::max(1, units / token_tiles));
@@ -66,14 +68,14 @@ int32_t MostSlices(int32_t n, int32_t k, int32_t tokens) {
 
 bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& device, DecodePlan& plan) {
   if (args.tokens < 1 || args.tokens > kDecodeMaxTokens) return false;
-  int32_t const strips = CeilDiv(args.n, kTileN), units = CeilDiv(args.k, kUnitK);
-  int32_t const token_tiles = CeilDiv(args.tokens, kTokenTile);
+  int32_t const token_tiles = CeilDiv(args.tokens, kTokenTile), strip_tiles = StripTiles(token_tiles);
+  int32_t const strips = CeilDiv(CeilDiv(args.n, kTileN), strip_tiles), units = CeilDiv(args.k, kUnitK);
   int32_t const most = MostSlices(args.n, args.k, args.tokens);
   int32_t const room = device.shared_bytes / policy.blocks_per_multiprocessor - kReservedBytes;
   int32_t const at_once = device.multiprocessors * policy.blocks_per_multiprocessor;  // blocks
   Architecture const& architecture = ArchitectureOf(device.sm);
   double const bandwidth = architecture.bandwidth / policy.blocks_per_multiprocessor;  // of one block
-  int32_t const warps = architecture.warps / policy.blocks_per_multiprocessor;
+  int32_t const warps = architecture.warps / policy.blocks_per_multiprocessor / strip_tiles;
 
   DecodePlan base{};
   base.token_tiles = token_tiles;
@@ -101,9 +103,9 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
     return exact && made.shared_bytes <= room;
   };
   auto nanoseconds = [&](DecodePlan const& p) {
-    double const block_strips = CeilDiv(strips, p.ranges), block_units = CeilDiv(units, p.slices);
-    double const weights = block_strips * block_units * kUnitBytes, x = args.tokens * block_units * kUnitK * 2;
-    double const sums = block_strips * token_tiles * kPartialBytes;
+    double const block_rows = CeilDiv(strips, p.ranges) * strip_tiles, block_units = CeilDiv(units, p.slices);
+    double const weights = block_rows * block_units * kUnitBytes, x = args.tokens * block_units * kUnitK * 2;
+    double const sums = block_rows * token_tiles * kPartialBytes;
     double const block = weights / bandwidth + x / (kL2Ratio * bandwidth);
     double const last = p.slices > 1 ? kSplitNanoseconds + sums * (p.slices + 1) / (kL2Ratio * bandwidth) : 0;
     int32_t const waves = CeilDiv(p.ranges * p.slices, at_once);

@@ -1,13 +1,14 @@
 // How the decode kernel divides a layer over blocks and warps: made by the host, read by the kernel.
 //
-//   strip   16 output features                      unit   128 columns of a strip: 2 tiles, 1 KiB of weights
+//   strip   16 output features, 32 with more than 16 tokens: so many read X from shared memory once
+//   unit    128 columns of a strip: 2 or 4 tiles, 1 or 2 KiB of weights
 //
 //            K ─────────────────────────────►
 //          ┌────────────┬────────────┬──────────┐
-//   N  16  │ strip 0    │            │          │   blocks   strips are cut into `ranges`, units into `slices`; block
-//   │  16  │ strip 1    │            │          │            (slice, range) has one rectangle. Slices of a range
+//   N      │ strip 0    │            │          │   blocks   strips are cut into `ranges`, units into `slices`; block
+//   │      │ strip 1    │            │          │            (slice, range) has one rectangle. Slices of a range
 //   │      ├────────────┼────────────┼──────────┤            start together
-//   ▼  16  │ strip 2    │            │          │   warps    the rectangle's units, strip after strip, are cut into
+//   ▼      │ strip 2    │            │          │   warps    the rectangle's units, strip after strip, are cut into
 //          └────────────┴────────────┴──────────┘            one segment of consecutive units for each warp
 //             slice 0      slice 1     slice 2
 //
@@ -26,6 +27,9 @@ constexpr int32_t kUnitTiles = 2, kUnitK = kUnitTiles * kTileK;
 constexpr int32_t kUnitMaxGroups = kUnitK / 32;  // groups of a unit, at most
 constexpr int32_t kDecodeStages = 4;             // units of a warp in shared memory: one in use, the others under way
 constexpr int32_t kDecodeMaxWarps = 16;
+
+// Rows of 16 features in a strip.
+AWQ_HOST_DEVICE int32_t StripTiles(int32_t token_tiles) { return token_tiles > 2 ? 2 : 1; }
 
 // `total` items cut into parts whose sizes differ by at most one, the larger ones first.
 struct Cut {

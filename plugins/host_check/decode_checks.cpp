@@ -37,18 +37,19 @@ int32_t WrongIntegers(Format const& format) {
 
 // Nothing if every unit of the layer belongs to exactly one warp of one block, and all of it fits; else what is wrong.
 std::string ProblemOf(DecodePlan const& plan, GemmArgs const& args, DecodePolicy const& policy, Device const& device) {
-  int32_t const strips = CeilDiv(args.n, kTileN), units = CeilDiv(args.k, kUnitK);
+  int32_t const strip_tiles = StripTiles(plan.token_tiles), rows = CeilDiv(args.n, kTileN);
+  int32_t const strips = CeilDiv(rows, strip_tiles), units = CeilDiv(args.k, kUnitK);
   if (plan.token_tiles * kTokenTile < args.tokens) return "tokens left out";
   if (plan.ranges < 1 || plan.ranges > strips) return "more ranges than strips: counters would overflow";
-  if (plan.warps() > kDecodeMaxWarps) return "warps";
+  if (plan.warps() * strip_tiles > kDecodeMaxWarps) return "warps";
   if ((plan.shared_bytes + 1024) * policy.blocks_per_multiprocessor > device.shared_bytes) return "shared memory";
   if (plan.row_bytes % 32 != 16) return "rows of X fall into the same banks";
-  int32_t const x_end =
-      plan.warps() * (kDecodeStages * kStageBytes + plan.token_tiles * kSumsBytes) + args.tokens * plan.row_bytes;
+  int32_t const x_end = plan.warps() * strip_tiles * (kDecodeStages * kStageBytes + plan.token_tiles * kSumsBytes) +
+                        args.tokens * plan.row_bytes;
   if (x_end != plan.shared_bytes) return "layout of shared memory";
   if (plan.ranges > 65535) return "more rows of blocks than a launch may have";
   if (plan.slices > 1) {
-    int64_t const sums = static_cast<int64_t>(plan.slices) * strips * plan.token_tiles * kSumsBytes;
+    int64_t const sums = static_cast<int64_t>(plan.slices) * rows * plan.token_tiles * kSumsBytes;
     if (sums > static_cast<int64_t>(DecodeWorkspaceBytes(args.n, args.k, args.tokens))) return "workspace";
   }
   std::vector<uint8_t> seen(static_cast<size_t>(strips) * units);

@@ -97,10 +97,11 @@ int Plan() {
     }
     std::printf(
         "{\"token_tiles\": %d, \"blocks_per_multiprocessor\": %d, \"warps\": %d, \"stages\": %d, "
-        "\"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
+        "\"strip_tiles\": %d, \"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
         "\"row_bytes\": %d, \"shared_bytes\": %d}\n",
-        plan.token_tiles, found->decode.blocks_per_multiprocessor, plan.warps(), kDecodeStages, plan.ranges,
-        plan.slices, plan.strips_of_range.Size(0), plan.units_of_slice.Size(0), plan.row_bytes, plan.shared_bytes);
+        plan.token_tiles, found->decode.blocks_per_multiprocessor, plan.warps(), kDecodeStages,
+        StripTiles(plan.token_tiles), plan.ranges, plan.slices, plan.strips_of_range.Size(0),
+        plan.units_of_slice.Size(0), plan.row_bytes, plan.shared_bytes);
   }
   return 0;
 }
