@@ -135,8 +135,8 @@ AWQ_DEVICE void MinusZeros(uint32_t (&minus_zero)[2], uint32_t zeros) {
 // What a part of a unit is scaled with.
 template <typename T>
 struct PartScale {
-  float low, high;  // of rows g and g + 8
-  uint32_t minus_zero[2];
+  float low = 0, high = 0;  // of rows g and g + 8
+  uint32_t minus_zero[2] = {};
 
   PartScale() = default;
   AWQ_DEVICE PartScale(Shared stage, int32_t part, int32_t lane) {
@@ -178,6 +178,14 @@ AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTo
   [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kUnitTiles : 1;  // registers
   Sums sums[kStripTiles * kTokenTiles] = {};
   PartScale<T> scale[kStripTiles];
+  auto begin_part = [&](int32_t row, int32_t part) { scale[row] = {stage + row * kStageBytes, part, lane}; };
+  auto end_part = [&](int32_t row) {
+    AddScaled<T, kTokenTiles>(acc + row * kTokenTiles, sums + row * kTokenTiles, scale[row]);
+  };
+  if constexpr (kParts == 1) {
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) begin_part(row, 0);
+  }
 #pragma unroll kAtOnce
   for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
     Words q[kStripTiles];
@@ -187,20 +195,21 @@ AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTo
     }
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {  // of a tile: 32 columns
-      bool const begins = kPartShift == 0 || (half == 0 && (kPartShift == 1 || tile == 0));
-      bool const ends = kPartShift == 0 || (half == 1 && (kPartShift == 1 || tile == kUnitTiles - 1));
       uint32_t b[kTokenTiles][4];
 #pragma unroll
       for (int32_t j = 0; j < kTokenTiles; ++j) LoadMatrices(b[j], x_rows[j] + tile * 128 + half * 64);
 #pragma unroll
       for (int32_t row = 0; row < kStripTiles; ++row) {
-        Sums* const row_sums = sums + row * kTokenTiles;
-        int32_t const part = (2 * tile + half) * kParts / kUnitMaxGroups;
-        if (begins) scale[row] = PartScale<T>(stage + row * kStageBytes, part, lane);
-        MultiplyQuarter<T>(row_sums, q[row].w[2 * half], q[row].w[2 * half + 1], scale[row].minus_zero, b);
-        if (ends) AddScaled<T, kTokenTiles>(acc + row * kTokenTiles, row_sums, scale[row]);
+        if (kParts == 4 || (kParts == 2 && half == 0)) begin_part(row, tile * kParts / 2 + half * kParts / 4);
+        MultiplyQuarter<T>(sums + row * kTokenTiles, q[row].w[2 * half], q[row].w[2 * half + 1], scale[row].minus_zero,
+                           b);
+        if (kParts == 4 || (kParts == 2 && half == 1)) end_part(row);
       }
     }
+  }
+  if constexpr (kParts == 1) {
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) end_part(row);
   }
 }
 

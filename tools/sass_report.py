@@ -2,7 +2,7 @@
 
     python tools/sass_report.py --output report.json
 
-Needs no GPU. Per architecture: registers, memory, loads; what the decode kernels issue for a unit of 2048 weights in
+Needs no GPU. Per architecture: registers, memory, loads; what the decode kernels issue for a unit of weights in
 the steady state of their main loop. Per GPU, layer and number of tokens: the time from those instructions, the bytes
 and the plugin's own division of the work. **Everything about time is predicted, not measured.**
 
@@ -29,7 +29,7 @@ from bench.gemm import targets
 from bench.gemm.shapes import HEADLINE, TOKENS, Shape, shapes
 from bench.sass import prediction
 from bench.sass.listing import ARCHITECTURES, PIPES, Kernel, count, read_kernels, versions
-from bench.sass.paths import Steady, steady
+from bench.sass.paths import Steady, steady, strip_tiles
 from bench.sass.prediction import DEFAULT_TACTIC, GPUS, TACTICS, Cell, Gpu, Plan, Prediction, ask_planner, predict
 
 from awq_trt.plugin import library_version
@@ -81,13 +81,14 @@ def kernel_row(kernel: Kernel, architecture: int) -> dict[str, Any]:
 
 
 def loop_rows(loops: Loops) -> list[dict[str, Any]]:
-    """Issue slots for a unit of 2048 weights, by pipe; "wavefronts" are 128 bytes of shared memory."""
+    """Issue slots for a unit of weights, by pipe; "wavefronts" are 128 bytes of shared memory."""
     rows = []
     for (architecture, dtype, token_tiles), by_parts in loops.items():
         for parts, unit in by_parts.items():
             pipes = unit.by_pipe()
             row = {"sm": architecture, "dtype": dtype, "token_tiles": token_tiles, "group_size": GROUP_SIZE.get(parts)}
-            row |= {"slots": unit.slots, "per_weight": round(32 * unit.slots / 2048, 3)}
+            weights = 2048 * strip_tiles(token_tiles)
+            row |= {"weights": weights, "slots": unit.slots, "per_weight": round(32 * unit.slots / weights, 3)}
             row |= {name: pipes[name] for name in PIPES}
             rows.append(row | {"wavefronts": unit.wavefronts(), "unknown": " ".join(unit.unknown())})
     return rows
@@ -227,7 +228,7 @@ def main() -> int:
     }
     write(record, args.output)
     print_table(kernels)
-    print("\nIssue slots of a warp for 16 output features x 128 columns in the steady state of the main loop:")
+    print("\nIssue slots of a warp for 128 columns of a strip in the steady state of the main loop:")
     print_table(record["loops"])
     print_predicted(predicted)
     print("\ntargets:", *map(targets.line, record["targets"]), sep="\n  ")

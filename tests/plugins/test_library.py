@@ -62,7 +62,8 @@ def _launch_bound(name: str) -> int:
     decode = re.search(r"DecodeKernelINS_\d+\w+?ELi(\d)E", name)
     if decode is None:
         return 255
-    return 65536 // (512 * (2 if decode.group(1) == "1" else 1))
+    threads, blocks = {"1": (512, 2), "2": (512, 1), "3": (256, 1), "4": (256, 1)}[decode.group(1)]
+    return min(255, 65536 // (threads * blocks))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

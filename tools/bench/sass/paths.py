@@ -14,7 +14,8 @@ UNIT_TILES = 2
 """Turns of a loop inside the main loop: it goes over the tiles of a unit (plugins/decode_plan.h)."""
 
 HMMA_PER_UNIT, FFMA_PER_PART = 8, 4
-"""Of a unit and a tile of tokens: one HMMA for 16 columns; one FFMA for each of a lane's sums of a scaled part."""
+"""Of 16 features of a unit and a tile of tokens: one HMMA for 16 columns, one FFMA for each of a lane's sums of a scaled
+part."""
 
 _ENDS = ("EXIT", "RET", "BRX", "JMP")
 _STORES = ("STG", "STS", "ST", "ATOM", "ATOMG", "ATOMS", "RED")
@@ -147,9 +148,14 @@ def paths(graph: Graph, header: int, hmma: int) -> list[list[int]]:
     return found
 
 
+def strip_tiles(token_tiles: int) -> int:
+    """Rows of 16 output features in a strip, and so in a unit: StripTiles of plugins/decode_plan.h."""
+    return 2 if token_tiles > 2 else 1
+
+
 @dataclass(frozen=True)
 class Steady:
-    """One unit of 16 output features x 128 columns in the middle of a strip: what a warp issues for it."""
+    """One unit, a strip's output features x 128 columns, in the middle of a strip: what a warp issues for it."""
 
     parts: int  # scaled separately: 1 for groups of 128 and more, 2 for 64, 4 for 32
     code: tuple[Instruction, ...]
@@ -194,11 +200,12 @@ def steady(code: Sequence[Instruction], token_tiles: int) -> dict[int, Steady]:
     """
     graph = graph_of(code)
     candidates: dict[int, tuple[tuple[int, int], Steady]] = {}
-    hmma = HMMA_PER_UNIT * token_tiles
+    sums = strip_tiles(token_tiles) * token_tiles
+    hmma = HMMA_PER_UNIT * sums
     for path in [path for header in main_loops(graph) for path in paths(graph, header, hmma)]:
         taken = tuple(i for block in path for i in graph.blocks[block])
         opcodes = Counter(i.base for i in taken)
-        parts, rest = divmod(opcodes["FFMA"], FFMA_PER_PART * token_tiles)
+        parts, rest = divmod(opcodes["FFMA"], FFMA_PER_PART * sums)
         if opcodes["HMMA"] != hmma or not opcodes["LDGSTS"] or rest:
             continue
         tail = len(taken) - max(n for n, i in enumerate(taken) if i.base == "HMMA")

@@ -90,6 +90,7 @@ class Plan:
     blocks_per_multiprocessor: int  # planned for; fewer where there are fewer blocks
     warps: int  # of a block
     stages: int
+    strip_tiles: int  # rows of 16 output features in a strip
     ranges: int
     slices: int
     most_strips: int  # of a range
@@ -108,11 +109,12 @@ class Plan:
 
     def weight_bytes(self, gpu: Gpu, group_size: int) -> int:
         """Of the busiest multiprocessor, in a wave."""
-        return self.resident(gpu) * self.most_strips * self.most_units * unit_bytes(group_size)
+        units = self.resident(gpu) * self.most_strips * self.most_units
+        return units * self.strip_tiles * unit_bytes(group_size)
 
     def bytes_in_flight(self, gpu: Gpu, group_size: int) -> int:
         """Of the busiest multiprocessor: all stages but the one in use; fewer where there is less to read."""
-        ring = self.resident(gpu) * self.warps * (self.stages - 1) * unit_bytes(group_size)
+        ring = self.resident(gpu) * self.warps * (self.stages - 1) * self.strip_tiles * unit_bytes(group_size)
         return min(ring, self.weight_bytes(gpu, group_size))
 
 
@@ -179,7 +181,7 @@ def predict(shape: Shape, tokens: int, gpu: Gpu, plan: Plan, unit: Steady) -> Pr
     weights, ring = plan.weight_bytes(gpu, shape.group_size), plan.bytes_in_flight(gpu, shape.group_size)
     l2 = L2_RATIO * gpu.share * 1e3  # bytes per microsecond
     x = resident * tokens * plan.most_units * 128 * 2 / l2
-    sums = plan.most_strips * plan.token_tiles * 512 if plan.slices > 1 else 0  # bytes of a block
+    sums = plan.most_strips * plan.strip_tiles * plan.token_tiles * 512 if plan.slices > 1 else 0  # bytes of a block
     filled = max(ring / (gpu.share * 1e3), ring / l2 + x)
     resources = {
         "memory": filled + (weights - ring) / (gpu.share * 1e3) + resident * sums / l2,
