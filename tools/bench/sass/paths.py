@@ -14,8 +14,8 @@ UNIT_TILES = 2
 """Turns of a loop inside the main loop: it goes over the tiles of a unit (plugins/decode_plan.h)."""
 
 HMMA_PER_UNIT, FFMA_PER_PART = 8, 4
-"""Of 16 features of a unit and a tile of tokens: one HMMA for 16 columns, one FFMA for each of a lane's sums of a scaled
-part."""
+"""Of 16 features of a unit and a tile of tokens: one HMMA for 16 columns; one FFMA for each of a lane's sums of a
+scaled part."""
 
 _ENDS = ("EXIT", "RET", "BRX", "JMP")
 _STORES = ("STG", "STS", "ST", "ATOM", "ATOMG", "ATOMS", "RED")
