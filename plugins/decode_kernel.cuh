@@ -17,13 +17,7 @@
 
 namespace awq_trt {
 
-// Of a unit, 16 features as they lie in shared memory, in bytes: q [tile][lane][16], scales [part][i][4] (rows i and i
-// + 8), zeros [part][i] of 8 bytes in every 32.
-constexpr int32_t kTileBytes = kTileN * kTileK / 2;
-constexpr int32_t kStageScales = kUnitTiles * kTileBytes, kStageZeros = kStageScales + kUnitMaxGroups * 32;
-constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 32;
-constexpr int32_t kSumsBytes = kWarp * 16;  // of 16 features and a tile of tokens
-constexpr int32_t kMaxSums = 8;             // of a lane: rows of 16 features times tiles of tokens
+constexpr int32_t kMaxSums = 8;  // of a lane: rows of 16 features times tiles of tokens
 
 // Four floats of a lane for 16 features and one tile of tokens: accumulators as in fragments.h. Sums of a strip are
 // [row of 16 features][tile of tokens].

@@ -5,9 +5,7 @@
 namespace awq_trt {
 namespace {
 
-constexpr int32_t kUnitBytes = kUnitTiles * 512, kStageBytes = kUnitBytes + kUnitMaxGroups * 64;
 constexpr int32_t kReservedBytes = 1024;                           // of shared memory, by the system, for every block
-constexpr int32_t kPartialBytes = kTileN * kTokenTile * 4;         // of a strip, in fp32
 constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
 constexpr int32_t kMostWaves = 4;                                  // of blocks that fit at once
 constexpr double kSplitNanoseconds = 1100;                         // fence, addition and one more trip to L2
@@ -36,8 +34,7 @@ Architecture const& ArchitectureOf(int32_t sm) {
 }
 
 int32_t SharedBytes(int32_t warps, int32_t token_tiles, int32_t rows, int32_t row_bytes) {
-  return warps * StripTiles(token_tiles) * (kDecodeStages * kStageBytes + token_tiles * kPartialBytes) +
-         rows * row_bytes;
+  return warps * StripTiles(token_tiles) * (kDecodeStages * kStageBytes + token_tiles * kSumsBytes) + rows * row_bytes;
 }
 
 int32_t Log2(int32_t power) {
@@ -104,8 +101,9 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
   };
   auto nanoseconds = [&](DecodePlan const& p) {
     double const block_rows = CeilDiv(strips, p.ranges) * strip_tiles, block_units = CeilDiv(units, p.slices);
-    double const weights = block_rows * block_units * kUnitBytes, x = args.tokens * block_units * kUnitK * 2;
-    double const sums = block_rows * token_tiles * kPartialBytes;
+    double const weights = block_rows * block_units * (kUnitTiles * kTileBytes),
+                 x = args.tokens * block_units * kUnitK * 2;
+    double const sums = block_rows * token_tiles * kSumsBytes;
     double const block = weights / bandwidth + x / (kL2Ratio * bandwidth);
     double const last = p.slices > 1 ? kSplitNanoseconds + sums * (p.slices + 1) / (kL2Ratio * bandwidth) : 0;
     int32_t const waves = CeilDiv(p.ranges * p.slices, at_once);
@@ -136,7 +134,7 @@ size_t DecodeWorkspaceBytes(int32_t n, int32_t k, int64_t tokens) {
   size_t bytes = 0;
   for (int32_t m = 1; m <= std::min<int64_t>(tokens, kDecodeMaxTokens); ++m) {
     size_t const slices = MostSlices(n, k, m);
-    if (slices > 1) bytes = std::max(bytes, slices * CeilDiv(n, kTileN) * CeilDiv(m, kTokenTile) * kPartialBytes);
+    if (slices > 1) bytes = std::max(bytes, slices * CeilDiv(n, kTileN) * CeilDiv(m, kTokenTile) * kSumsBytes);
   }
   return bytes;
 }

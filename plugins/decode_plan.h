@@ -28,6 +28,14 @@ constexpr int32_t kUnitMaxGroups = kUnitK / 32;  // groups of a unit, at most
 constexpr int32_t kDecodeStages = 4;             // units of a warp in shared memory: one in use, the others under way
 constexpr int32_t kDecodeMaxWarps = 16;
 
+// 16 features of a unit as they lie in shared memory, in bytes: q [tile][lane][16], scales [part][i][4] (rows i and
+// i + 8), zeros [part][i] of 8 bytes in every 32. A part is what has one scale: a group, or the unit if that is
+// smaller.
+constexpr int32_t kTileBytes = kTileN * kTileK / 2;
+constexpr int32_t kStageScales = kUnitTiles * kTileBytes, kStageZeros = kStageScales + kUnitMaxGroups * 32;
+constexpr int32_t kStageBytes = kStageZeros + kUnitMaxGroups * 32;
+constexpr int32_t kSumsBytes = kTileN * kTokenTile * 4;  // of 16 features and a tile of tokens, fp32
+
 // Rows of 16 features in a strip.
 AWQ_HOST_DEVICE int32_t StripTiles(int32_t token_tiles) { return token_tiles > 2 ? 2 : 1; }
 
