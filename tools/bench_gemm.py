@@ -213,7 +213,8 @@ def summary(record: dict[str, Any], output: Path) -> int:
         print(f"{method} {variant}: {count} cells: {words}")
     print_table(record)
     for title, entries in record["targets"].items():
-        print(f"targets, {title} tactic:", *map(targets.line, entries), sep="\n  ")
+        clock = ", by a made-up clock" if record["settings"]["device"] == "cpu" else ""
+        print(f"targets, {title} tactic{clock}:", *map(targets.line, entries), sep="\n  ")
     timed, missing = sum("us" in r for r in rows), len(record["not_run"])
     print(f"{timed} rows timed, {missing} cells not run, {record['seconds']} s; written to {output}")
     own_wrong = any(r["method"] == OWN and r.get("problem", "").startswith("relative error") for r in rows)
