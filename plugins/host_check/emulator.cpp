@@ -9,6 +9,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <unordered_set>
 #include <vector>
 
 #include "device.h"
@@ -65,8 +66,9 @@ constexpr int32_t kMaxSharedBytes = 256 << 10;
 alignas(16) char dynamic_shared[kMaxSharedBytes];
 int32_t barrier_arrived;
 uint64_t barrier_generation;
-int32_t counting_thread;       // the one that has counted this block's arrival, -1 before
-uint64_t counting_generation;  // of the barrier, then
+std::unordered_set<void const*> stored;  // in this launch
+int32_t counting_thread;                 // the one that has counted this block's arrival, -1 before
+uint64_t counting_generation;            // of the barrier, then
 std::mt19937 order(1);
 
 [[noreturn]] void Fail(char const* format, ...) __attribute__((format(printf, 1, 2)));
@@ -172,6 +174,8 @@ void CheckShared(void const* p, int32_t bytes) {
 void CheckLoad(void const* p, int32_t bytes) { CheckAccess(p, bytes, false); }
 void CheckStore(void const* p, int32_t bytes) {
   CheckAccess(p, bytes, true);
+  // sums and results have one author; only counters, of 4 bytes, are written again
+  if (bytes != 4 && !stored.insert(p).second) Fail("second store at %p in one launch", p);
   // others may have seen the arrival, and with it only what a barrier had ordered before it
   if (counting_thread >= 0 && counting_thread != current->index && counting_generation == barrier_generation) {
     Fail("store at %p after thread %d has counted the arrival of this block", p, counting_thread);
@@ -185,6 +189,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
   if (shared_bytes > kMaxSharedBytes) Fail("%d bytes of shared memory", shared_bytes);
   thread_body = body;
   thread_context = context;
+  stored.clear();
   while (static_cast<int32_t>(threads.size()) < thread_count) {
     threads.push_back(std::make_unique<Thread>());
     threads.back()->stack = std::make_unique<char[]>(kStackBytes);
