@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -76,31 +75,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def find_library(args: argparse.Namespace) -> Path:
-    """The library of the own kernels, from --build, --library or the installed package.
-
-    Raises:
-        gpu_check.UsageError: it is not there.
-    """
-    if args.build:
-        folder = gpu_check.build(args.build, gpu_check.hardware())
-    elif args.library:
-        folder = args.library
-    else:
-        try:
-            folder = Path(str(metadata.distribution("awq_trt").locate_file("awq_trt/lib")))
-        except metadata.PackageNotFoundError as error:
-            raise gpu_check.UsageError("awq_trt is not installed here: give --library DIR or --build DIR") from error
-    path = folder / LIBRARY
-    if not path.is_file():
-        raise gpu_check.UsageError(f"{path} is missing: build it with `pip install .` or --build DIR")
-    return path.resolve()
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     """What the command line asks for."""
     methods = [m.name for m in named(args.methods)]
-    library = None if args.dry_run or OWN not in methods else str(find_library(args))
+    own = not args.dry_run and OWN in methods
+    library = str(gpu_check.find_files(args, gpu_check.hardware(), LIBRARY)[0]) if own else None
     return Settings(
         shapes=DRY_SHAPES if args.dry_run else tuple(shapes(args.models)),
         tokens=tuple(sorted(set(args.tokens))),
@@ -153,9 +132,7 @@ def write(record: dict[str, Any], path: Path) -> None:
     for name, entries in lists.items():
         lines = ",\n".join("  " + json.dumps(entry, allow_nan=False) for entry in entries)
         text = text.replace(f'\n "{name}": []', f'\n "{name}": [\n{lines}\n ]')
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    gpu_check.write_text(path, text + "\n")
 
 
 def show_plan(planned: Sequence[Shape], settings: Settings, names: list[str]) -> None:

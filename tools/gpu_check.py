@@ -77,8 +77,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def find_binaries(args: argparse.Namespace, gpus: list[dict[str, str]]) -> tuple[Path, Path]:
-    """(library, test program), from --build, --library or the installed package."""
+def find_files(args: argparse.Namespace, gpus: list[dict[str, str]], *names: str) -> list[Path]:
+    """Files that the build makes, from --build, --library or the installed package.
+
+    Raises:
+        UsageError: one is not there.
+    """
     if args.build:
         folder = build(args.build, gpus)
     elif args.library:
@@ -88,11 +92,18 @@ def find_binaries(args: argparse.Namespace, gpus: list[dict[str, str]]) -> tuple
             folder = Path(str(metadata.distribution("awq_trt").locate_file("awq_trt/lib")))
         except metadata.PackageNotFoundError as error:
             raise UsageError("awq_trt is not installed here: give --library DIR or --build DIR") from error
-    paths = folder / LIBRARY, folder / HOST_CHECK
+    paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             raise UsageError(f"{path} is missing: build it with `pip install .` or --build DIR")
-    return paths[0].resolve(), paths[1].resolve()
+    return [path.resolve() for path in paths]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that there is a whole one at any time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def build(folder: Path, gpus: list[dict[str, str]]) -> Path:
@@ -190,7 +201,7 @@ def main() -> int:
     seed = args.seed if args.seed is not None else int(time.time())
     gpus = hardware()
     try:
-        library, host_check = find_binaries(args, gpus)
+        library, host_check = find_files(args, gpus, LIBRARY, HOST_CHECK)
         result: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "hardware": gpus,
@@ -204,9 +215,7 @@ def main() -> int:
     except UsageError as problem:
         print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
-    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(args.output)
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
 
     plugin, engine = result["plugin"], result["engine"]
     summary = plugin["summary"] or {}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -170,9 +169,7 @@ def write(record: dict[str, Any], path: Path) -> None:
         lines = ",\n  ".join(json.dumps(list(row.values())) for row in rows)
         parts.append(f' "{name}": {{\n  "columns": {json.dumps(list(rows[0]))},\n  "rows": [\n  {lines}\n  ]\n }}')
     head = json.dumps({name: v for name, v in record.items() if name not in tables}, indent=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(head.removesuffix("\n}") + ",\n" + ",\n".join(parts) + "\n}\n")
-    temporary.replace(path)
+    gpu_check.write_text(path, head.removesuffix("\n}") + ",\n" + ",\n".join(parts) + "\n}\n")
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -198,11 +195,11 @@ def main() -> int:
     """Read, predict, write, print."""
     args = parser().parse_args()
     try:
-        plugin, host_check = gpu_check.find_binaries(argparse.Namespace(build=None, library=args.library), [])
+        found = argparse.Namespace(build=None, library=args.library)
+        plugin, host_check, library = gpu_check.find_files(found, [], gpu_check.LIBRARY, gpu_check.HOST_CHECK, LIBRARY)
     except gpu_check.UsageError as problem:
         print(f"sass_report: {problem}", file=sys.stderr)
         return 2
-    library = plugin.with_name(LIBRARY)
     kernels, loops = read_library(library)
     predicted = predicted_rows(loops, host_check)
     assumptions = {
