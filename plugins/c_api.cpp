@@ -12,8 +12,6 @@ namespace {
 
 LayerConfig LayerOf(int32_t n, int32_t k, int32_t group_size) { return {n, k, group_size, false, false, false}; }
 
-bool IsAligned(void const* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace
 
 // The number of tactics; up to `capacity` of their ids.

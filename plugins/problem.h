@@ -20,6 +20,8 @@ namespace awq_trt {
 
 enum class ActivationType : int32_t { kHalf, kBfloat16 };
 
+inline bool IsAligned(void const* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
 constexpr int32_t kMaxOutputs = 4;
 constexpr int32_t kTileN = 16, kTileK = 64;  // of the packed layout, drawn in fragments.h
 constexpr int32_t kTokenTile = 8;            // tokens of one mma

@@ -86,8 +86,6 @@ bool Agrees(Dims const& given, Dims const& expected) {
   return true;
 }
 
-bool IsAligned(void const* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace
 
 W4A16GemmPlugin::W4A16GemmPlugin(LayerConfig const& layer) noexcept : layer_(layer) {
