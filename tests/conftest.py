@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side; said before torch is imported, and to every child
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import tiny_models
@@ -12,6 +16,11 @@ import torch
 
 # A shell's `&` has SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file with the longest test first, or one process of `-n 2` would end on it alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import json
 import os
 import random
 import signal
-import threading
 import time
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return tiny_models.content(output)
 
 
-def in_child(model: Path, output: Path, log: Path, kill_after: float | None) -> tuple[int, float]:
-    """Quantize in a forked process, killed after some seconds; every block searched in earnest adds a line to `log`.
+def in_child(model: Path, output: Path, log: Path, kill: Callable[[], bool] | None) -> tuple[int, float]:
+    """Quantize in a forked process, killed once `kill()` is true; every block searched in earnest adds a line to `log`.
 
     Returns:
         Exit code (negative: signal), and seconds it ran.
@@ -64,13 +64,32 @@ def in_child(model: Path, output: Path, log: Path, kill_after: float | None) -> 
             code = 0
         finally:
             os._exit(code)
-    timer = threading.Timer(kill_after, os.kill, (child, signal.SIGKILL)) if kill_after is not None else None
-    if timer:
-        timer.start()
-    _, status = os.waitpid(child, 0)
-    if timer:
-        timer.cancel()
-    return os.waitstatus_to_exitcode(status), time.monotonic() - begin
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG if kill else 0)
+        if done:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - begin
+        if kill and kill():
+            os.kill(child, signal.SIGKILL)
+            kill = None
+        else:
+            time.sleep(0.001)
+
+
+def finished_blocks(output: Path) -> int:
+    return len(list((output.parent / f".{output.name}.partial" / "blocks").glob("*.json")))
+
+
+def some_time_after(output: Path, blocks: int, delay: float) -> Callable[[], bool]:
+    """True from `delay` seconds after the moment when that many blocks are finished; a clock alone would let a machine
+    that is slow at one time and fast at another kill every run at the same stage."""
+    reached: list[float] = []
+
+    def due() -> bool:
+        if not reached and finished_blocks(output) >= blocks:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() - reached[0] >= delay
+
+    return due
 
 
 def test_killed_at_twenty_random_instants(model: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
@@ -78,28 +97,27 @@ def test_killed_at_twenty_random_instants(model: Path, uninterrupted: dict[str, 
     generator = random.Random(int(os.environ.get("AWQ_TRT_SEED", "0")))
     code, seconds = in_child(model, tmp_path / "timed", tmp_path / "log", None)
     assert code == 0
-    kills, instants = 0, []
+    kills, stages = 0, set()
     while kills < 20:
         output, log = tmp_path / f"out{kills}", tmp_path / f"log{kills}"
         (output / "old").mkdir(parents=True)
         done, chain = False, 0
         while not done:
-            finished = len(list((tmp_path / f".{output.name}.partial" / "blocks").glob("*.json")))
+            finished = finished_blocks(output)
             before = len(log.read_text().split()) if log.exists() else 0
-            delay = generator.uniform(0.0, seconds) if chain < 8 else None
-            code, took = in_child(model, output, log, delay)
+            stage, delay = generator.randint(finished, BLOCKS), generator.uniform(0.0, seconds / 2)
+            code, took = in_child(model, output, log, some_time_after(output, stage, delay) if chain < 8 else None)
             assert code in (0, -signal.SIGKILL)
-            if code == 0 and finished == 0:  # the first run may have met a slow moment: delays would be far too long
-                seconds = min(seconds, took)
+            seconds = min(seconds, took) if code == 0 and finished == 0 else seconds  # the first may have been slow
             searched = [int(line) for line in log.read_text().split()[before:]] if log.exists() else []
             assert searched == list(range(finished, finished + len(searched))), "a finished block was searched again"
             done, chain = code == 0, chain + 1
             if not done:
                 kills += 1
-                instants.append(finished)
+                stages.add(finished_blocks(output))
         assert tiny_models.content(output) == uninterrupted
         assert [p.name for p in tmp_path.glob(".*")] == []
-    assert len(set(instants)) > 2, f"all kills came at the same stage: {instants}"
+    assert len(stages) > 2, f"all kills came at the same stages: {stages}"
 
 
 class StopError(RuntimeError):
