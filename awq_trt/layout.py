@@ -28,7 +28,6 @@ Padding (rows n >= N, columns k >= K) is q = 0, scale = 0, zero = 0; kernels rea
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 TILE_N, TILE_K = 16, 64
@@ -65,32 +64,23 @@ def supports(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 
     return why_not(n, k, group_size, dtype, sm) is None
 
 
-def pack_qweight(q: np.ndarray) -> np.ndarray:
-    """Pack q, uint8 [N, K] with values 0..15, into int32 [ceil(N/16), ceil(K/64), 32, 4]."""
+def pack_qweight(q: torch.Tensor) -> torch.Tensor:
+    """Pack q, uint8 [N, K] with values 0..15, into int32 [ceil(N/16), ceil(K/64), 32, 4], on the device of q."""
     n, k = q.shape
     tn, tk = -(-n // TILE_N), -(-k // TILE_K)
-    padded = np.zeros((tn * TILE_N, tk * TILE_K), np.uint8)
+    padded = q.new_zeros(tn * TILE_N, tk * TILE_K)
     padded[:n, :k] = q
     # n = (tn, row half h, g), k = (tk, step, column half c, t, parity p); register j = h + 2c, its nibble at 4j + 16p
-    tiles = padded.reshape(tn, 2, 8, tk, 4, 2, 4, 2).transpose(0, 3, 2, 6, 4, 7, 5, 1)
-    words = np.zeros(tiles.shape[:5], np.uint32)  # [tn, tk, g, t, step]
-    for p in range(2):
-        for c in range(2):
-            for h in range(2):
-                words |= tiles[..., p, c, h].astype(np.uint32) << np.uint32(16 * p + 4 * (h + 2 * c))
-    return words.reshape(tn, tk, 32, 4).view(np.int32)
+    halves = padded.reshape(tn, 2, 8, tk, 4, 2, 4, 2).permute(1, 0, 3, 2, 6, 4, 7, 5)  # [h, tn, tk, g, t, step, p, c]
+    return (halves[0] | halves[1] << 4).flatten().view(torch.int32).reshape(tn, tk, 32, 4)
 
 
-def unpack_qweight(qweight: np.ndarray, n: int, k: int) -> np.ndarray:
+def unpack_qweight(qweight: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Inverse of `pack_qweight`: int32 [ceil(N/16), ceil(K/64), 32, 4] to uint8 [N, K]."""
     tn, tk = qweight.shape[:2]
-    words = qweight.view(np.uint32).reshape(tn, tk, 8, 4, 4)
-    tiles = np.empty((*words.shape, 2, 2, 2), np.uint8)
-    for p in range(2):
-        for c in range(2):
-            for h in range(2):
-                tiles[..., p, c, h] = words >> np.uint32(16 * p + 4 * (h + 2 * c)) & np.uint32(15)
-    return tiles.transpose(0, 7, 2, 1, 4, 6, 3, 5).reshape(tn * TILE_N, tk * TILE_K)[:n, :k]
+    both = qweight.flatten().view(torch.uint8).reshape(tn, tk, 8, 4, 4, 2, 2)  # [tn, tk, g, t, step, p, c]
+    halves = torch.stack([both & 15, both >> 4], dim=1)  # [tn, h, tk, g, t, step, p, c]
+    return halves.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(tn * TILE_N, tk * TILE_K)[:n, :k]
 
 
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -108,19 +98,19 @@ def unpack_scales(packed: torch.Tensor, n: int) -> torch.Tensor:
     return packed.permute(0, 3, 2, 1).reshape(tn * TILE_N, groups)[:n].contiguous()
 
 
-def pack_zeros(zeros: np.ndarray) -> np.ndarray:
+def pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
     """Pack zeros, uint8 [N, G] with values 0..15, into int32 [ceil(N/16), G, 2]."""
     n, groups = zeros.shape
     tn = -(-n // TILE_N)
-    padded = np.zeros((tn * TILE_N, groups), np.uint8)
+    padded = zeros.new_zeros(tn * TILE_N, groups)
     padded[:n] = zeros
-    halves = padded.reshape(tn, 2, 8, groups).transpose(1, 0, 3, 2)  # [h, tn, G, i]
-    return np.ascontiguousarray(halves[0] | halves[1] << 4).view("<i4")
+    halves = padded.reshape(tn, 2, 8, groups).permute(1, 0, 3, 2)  # [h, tn, G, i]
+    return (halves[0] | halves[1] << 4).flatten().view(torch.int32).reshape(tn, groups, 2)
 
 
-def unpack_zeros(packed: np.ndarray, n: int) -> np.ndarray:
+def unpack_zeros(packed: torch.Tensor, n: int) -> torch.Tensor:
     """Inverse of `pack_zeros`: int32 [ceil(N/16), G, 2] to uint8 [N, G]."""
     tn, groups = packed.shape[:2]
-    both = np.ascontiguousarray(packed.astype("<i4")).view(np.uint8)  # [tn, G, i]
-    halves = np.stack([both & 15, both >> 4], axis=1)  # [tn, h, G, i]
-    return halves.transpose(0, 1, 3, 2).reshape(tn * TILE_N, groups)[:n]
+    both = packed.flatten().view(torch.uint8).reshape(tn, groups, 8)  # [tn, G, i]
+    halves = torch.stack([both & 15, both >> 4], dim=1)  # [tn, h, G, i]
+    return halves.permute(0, 1, 3, 2).reshape(tn * TILE_N, groups)[:n]

@@ -204,11 +204,11 @@ def _emit_plugin(group: list[Layer], store: Store, read: Callable[[gs.Constant],
     first, *others = [module_path(layer.name) for layer in group]
     path = "+".join([first, *(other.rpartition("/")[2] for other in others)])
     weights = [
-        _constant(f"{path}/qweight", torch.from_numpy(layout.pack_qweight(linear.q.numpy())), store),
+        _constant(f"{path}/qweight", layout.pack_qweight(linear.q), store),
         _constant(f"{path}/scales", layout.pack_scales(linear.scales), store),
     ]
     if linear.zeros is not None:
-        weights.append(_constant(f"{path}/zeros", torch.from_numpy(layout.pack_zeros(linear.zeros.numpy())), store))
+        weights.append(_constant(f"{path}/zeros", layout.pack_zeros(linear.zeros), store))
     scale = [] if linear.pre_scale is None else [_constant(f"{path}/pre_scale", linear.pre_scale, store)]
     nodes, biases, splits = group[0].nodes, group[0].biases, [layer.linear.q.shape[0] for layer in group]
     if others:

@@ -31,7 +31,7 @@ from bench.gemm import (
 from bench.gemm.measure import Settings
 from bench.gemm.methods import METHODS, PROCESSES, SHARES, Packed, named
 from bench.gemm.plot import draw
-from bench.gemm.problem import Problem, make_problem, pack_qweight, pack_words, relative_error
+from bench.gemm.problem import Problem, make_problem, pack_words, relative_error
 from bench.gemm.shapes import HEADLINE, MODELS, Shape, rotations, shapes
 
 from awq_trt import layout
@@ -101,13 +101,6 @@ def test_problem_is_the_same_for_all_and_its_reference_exact(symmetric: bool) ->
     assert not torch.equal(other.expected, one.expected)
     assert one.cast("float16") is one
     assert math.isnan(relative_error(torch.full_like(one.expected, torch.nan), one.expected))
-
-
-@pytest.mark.parametrize(("n", "k"), [(16, 64), (40, 192), (8, 96), (24, 1024)])
-def test_packing_on_a_gpu_is_the_layout_of_the_package(n: int, k: int) -> None:
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = torch.from_numpy(layout.pack_qweight(q.numpy()))
-    assert torch.equal(pack_qweight(q), expected)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

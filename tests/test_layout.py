@@ -15,9 +15,9 @@ def test_pack_puts_every_nibble_where_the_docstring_says() -> None:
     """One tile, all 1024 positions: a single 15 in Q must show up in exactly one nibble, the drawn one."""
     for n in range(16):
         for k in range(64):
-            q = np.zeros((16, 64), np.uint8)
+            q = torch.zeros(16, 64, dtype=torch.uint8)
             q[n, k] = 15
-            words = layout.pack_qweight(q).view(np.uint32)
+            words = layout.pack_qweight(q).numpy().view(np.uint32)
             step, column = divmod(k, 16)
             lane = (n % 8) * 4 + (column % 8) // 2
             shift = 4 * (n // 8 + 2 * (column // 8)) + 16 * (column % 2)
@@ -31,13 +31,13 @@ def test_pack_puts_every_nibble_where_the_docstring_says() -> None:
 def test_pack_and_unpack_are_inverse(rows: int, columns: int, groups: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     n, k = 8 * rows, 32 * columns
-    q = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    q = torch.from_numpy(rng.integers(0, 16, (n, k), dtype=np.uint8))
     packed = layout.pack_qweight(q)
     assert packed.shape == (-(-n // 16), -(-k // 64), 32, 4)
-    assert packed.dtype == np.int32
-    np.testing.assert_array_equal(layout.unpack_qweight(packed, n, k), q)
-    zeros = rng.integers(0, 16, (n, groups), dtype=np.uint8)
-    np.testing.assert_array_equal(layout.unpack_zeros(layout.pack_zeros(zeros), n), zeros)
+    assert packed.dtype == torch.int32
+    assert torch.equal(layout.unpack_qweight(packed, n, k), q)
+    zeros = torch.from_numpy(rng.integers(0, 16, (n, groups), dtype=np.uint8))
+    assert torch.equal(layout.unpack_zeros(layout.pack_zeros(zeros), n), zeros)
     scales = torch.from_numpy(rng.random((n, groups), np.float32)).half()
     assert torch.equal(layout.unpack_scales(layout.pack_scales(scales), n), scales)
 
@@ -45,13 +45,13 @@ def test_pack_and_unpack_are_inverse(rows: int, columns: int, groups: int, seed:
 def test_scales_and_zeros_of_a_lane_lie_together() -> None:
     scales = torch.arange(32, dtype=torch.float16).reshape(16, 2)
     assert layout.pack_scales(scales)[0, 1, 3].tolist() == [scales[3, 1], scales[11, 1]]
-    zeros = np.arange(16, dtype=np.uint8).reshape(16, 1)
-    as_bytes = layout.pack_zeros(zeros).view(np.uint8).reshape(-1)
+    zeros = torch.arange(16, dtype=torch.uint8).reshape(16, 1)
+    as_bytes = layout.pack_zeros(zeros).view(torch.uint8).reshape(-1)
     assert as_bytes.tolist() == [i | (i + 8) << 4 for i in range(8)]
 
 
 def test_padding_is_zero() -> None:
-    packed = layout.pack_qweight(np.full((8, 32), 15, np.uint8))
+    packed = layout.pack_qweight(torch.full((8, 32), 15, dtype=torch.uint8))
     whole = layout.unpack_qweight(packed, 16, 64)
     assert whole[:8, :32].min() == 15
     assert whole[8:].max() == 0

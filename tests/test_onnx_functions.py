@@ -53,9 +53,9 @@ def one_node(
     n, k = linear.q.shape
     elem_type = ELEM_TYPES[linear.scales.dtype]
     constants = {
-        "qweight": torch.from_numpy(layout.pack_qweight(linear.q.numpy())),
+        "qweight": layout.pack_qweight(linear.q),
         "scales": layout.pack_scales(linear.scales),
-        "zeros": None if linear.zeros is None else torch.from_numpy(layout.pack_zeros(linear.zeros.numpy())),
+        "zeros": None if linear.zeros is None else layout.pack_zeros(linear.zeros),
         "bias": bias,
         "pre_scale": linear.pre_scale,
     }

@@ -281,8 +281,8 @@ def test_layers_on_one_tensor_become_one_node(widths: tuple[int, ...], zeros: bo
     gemm = model.graph.node[1]
     assert gemm.name == "/l.0" + "".join(f"+l.{i}" for i in range(1, len(widths)))
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    q = np.concatenate([linear.q.numpy() for linear in linears.values()])
-    assert np.array_equal(layout.unpack_qweight(tensors[f"{gemm.name}/qweight"], *q.shape), q)
+    q = torch.cat([linear.q for linear in linears.values()])
+    assert torch.equal(layout.unpack_qweight(torch.from_numpy(tensors[f"{gemm.name}/qweight"].copy()), *q.shape), q)
     assert len(tensors) == 2 + zeros + biased
     if biased:
         assert np.array_equal(tensors[gemm.input[-1]], torch.cat(list(biases.values())).numpy())

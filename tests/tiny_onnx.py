@@ -115,11 +115,11 @@ def quantized(
     nodes, outputs, weights = [], [], []
     for i in range(layers):
         parts: dict[str, np.ndarray | torch.Tensor] = {
-            "qweight": pack_qweight(rng.integers(0, 16, (n, k), np.uint8)),
+            "qweight": pack_qweight(torch.from_numpy(rng.integers(0, 16, (n, k), np.uint8))).numpy(),
             "scales": pack_scales(torch.rand(n, groups).to(dtype)),
         }
         if zeros:
-            parts["zeros"] = pack_zeros(rng.integers(0, 16, (n, groups), np.uint8))
+            parts["zeros"] = pack_zeros(torch.from_numpy(rng.integers(0, 16, (n, groups), np.uint8))).numpy()
         if bias:
             parts["bias"] = torch.rand(n).to(dtype)
         if pre_scale:

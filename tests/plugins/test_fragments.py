@@ -74,7 +74,7 @@ def test_packed_words_are_the_a_fragment() -> None:
     q = np.random.default_rng(0).integers(0, 16, (n, k), dtype=np.uint8)
     padded = np.zeros((48, 192), np.uint8)
     padded[:n, :k] = q
-    words = layout.pack_qweight(q).view(np.uint32)
+    words = layout.pack_qweight(torch.from_numpy(q)).numpy().view(np.uint32)
     assert words.shape == (3, 3, 32, 4)
     for tn, tk, lane, step in np.ndindex(words.shape):
         for i in range(8):
@@ -107,7 +107,7 @@ def test_scales_and_zeros_are_the_rows_of_a_lane() -> None:
     scales = torch.arange(n * groups, dtype=torch.float16).reshape(n, groups)
     zeros = np.random.default_rng(1).integers(0, 16, (n, groups), dtype=np.uint8)
     packed_scales = layout.pack_scales(scales).numpy().reshape(-1)
-    packed_zeros = layout.pack_zeros(zeros).view(np.uint8).reshape(-1)
+    packed_zeros = layout.pack_zeros(torch.from_numpy(zeros)).numpy().view(np.uint8).reshape(-1)
     for row in range(48):
         for group in range(groups):
             entry = (row // 16 * groups + group) * 8 + row % 8

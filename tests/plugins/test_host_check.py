@@ -65,11 +65,11 @@ def _pack(linear: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -
     """The plugin's inputs one after the other, packed by awq_trt.layout."""
     parts = [
         x.view(torch.int16).numpy(),
-        layout.pack_qweight(linear.q.numpy()),
+        layout.pack_qweight(linear.q).numpy(),
         layout.pack_scales(linear.scales).view(torch.int16).numpy(),
     ]
     if linear.zeros is not None:
-        parts.append(layout.pack_zeros(linear.zeros.numpy()))
+        parts.append(layout.pack_zeros(linear.zeros).numpy())
     parts += [t.view(torch.int16).numpy() for t in (bias, linear.pre_scale) if t is not None]
     return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
 

@@ -12,7 +12,7 @@ from awq_trt import layout
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
 from bench.gemm.methods import Call, Pack, Packed, Tensors
-from bench.gemm.problem import Problem, pack_qweight
+from bench.gemm.problem import Problem
 
 LIBRARY = "libawq_trt_kernels.so"
 MAX_TACTICS = 64
@@ -33,10 +33,8 @@ def load(library: Path | None) -> Pack:
 def pack(problem: Problem) -> list[torch.Tensor | None]:
     """[qweight, scales, zeros or None] in the layout of awq_trt/layout.py, on the device of the problem."""
     layer = problem.layer
-    zeros = None if layer.zeros is None else torch.from_numpy(layout.pack_zeros(layer.zeros.cpu().numpy()))
-    device = layer.q.device
-    packed_zeros = None if zeros is None else zeros.to(device)
-    return [pack_qweight(layer.q), layout.pack_scales(layer.scales), packed_zeros]
+    zeros = None if layer.zeros is None else layout.pack_zeros(layer.zeros)
+    return [layout.pack_qweight(layer.q), layout.pack_scales(layer.scales), zeros]
 
 
 def unpacked(problem: Problem) -> Call:
@@ -47,9 +45,8 @@ def unpacked(problem: Problem) -> Call:
         qweight, scales, zeros = tensors
         assert qweight is not None
         assert scales is not None
-        q = torch.from_numpy(layout.unpack_qweight(qweight.cpu().numpy(), n, k).copy())
-        z = None if zeros is None else torch.from_numpy(layout.unpack_zeros(zeros.cpu().numpy(), n).copy())
-        layer = QuantizedLinear(q, layout.unpack_scales(scales.cpu(), n), z, problem.shape.group_size)
+        q, z = layout.unpack_qweight(qweight, n, k), None if zeros is None else layout.unpack_zeros(zeros, n)
+        layer = QuantizedLinear(q, layout.unpack_scales(scales, n), z, problem.shape.group_size)
         return y.copy_(x.float() @ layer.dequantize().float().t())
 
     return call

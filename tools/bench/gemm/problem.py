@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from awq_trt.layout import DTYPES, TILE_K, TILE_N
+from awq_trt.layout import DTYPES
 from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear, quantize_weight
 from bench.gemm.shapes import Shape
 
@@ -84,13 +84,3 @@ def pack_words(values: torch.Tensor, order: Sequence[int] = range(8)) -> torch.T
     for i, place in enumerate(order):
         words |= values[..., place].to(torch.int32) << 4 * i
     return words
-
-
-def pack_qweight(q: torch.Tensor) -> torch.Tensor:
-    """`awq_trt.layout.pack_qweight` on any device: uint8 [N, K] to int32 [ceil(N/16), ceil(K/64), 32, 4]."""
-    n, k = q.shape
-    tn, tk = -(-n // TILE_N), -(-k // TILE_K)
-    padded = torch.nn.functional.pad(q, (0, tk * TILE_K - k, 0, tn * TILE_N - n))
-    tiles = padded.reshape(tn, 2, 8, tk, 4, 2, 4, 2)  # row half h, row g; tile, step, column half c, t, parity p
-    in_word = tiles.permute(0, 3, 2, 6, 4, 7, 5, 1).reshape(tn, tk, 32, 4, 8)  # register j = h + 2c, nibble 4j + 16p
-    return pack_words(in_word).squeeze(-1)
