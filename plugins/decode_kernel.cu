@@ -2,30 +2,9 @@
 #include "kernels.h"
 
 namespace awq_trt {
-namespace {
-
-using Kernel = void (*)(GemmArgs, DecodePlan);
-
-template <typename T>
-Kernel KernelFor(int32_t token_tiles) {
-  switch (token_tiles) {
-    case 1:
-      return DecodeKernel<T, 1>;
-    case 2:
-      return DecodeKernel<T, 2>;
-    case 3:
-      return DecodeKernel<T, 3>;
-    default:
-      return DecodeKernel<T, kDecodeMaxTokenTiles>;
-  }
-}
-
-}  // namespace
-
 cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const& device,
                          cudaStream_t stream) {
-  Kernel const kernel =
-      type == ActivationType::kHalf ? KernelFor<Half>(plan.token_tiles) : KernelFor<Bfloat16>(plan.token_tiles);
+  DecodeFunction const kernel = DecodeKernelFor(type, plan.token_tiles);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   // all of it: the next layer's blocks are to fit beside these

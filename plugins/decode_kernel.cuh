@@ -95,37 +95,6 @@ AWQ_DEVICE void PrepareRing(GemmArgs const& args, Shared ring, int32_t lane) {
   SyncWarp();
 }
 
-// The A fragment of one k-step as integers: q - zero, exact. `minus_zero` is -(kOffset + zero), see MinusZeros.
-template <typename T>
-AWQ_DEVICE void IntegerFragment(uint32_t (&a)[4], uint32_t word, uint32_t const (&minus_zero)[2]) {
-  if constexpr (T::kMantissaBits >= 8) {  // a nibble at bit 4 still is mantissa: 1024 + 16 q, divided by the same FMA
-#pragma unroll
-    for (int32_t j = 0; j < 4; j += 2) {
-      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[0]);
-      a[j + 1] = Fma2<T>(AndOr(word, 0x00f000f0u, T::kExponent), T::kSixteenth, minus_zero[1]);
-      word >>= 8;
-    }
-  } else {
-#pragma unroll
-    for (int32_t j = 0; j < 4; ++j) {
-      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[j & 1]);
-      word >>= 4;
-    }
-  }
-}
-
-// What IntegerFragment adds for rows g and g + 8; `zeros` holds the zero of row g and, shifted by 4, of row g + 8.
-template <typename T>
-AWQ_DEVICE void MinusZeros(uint32_t (&minus_zero)[2], uint32_t zeros) {
-  uint32_t const both = zeros | zeros << 16;
-  minus_zero[0] = AndOr(both, 0x000f000fu, T::kExponent | kSignBits);
-  if constexpr (T::kMantissaBits >= 8) {  // -(64 + zero): one in the last place is 1/16
-    minus_zero[1] = AndOr(both, 0x00f000f0u, T::kExponentOver16 | kSignBits);
-  } else {
-    minus_zero[1] = AndOr(both >> 4, 0x000f000fu, T::kExponent | kSignBits);
-  }
-}
-
 // What a part of a unit is scaled with.
 template <typename T>
 struct PartScale {
@@ -481,6 +450,26 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
   SyncThreads();
   AddTails<T, kTokenTiles>(args, plan);
   if (plan.slices > 1) AddSlices<T, kTokenTiles>(args, plan);
+}
+
+using DecodeFunction = void (*)(GemmArgs, DecodePlan);
+
+// The kernel for tokens of up to 8 * token_tiles.
+template <typename T>
+DecodeFunction DecodeKernelFor(int32_t token_tiles) {
+  switch (token_tiles) {
+    case 1:
+      return DecodeKernel<T, 1>;
+    case 2:
+      return DecodeKernel<T, 2>;
+    case 3:
+      return DecodeKernel<T, 3>;
+    default:
+      return DecodeKernel<T, kDecodeMaxTokenTiles>;
+  }
+}
+inline DecodeFunction DecodeKernelFor(ActivationType type, int32_t token_tiles) {
+  return type == ActivationType::kHalf ? DecodeKernelFor<Half>(token_tiles) : DecodeKernelFor<Bfloat16>(token_tiles);
 }
 
 }  // namespace awq_trt

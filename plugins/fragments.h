@@ -63,19 +63,46 @@ AWQ_DEVICE uint32_t Broadcast(uint32_t pair, int32_t high) {
   return one | one << 16;
 }
 
-// The A fragment of one k-step: ((kOffset + q) - (kOffset + zero)) is exact, its product with the scale rounded once.
+// The A fragment of one k-step as integers: q - zero, exact. `minus_zero` is -(kOffset + zero), see MinusZeros.
+template <typename T>
+AWQ_DEVICE void IntegerFragment(uint32_t (&a)[4], uint32_t word, uint32_t const (&minus_zero)[2]) {
+  if constexpr (T::kMantissaBits >= 8) {  // a nibble at bit 4 still is mantissa: 1024 + 16 q, divided by the same FMA
+#pragma unroll
+    for (int32_t j = 0; j < 4; j += 2) {
+      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[0]);
+      a[j + 1] = Fma2<T>(AndOr(word, 0x00f000f0u, T::kExponent), T::kSixteenth, minus_zero[1]);
+      word >>= 8;
+    }
+  } else {
+#pragma unroll
+    for (int32_t j = 0; j < 4; ++j) {
+      a[j] = Fma2<T>(AndOr(word, 0x000f000fu, T::kExponent), T::kOne, minus_zero[j & 1]);
+      word >>= 4;
+    }
+  }
+}
+
+// What IntegerFragment adds for rows g and g + 8; `zeros` holds the zero of row g and, shifted by 4, of row g + 8.
+template <typename T>
+AWQ_DEVICE void MinusZeros(uint32_t (&minus_zero)[2], uint32_t zeros) {
+  uint32_t const both = zeros | zeros << 16;
+  minus_zero[0] = AndOr(both, 0x000f000fu, T::kExponent | kSignBits);
+  if constexpr (T::kMantissaBits >= 8) {  // -(64 + zero): one in the last place is 1/16
+    minus_zero[1] = AndOr(both, 0x00f000f0u, T::kExponentOver16 | kSignBits);
+  } else {
+    minus_zero[1] = AndOr(both >> 4, 0x000f000fu, T::kExponent | kSignBits);
+  }
+}
+
+// The A fragment of one k-step: the exact integers times their scale, rounded once.
 template <typename T>
 AWQ_DEVICE void Dequantize(uint32_t (&a)[4], WeightTile const& tile, int32_t step) {
   int32_t const half = step / 2;
+  uint32_t minus_zero[2];
+  MinusZeros<T>(minus_zero, tile.zeros[half]);
+  IntegerFragment<T>(a, tile.q.w[step], minus_zero);
 #pragma unroll
-  for (int32_t j = 0; j < 4; ++j) {
-    int32_t const row_half = j & 1;
-    uint32_t const q = (tile.q.w[step] >> (4 * j) & 0x000f000fu) | T::kExponent;
-    uint32_t const zero = tile.zeros[half] >> (4 * row_half) & 0xfu;
-    uint32_t const minus_zero = zero | zero << 16 | T::kExponent | kSignBits;
-    uint32_t const integer = Fma2<T>(q, T::kOne, minus_zero);
-    a[j] = Fma2<T>(integer, Broadcast(tile.scales[half], row_half), kSignBits);
-  }
+  for (int32_t j = 0; j < 4; ++j) a[j] = Fma2<T>(a[j], Broadcast(tile.scales[half], j & 1), kSignBits);
 }
 
 // Where row n goes: the output it belongs to, at token 0, and how far the next token is.

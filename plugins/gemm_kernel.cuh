@@ -164,4 +164,24 @@ inline int64_t GemmBlocks(GemmArgs const& args, int32_t token_tiles) {
   return token_blocks * CeilDiv(args.n, kGemmN);
 }
 
+using GemmFunction = void (*)(GemmArgs);
+
+// nullptr where token_tiles is not 4, 8 or 16.
+template <typename T>
+GemmFunction GemmKernelFor(int32_t token_tiles) {
+  switch (token_tiles) {
+    case 4:
+      return GemmKernel<T, 4>;
+    case 8:
+      return GemmKernel<T, 8>;
+    case 16:
+      return GemmKernel<T, 16>;
+    default:
+      return nullptr;
+  }
+}
+inline GemmFunction GemmKernelFor(ActivationType type, int32_t token_tiles) {
+  return type == ActivationType::kHalf ? GemmKernelFor<Half>(token_tiles) : GemmKernelFor<Bfloat16>(token_tiles);
+}
+
 }  // namespace awq_trt

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import gpu_check
 from bench.gemm import targets
+from bench.gemm.method_awq_trt import LIBRARY
 from bench.gemm.shapes import HEADLINE, TOKENS, Shape, shapes
 from bench.sass import prediction
 from bench.sass.listing import ARCHITECTURES, PIPES, Kernel, count, read_kernels, versions
@@ -34,7 +35,6 @@ from bench.sass.prediction import DEFAULT_TACTIC, GPUS, TACTICS, Cell, Gpu, Plan
 from awq_trt.plugin import library_version
 
 NOT_MEASURED = "predicted, not measured"
-LIBRARY = "libawq_trt_kernels.so"
 GROUP_SIZE = {4: 32, 2: 64, 1: 128}
 """Parts of a unit that are scaled separately -> group size; 128 stands for all larger ones."""
 
