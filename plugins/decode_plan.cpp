@@ -5,33 +5,10 @@
 namespace awq_trt {
 namespace {
 
-constexpr int32_t kReservedBytes = 1024;                           // of shared memory, by the system, for every block
 constexpr int32_t kLeastSharedBytes = 100 << 10, kLeastWarps = 8;  // of a multiprocessor: sm_86, sm_89, sm_120
 constexpr int32_t kMostWaves = 4;                                  // of blocks that fit at once
 constexpr double kSplitNanoseconds = 1100;                         // fence, addition and one more trip to L2
 constexpr double kWaveNanoseconds = 1000;                          // until a new block's rings are full
-constexpr double kL2Ratio = 2;                                     // bandwidth of L2 over that of device memory
-
-// What is known of a generation before anything is measured.
-struct Architecture {
-  int32_t sm;        // this one and newer, up to the next row
-  double bandwidth;  // bytes per nanosecond for one multiprocessor: of the datasheet, over the multiprocessors
-  int32_t warps;     // of one multiprocessor: what keeps bandwidth * 1 microsecond under way, if shared memory allows
-};
-constexpr Architecture kArchitectures[] = {{80, 18.0, 16},   // A100 80 GB: 2039 / 108
-                                           {86, 11.0, 8},    // RTX 3090: 936 / 82
-                                           {89, 7.9, 8},     // RTX 4090: 1008 / 128
-                                           {90, 25.0, 16},   // H100 SXM: 3350 / 132
-                                           {100, 54.0, 16},  // B200: 8000 / 148
-                                           {120, 10.5, 8}};  // RTX 5090: 1792 / 170
-
-Architecture const& ArchitectureOf(int32_t sm) {
-  Architecture const* found = &kArchitectures[0];
-  for (Architecture const& row : kArchitectures) {
-    if (row.sm <= sm) found = &row;
-  }
-  return *found;
-}
 
 int32_t SharedBytes(int32_t warps, int32_t token_tiles, int32_t rows, int32_t row_bytes) {
   return warps * StripTiles(token_tiles) * (kDecodeStages * kStageBytes + token_tiles * kSumsBytes) + rows * row_bytes;
@@ -72,7 +49,7 @@ bool PlanDecode(GemmArgs const& args, DecodePolicy const& policy, Device const& 
   int32_t const at_once = device.multiprocessors * policy.blocks_per_multiprocessor;  // blocks
   Architecture const& architecture = ArchitectureOf(device.sm);
   double const bandwidth = architecture.bandwidth / policy.blocks_per_multiprocessor;  // of one block
-  int32_t const warps = architecture.warps / policy.blocks_per_multiprocessor / strip_tiles;
+  int32_t const warps = architecture.decode_warps / policy.blocks_per_multiprocessor / strip_tiles;
 
   DecodePlan base{};
   base.token_tiles = token_tiles;

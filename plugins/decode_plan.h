@@ -18,6 +18,7 @@
 // theirs in the workspace, added in the order of the slices by the block that arrives last.
 #pragma once
 
+#include "gpu.h"
 #include "problem.h"
 
 namespace awq_trt {
@@ -39,13 +40,6 @@ constexpr int32_t kSumsBytes = kTileN * kTokenTile * 4;  // of 16 features and a
 // Rows of 16 features in a strip.
 AWQ_HOST_DEVICE int32_t StripTiles(int32_t token_tiles) { return token_tiles > 2 ? 2 : 1; }
 
-// `total` items cut into parts whose sizes differ by at most one, the larger ones first.
-struct Cut {
-  int32_t base, extra;
-  AWQ_HOST_DEVICE int32_t Begin(int32_t part) const { return part * base + (part < extra ? part : extra); }
-  AWQ_HOST_DEVICE int32_t Size(int32_t part) const { return base + (part < extra ? 1 : 0); }
-};
-
 struct DecodePlan {
   int32_t token_tiles;  // ceil(tokens / 8)
   int32_t warp_shift;   // warps per block: 1 << warp_shift
@@ -59,13 +53,6 @@ struct DecodePlan {
   int32_t shared_bytes;           // of a block
 
   AWQ_HOST_DEVICE int32_t warps() const { return 1 << warp_shift; }
-};
-
-// What a plan needs to know of a GPU.
-struct Device {
-  int32_t sm;               // compute capability times ten
-  int32_t multiprocessors;  //
-  int32_t shared_bytes;     // of a multiprocessor that its blocks may use together
 };
 
 // One way to divide a layer; the best one depends on layer, tokens and GPU, so TensorRT times them.

@@ -13,6 +13,7 @@ cudaError_t QueryDevice(Device& device) {
   get(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   get(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   device.sm = 10 * major + minor;
+  device.wgmma = device.sm == 90 && HasWgmma();
   return error;
 }
 

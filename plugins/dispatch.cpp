@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace awq_trt {
@@ -11,17 +13,23 @@ Tactic const* FindTactic(int32_t id) {
 }
 
 size_t WorkspaceBytes(LayerConfig const& layer, int64_t tokens) {
-  return DecodeWorkspaceBytes(layer.out_features, layer.in_features, tokens);
+  int32_t const n = layer.out_features, k = layer.in_features;
+  return std::max(DecodeWorkspaceBytes(n, k, tokens), GemmWorkspaceBytes(n, k, tokens));
 }
 
-size_t CounterBytes(LayerConfig const& layer) { return sizeof(uint32_t) * CeilDiv(layer.out_features, kTileN); }
+size_t CounterBytes(LayerConfig const& layer) {
+  return sizeof(uint32_t) * std::max(CeilDiv(layer.out_features, kTileN), kMaxSplitTiles);
+}
 
 cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tactic, Device const& device,
                    cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
-  DecodePlan plan;
-  if (PlanDecode(args, tactic.decode, device, plan)) return LaunchDecode(args, type, plan, device, stream);
-  return LaunchGemm(args, type, tactic.token_tiles, stream);
+  DecodePlan decode;
+  if (PlanDecode(args, tactic.decode, device, decode)) return LaunchDecode(args, type, decode, device, stream);
+  GemmPlan gemm;
+  if (!PlanGemm(args, tactic.gemm, device, gemm)) return cudaErrorInvalidConfiguration;
+  return kGemmTiles[gemm.tile].wgmma ? LaunchWgmma(args, type, gemm, device, stream)
+                                     : LaunchGemm(args, type, gemm, device, stream);
 }
 
 }  // namespace awq_trt

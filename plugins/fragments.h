@@ -28,7 +28,6 @@
 namespace awq_trt {
 
 constexpr int32_t kStepK = 16, kSteps = kTileK / kStepK;
-constexpr int32_t kWarp = 32;
 
 // What one lane holds of a tile of weights. A group covers at least 32 columns, so a tile has at most two.
 struct WeightTile {

@@ -1,15 +1,14 @@
 #include "gemm_kernel.cuh"
 #include "kernels.h"
+#include "launch.h"
 
 namespace awq_trt {
 
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, int32_t token_tiles, cudaStream_t stream) {
-  int64_t const blocks = GemmBlocks(args, token_tiles);
-  if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  GemmFunction const kernel = GemmKernelFor(type, token_tiles);
-  if (kernel == nullptr) return cudaErrorInvalidValue;
-  kernel<<<static_cast<uint32_t>(blocks), kGemmThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+                       cudaStream_t stream) {
+  GemmTile const& tile = kGemmTiles[plan.tile];
+  LaunchShape const shape{dim3(plan.blocks), tile.warps * kWarp, plan.shared_bytes};
+  return LaunchEarly(GemmKernelFor(type, tile), shape, device, stream, args, plan);
 }
 
 }  // namespace awq_trt

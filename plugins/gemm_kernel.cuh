@@ -1,187 +1,195 @@
-// Many tokens: tensor cores with the weights straight from memory to registers.
+// Many tokens, with mma.sync: every architecture, and what wgmma_kernel.cuh does not take.
 //
-// A block of 4 warps computes 128 output features x 8 * kTokenTiles tokens. Each warp owns 32 of the features, so no
-// two warps need the same weight: weights never pass through shared memory, one tile is prefetched in registers. All
-// warps need all tokens: X goes through a ring of kStages shared tiles, filled by cp.async two tiles ahead.
-//
-// A row of an X tile is 64 columns = 8 chunks of 16 bytes; chunk c of row m lies at c ^ (m % 8), so that the 8 rows
-// that one ldmatrix phase reads fall into different banks.
+// A block of kWarps warps computes tiles of 32 * kWarps output features x 8 * kTokenTiles tokens (gemm_plan.h). Units
+// of W and X come through a ring of plan.stages stages, filled by cp.async across the ends of tiles: while one tile is
+// stored, the next one's units are under way. A warp dequantizes its own 32 features in registers, no two warps the
+// same; all warps read all tokens.
 #pragma once
 
-#include "fragments.h"
+#include "gemm_tiles.cuh"
 
 namespace awq_trt {
 
-constexpr int32_t kGemmWarps = 4, kGemmThreads = kGemmWarps * kWarp;
-constexpr int32_t kWarpTilesN = 2;                             // tiles of 16 output features per warp
-constexpr int32_t kGemmN = kGemmWarps * kWarpTilesN * kTileN;  // output features per block
-constexpr int32_t kStages = 3;                                 // 3 * 16 KB at 128 tokens: the static limit of 48 KB
-constexpr int32_t kChunk = 8, kRowChunks = kTileK / kChunk;    // elements per 16 bytes, chunks per row
-constexpr int32_t kOutputStride = kGemmN + kChunk;             // of a staged row of Y, padded against bank conflicts
+constexpr int32_t kWarpStrips = 2;                           // of 16 features
+constexpr int32_t kChunk = 8, kRowChunks = kTileK / kChunk;  // elements in 16 bytes; chunks of a token in a unit
 
-// Fill one X tile: rows first_token.., columns tile_k * 64..; zeros beyond the last token and the last column.
-template <int kTokens>
-AWQ_DEVICE void FillTokenTile(GemmArgs const& args, Words* tile, int32_t first_token, int32_t tile_k) {
-#pragma unroll 1  // addresses of all rows at once would cost the accumulators' registers
-  for (int32_t i = 0; i < kTokens * kRowChunks / kGemmThreads; ++i) {
-    int32_t const index = i * kGemmThreads + ThreadIndex();
-    int32_t const row = index / kRowChunks, chunk = index % kRowChunks;
-    int32_t const column = tile_k * kTileK + chunk * kChunk;
-    bool const valid = first_token + row < args.tokens && column < args.k;
-    uint16_t const* source = args.x + (valid ? static_cast<int64_t>(first_token + row) * args.k + column : 0);
-    Words* target = tile + row * kRowChunks + (chunk ^ (row % 8));
-    if (args.x_aligned) {
-      CopyAsync(SharedOf(target), source, valid);
-      continue;
-    }
-    Words words = {};
-    if (valid) {
+// What a thread copies next.
+template <int kWarps, int kTokens>
+struct GemmFetch {
+  static constexpr int32_t kThreads = kWarps * kWarp, kStrips = kWarps * kWarpStrips;
+  static constexpr int32_t kRowStep = kThreads / kRowChunks;  // tokens, a multiple of 8
+
+  Pieces pieces;
+  Piece piece;  // its unit `begin` is next
+  char const* q[kWarpStrips];
+  char const* x;   // of the first token and chunk
+  int32_t tokens;  // from that token on
+  int32_t first_strip;
+  bool more;
+
+  AWQ_DEVICE GemmFetch(GemmArgs const& args, GemmPlan const& plan) : pieces(plan, BlockIndex()) { Begin(args, plan); }
+
+  AWQ_DEVICE void Begin(GemmArgs const& args, GemmPlan const& plan) {
+    more = pieces.Next(plan, piece);
+    if (!more) return;
+    TileAt const at = LocateTile(plan, piece.tile);
+    int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp, last = CeilDiv(args.n, kTileN) - 1;
+    first_strip = at.row * kStrips;
 #pragma unroll
-      for (int32_t e = 0; e < kChunk; ++e) {
-        words.w[e / 2] |= static_cast<uint32_t>(Load16(source + e)) << (16 * (e % 2));
-      }
+    for (int32_t i = 0; i < kWarpStrips; ++i) {
+      int32_t const strip = first_strip + warp * kWarpStrips + i;
+      int64_t const tile = static_cast<int64_t>(strip < last ? strip : last) * plan.units + piece.begin;
+      q[i] = reinterpret_cast<char const*>(args.qweight) + tile * (kWarp * 16) + lane * 16;
     }
-    *target = words;
+    int32_t const token = at.token * kTokens + ThreadIndex() / kRowChunks;
+    int64_t const column = piece.begin * kTileK + ThreadIndex() % kRowChunks * kChunk;
+    tokens = args.tokens - token;
+    x = reinterpret_cast<char const*>(args.x) + 2 * (static_cast<int64_t>(token) * args.k + column);
   }
-}
 
-// Write the accumulators of a block, plus bias, as rows of Y: through shared memory, so that stores are 16 bytes.
-template <typename T, int kTokenTiles>
-AWQ_DEVICE void StoreOutput(GemmArgs const& args, float const (&acc)[kWarpTilesN][kTokenTiles][4], uint16_t* staged,
-                            int32_t first_token, int32_t first_n) {
-  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  AWQ_DEVICE void FillWeights(GemmArgs const& args, Shared stage) const {
+    StageLayout const layout(kStrips, kTokens);
+    int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
 #pragma unroll
-  for (int32_t i = 0; i < kWarpTilesN; ++i) {
+    for (int32_t i = 0; i < kWarpStrips; ++i) {
+      CopyAsync(stage + layout.q + (warp * kWarpStrips + i) * (kWarp * 16) + lane * 16, q[i], true);
+    }
+    if (lane < 2 * kWarpStrips) {
+      CopyScales(args, layout, stage, first_strip, warp * kWarpStrips + lane / 2, piece.begin, lane % 2);
+    }
+  }
+
+  AWQ_DEVICE void FillTokens(GemmArgs const& args, Shared stage) const {
+    int32_t const row = ThreadIndex() / kRowChunks, chunk = ThreadIndex() % kRowChunks;
+    bool const columns = piece.begin * kTileK + chunk * kChunk < args.k;
+    Shared const target = stage + row * (kRowChunks * 16) + (chunk ^ (row % 8)) * 16;
 #pragma unroll
-    for (int32_t h = 0; h < 2; ++h) {
-      int32_t const row = (warp * kWarpTilesN + i) * kTileN + lane / 4 + 8 * h;
-      bool const add = args.bias != nullptr && first_n + row < args.n;
-      float const bias = add ? ToFloat<T>(Load16(args.bias + first_n + row)) : 0.0f;
+    for (int32_t i = 0; i < kTokens / kRowStep; ++i) {
+      bool const valid = columns && i * kRowStep < tokens;
+      char const* const source = x + static_cast<int64_t>(i * kRowStep) * 2 * args.k;
+      Shared const to = target + i * (kRowStep * kRowChunks * 16);
+      if (args.x_aligned) {
+        CopyAsync(to, source, valid);
+        continue;
+      }
+      Words words = {};
+      if (valid) {
 #pragma unroll
-      for (int32_t j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int32_t e = 0; e < 2; ++e) {
-          int32_t const token = j * kTokenTile + 2 * (lane % 4) + e;
-          staged[token * kOutputStride + row] = FromFloat<T>(acc[i][j][2 * h + e] + bias);
+        for (int32_t e = 0; e < kChunk; ++e) {
+          words.w[e / 2] |= static_cast<uint32_t>(Load16(source + 2 * e)) << (16 * (e % 2));
         }
       }
+      StoreShared(to, words);
     }
   }
-  SyncThreads();
-  constexpr int32_t kOutputChunks = kGemmN / kChunk;
-  for (int32_t i = ThreadIndex(); i < kTokenTiles * kTokenTile * kOutputChunks; i += kGemmThreads) {
-    int32_t const token = i / kOutputChunks, row = i % kOutputChunks * kChunk;
-    if (first_token + token >= args.tokens || first_n + row >= args.n) continue;  // N is a multiple of the chunk
-    uint16_t const* source = staged + token * kOutputStride + row;
-    Output const output = OutputOf(args, first_n + row);  // an output has whole chunks of rows
-    uint16_t* target = output.y + static_cast<int64_t>(first_token + token) * output.stride;
-    if (args.y_aligned) {
-      StoreWords(target, *reinterpret_cast<Words const*>(source));
-    } else {
-      for (int32_t e = 0; e < kChunk; ++e) Store16(target + e, source[e]);
+
+  AWQ_DEVICE void Advance(GemmArgs const& args, GemmPlan const& plan) {
+    if (++piece.begin == piece.end) return Begin(args, plan);
+    x += kTileK * 2;
+#pragma unroll
+    for (int32_t i = 0; i < kWarpStrips; ++i) q[i] += kWarp * 16;
+  }
+};
+
+// acc += the unit in a stage.
+template <typename T, int kWarps, int kTokenTiles>
+AWQ_DEVICE void MultiplyStage(GemmArgs const& args, Accumulators<kWarpStrips, kTokenTiles>& acc, Shared stage,
+                              int32_t unit, int32_t warp, int32_t lane) {
+  StageLayout const layout(kWarps * kWarpStrips, kTokenTiles * kTokenTile);
+  WeightTile weights[kWarpStrips];
+#pragma unroll
+  for (int32_t i = 0; i < kWarpStrips; ++i) weights[i] = LoadStageTile(layout, stage, warp * kWarpStrips + i, lane);
+  Shared const row = stage + (lane / 16 * kTokenTile + lane % 8) * (kRowChunks * 16);
+#pragma unroll
+  for (int32_t step = 0; step < kSteps; ++step) {
+    uint32_t a[kWarpStrips][4];
+#pragma unroll
+    for (int32_t i = 0; i < kWarpStrips; ++i) Dequantize<T>(a[i], weights[i], step);
+    if (args.pre_scale != nullptr) {
+      ColumnScales const scales = LoadColumnScales(args, unit, step, lane);
+#pragma unroll
+      for (int32_t i = 0; i < kWarpStrips; ++i) MultiplyColumns<T>(a[i], scales);
+    }
+    int32_t const chunk = ((2 * step + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; j += 2) {  // two tiles of tokens, two chunks of 8 columns each
+      uint32_t b[4];
+      LoadMatrices(b, row + j * (kTokenTile * kRowChunks * 16) + chunk);
+#pragma unroll
+      for (int32_t i = 0; i < kWarpStrips; ++i) {
+        Mma<T>(acc[i][j], a[i], b[0], b[1]);
+        Mma<T>(acc[i][j + 1], a[i], b[2], b[3]);
+      }
     }
   }
 }
 
-template <typename T, int kTokenTiles>
-AWQ_KERNEL(kGemmThreads, 1)
-GemmKernel(GemmArgs const args) {
-  constexpr int32_t kTokens = kTokenTile * kTokenTiles;
-  constexpr int32_t kStageWords = kTokens * kRowChunks;
-  AWQ_SHARED Words shared[kStages * kStageWords];
-  static_assert(kTokens * kOutputStride * 2 <= kStages * kStageWords * 16, "Y is staged where X was");
-
+template <typename T, int kWarps, int kTokenTiles>
+AWQ_KERNEL(kWarps* kWarp, 1)
+GemmKernel(GemmArgs const args, GemmPlan const plan) {
+  constexpr int32_t kTokens = kTokenTiles * kTokenTile, kStrips = kWarps * kWarpStrips;
+  StageLayout const layout(kStrips, kTokens);
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  int32_t const n_blocks = CeilDiv(args.n, kGemmN), n_tiles = CeilDiv(args.n, kTileN);
-  int32_t const k_tiles = CeilDiv(args.k, kTileK);
-  int32_t const first_n = BlockIndex() % n_blocks * kGemmN, first_token = BlockIndex() / n_blocks * kTokens;
+  Shared const ring = DynamicShared(), ring_end = ring + plan.stages * layout.bytes;
+  PrepareZeros(args, layout, ring, plan.stages, layout.bytes, kStrips, kWarps * kWarp);
 
-  int32_t tile_n[kWarpTilesN];  // beyond N the last tile is computed once more and not stored
-#pragma unroll
-  for (int32_t i = 0; i < kWarpTilesN; ++i) {
-    int32_t const tile = first_n / kTileN + warp * kWarpTilesN + i;
-    tile_n[i] = tile < n_tiles ? tile : n_tiles - 1;
+  GemmFetch<kWarps, kTokens> fetch(args, plan);
+  {  // weights do not depend on the kernel before this one, X does
+    GemmFetch<kWarps, kTokens> weights = fetch;
+    for (Shared stage = ring; stage < ring_end - layout.bytes && weights.more; stage += layout.bytes) {
+      weights.FillWeights(args, stage);
+      weights.Advance(args, plan);
+    }
   }
-
-  WeightTile next[kWarpTilesN];
-#pragma unroll
-  for (int32_t i = 0; i < kWarpTilesN; ++i) next[i] = LoadWeightTile(args, tile_n[i], 0, lane);
-#pragma unroll
-  for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < k_tiles) FillTokenTile<kTokens>(args, shared + stage * kStageWords, first_token, stage);
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  for (Shared stage = ring; stage < ring_end - layout.bytes; stage += layout.bytes) {
+    if (fetch.more) {
+      fetch.FillTokens(args, stage);
+      fetch.Advance(args, plan);
+    }
     CommitCopies();
   }
 
-  float acc[kWarpTilesN][kTokenTiles][4] = {};
-  for (int32_t tile_k = 0; tile_k < k_tiles; ++tile_k) {
-    WaitCopies<kStages - 2>();  // X tile tile_k has arrived
-    SyncThreads();              // for every thread, and nobody reads tile_k - 1 any more
-    int32_t const ahead = tile_k + kStages - 1;
-    if (ahead < k_tiles) FillTokenTile<kTokens>(args, shared + ahead % kStages * kStageWords, first_token, ahead);
-    CommitCopies();
-
-    WeightTile weights[kWarpTilesN];
-#pragma unroll
-    for (int32_t i = 0; i < kWarpTilesN; ++i) {
-      weights[i] = next[i];
-      if (tile_k + 1 < k_tiles) next[i] = LoadWeightTile(args, tile_n[i], tile_k + 1, lane);
-    }
-
-    Words const* tokens = shared + tile_k % kStages * kStageWords;
-#pragma unroll
-    for (int32_t step = 0; step < kSteps; ++step) {
-      int32_t const column = tile_k * kTileK + step * kStepK + 2 * (lane % 4);
-      bool const scaled = args.pre_scale != nullptr;
-      uint32_t const low = scaled ? LoadPreScale(args, column) : 0, high = scaled ? LoadPreScale(args, column + 8) : 0;
-      uint32_t a[kWarpTilesN][4];
-#pragma unroll
-      for (int32_t i = 0; i < kWarpTilesN; ++i) Dequantize<T>(a[i], weights[i], step);
-#pragma unroll
-      for (int32_t j = 0; j < kTokenTiles; j += 2) {  // two token tiles, two chunks of 8 columns each
-        int32_t const row = (j + lane / 16) * kTokenTile + lane % 8, chunk = 2 * step + lane / 8 % 2;
-        uint32_t b[4];
-        LoadMatrices(b, SharedOf(tokens + row * kRowChunks + (chunk ^ (row % 8))));
-        if (scaled) {
-          b[0] = Multiply<T>(b[0], low), b[1] = Multiply<T>(b[1], high);
-          b[2] = Multiply<T>(b[2], low), b[3] = Multiply<T>(b[3], high);
-        }
-#pragma unroll
-        for (int32_t i = 0; i < kWarpTilesN; ++i) {
-          Mma<T>(acc[i][j], a[i], b[0], b[1]);
-          Mma<T>(acc[i][j + 1], a[i], b[2], b[3]);
-        }
+  Shared stage = ring, free_stage = ring_end - layout.bytes;
+  Piece piece;
+#pragma unroll 1
+  for (Pieces pieces(plan, BlockIndex()); pieces.Next(plan, piece);) {
+    Accumulators<kWarpStrips, kTokenTiles> acc;
+    ClearSums<kWarpStrips, kTokenTiles>(acc);
+#pragma unroll 1
+    for (int32_t unit = piece.begin; unit < piece.end; ++unit) {
+      if (plan.stages == kMmaStages) {
+        WaitCopies<kMmaStages - 2>();
+      } else {
+        WaitCopies<kMmaStages - 3>();
       }
+      SyncThreads();  // the unit has arrived for every thread, and nobody reads the one before any more
+      if (fetch.more) {
+        fetch.FillWeights(args, free_stage);
+        fetch.FillTokens(args, free_stage);
+        fetch.Advance(args, plan);
+      }
+      CommitCopies();
+      MultiplyStage<T, kWarps, kTokenTiles>(args, acc, stage, unit, warp, lane);
+      free_stage = stage;
+      stage = stage + layout.bytes == ring_end ? ring : stage + layout.bytes;
     }
+    FinishPiece<T, kWarps, kWarpStrips, kTokenTiles>(args, plan, piece, acc, ring_end, warp, lane);
   }
-  WaitCopies<0>();
-  SyncThreads();  // the last X tile has been read: its place takes Y
-  StoreOutput<T, kTokenTiles>(args, acc, reinterpret_cast<uint16_t*>(shared), first_token, first_n);
 }
 
-inline int64_t GemmBlocks(GemmArgs const& args, int32_t token_tiles) {
-  int64_t const token_blocks =
-      (static_cast<int64_t>(args.tokens) + kTokenTile * token_tiles - 1) / (kTokenTile * token_tiles);
-  return token_blocks * CeilDiv(args.n, kGemmN);
-}
+using GemmFunction = void (*)(GemmArgs, GemmPlan);
 
-using GemmFunction = void (*)(GemmArgs);
-
-// nullptr where token_tiles is not 4, 8 or 16.
+// nullptr where `tile` is not for these kernels.
 template <typename T>
-GemmFunction GemmKernelFor(int32_t token_tiles) {
-  switch (token_tiles) {
-    case 4:
-      return GemmKernel<T, 4>;
-    case 8:
-      return GemmKernel<T, 8>;
-    case 16:
-      return GemmKernel<T, 16>;
-    default:
-      return nullptr;
-  }
+GemmFunction GemmKernelFor(GemmTile const& tile) {
+  if (tile.wgmma || tile.strips != kWarpStrips) return nullptr;
+  if (tile.tokens == 64) return tile.warps == 4 ? GemmKernel<T, 4, 8> : GemmKernel<T, 8, 8>;
+  return tile.warps == 4 ? GemmKernel<T, 4, 16> : GemmKernel<T, 8, 16>;
 }
-inline GemmFunction GemmKernelFor(ActivationType type, int32_t token_tiles) {
-  return type == ActivationType::kHalf ? GemmKernelFor<Half>(token_tiles) : GemmKernelFor<Bfloat16>(token_tiles);
+inline GemmFunction GemmKernelFor(ActivationType type, GemmTile const& tile) {
+  return type == ActivationType::kHalf ? GemmKernelFor<Half>(tile) : GemmKernelFor<Bfloat16>(tile);
 }
 
 }  // namespace awq_trt

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "decode_plan.h"
+#include "gemm_plan.h"
 #include "problem.h"
 
 namespace awq_trt {
@@ -12,16 +13,15 @@ namespace awq_trt {
 struct Tactic {
   int32_t id;           // what TensorRT stores: unique, never 0
   DecodePolicy decode;  // up to kDecodeMaxTokens
-  int32_t token_tiles;  // tokens / 8 of a block of the tensor-core kernel, beyond: 4, 8 or 16
+  GemmPolicy gemm;      // beyond
 };
 
-constexpr Tactic kTactics[] = {{1, {1, Split::kEstimated}, 8},
-                               {2, {2, Split::kEstimated}, 4},
-                               {3, {1, Split::kFewest}, 16},
-                               {4, {2, Split::kDouble}, 8}};
+constexpr Tactic kTactics[] = {{1, {1, Split::kEstimated}, {0, true}},
+                               {2, {2, Split::kEstimated}, {0, false}},
+                               {3, {1, Split::kFewest}, {1, true}},
+                               {4, {2, Split::kDouble}, {-1, true}}};
 constexpr int32_t kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
-constexpr int32_t kMaxTokens = 1 << 30;    // of one call
-constexpr int64_t kMaxBlocks = INT32_MAX;  // of one launch
+constexpr int32_t kMaxTokens = 1 << 30;  // of one call
 
 // The tactic of that id, or nullptr. Id 0 is TensorRT's default and means the first.
 Tactic const* FindTactic(int32_t id);
@@ -38,14 +38,18 @@ size_t WorkspaceBytes(LayerConfig const& layer, int64_t tokens);
 size_t CounterBytes(LayerConfig const& layer);
 
 // Launch the kernel that the tactic chooses for args.tokens; nothing to do for no tokens. Pointers are device memory.
-// cudaErrorInvalidConfiguration where the launch needs more than kMaxBlocks blocks.
+// cudaErrorInvalidConfiguration where there are more tiles than can be counted.
 cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tactic, Device const& device,
                    cudaStream_t stream);
 
-// The two kernels. Decode runs what PlanDecode planned for these args; gemm is correct for every number of tokens,
-// token_tiles is 4, 8 or 16.
+// The kernels: each runs what was planned for these args. Decode and Gemm are for every GPU, Wgmma for sm_90, where
+// HasWgmma says that it is in this library.
 cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const& device,
                          cudaStream_t stream);
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, int32_t token_tiles, cudaStream_t stream);
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+                       cudaStream_t stream);
+cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+                        cudaStream_t stream);
+bool HasWgmma();
 
 }  // namespace awq_trt

@@ -1,10 +1,10 @@
 // What the operator W4A16Gemm computes, as plain data: no CUDA call and no TensorRT in this header.
 //
-//   Y[m, n] = sum_k (X[m, k] * pre_scale[k]) * W[n, k] + bias[n]
+//   Y[m, n] = sum_k X[m, k] * pre_scale[k] * W[n, k] + bias[n]
 //   W[n, k] = (q[n, k] - zero[n, k / group]) * scale[n, k / group]      zero = 8 where there are no zeros
 //
-// X * pre_scale is rounded to the type of X; W may be; sums are fp32. Layers that read the same X can be one: their
-// rows follow each other in W, and Y is cut at `splits` into one output per layer.
+// W may be rounded to the type of X, and either X * pre_scale or W * pre_scale is; sums are fp32. Layers that read the
+// same X can be one: their rows follow each other in W, and Y is cut at `splits` into one output per layer.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +27,18 @@ constexpr int32_t kTileN = 16, kTileK = 64;  // of the packed layout, drawn in f
 constexpr int32_t kTokenTile = 8;            // tokens of one mma
 
 AWQ_HOST_DEVICE int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+// `total` items cut into parts whose sizes differ by at most one, the larger ones first.
+struct Cut {
+  int32_t base, extra;
+  AWQ_HOST_DEVICE int32_t Begin(int32_t part) const { return part * base + (part < extra ? part : extra); }
+  AWQ_HOST_DEVICE int32_t Size(int32_t part) const { return base + (part < extra ? 1 : 0); }
+  // The part of an item.
+  AWQ_HOST_DEVICE int32_t PartOf(int32_t item) const {
+    int32_t const larger = extra * (base + 1);
+    return item < larger ? item / (base + 1) : extra + (item - larger) / base;
+  }
+};
 
 // One layer: its shape and which optional inputs it has.
 struct LayerConfig {

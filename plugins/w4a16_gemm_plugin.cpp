@@ -1,5 +1,6 @@
 #include "w4a16_gemm_plugin.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
 #include <new>
@@ -234,9 +235,8 @@ size_t W4A16GemmPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, 
   Dims const& x = inputs[0].max;
   int64_t tokens = 1;
   for (int32_t i = 0; i + 1 < x.nbDims; ++i) {
-    tokens = x.d[i] < 0 || x.d[i] > kDecodeMaxTokens ? kDecodeMaxTokens : tokens * x.d[i];
-    if (tokens > kDecodeMaxTokens) tokens = kDecodeMaxTokens;  // more than this need none
     if (x.d[i] == 0) return 0;
+    tokens = x.d[i] < 0 || x.d[i] > kMaxTokens ? kMaxTokens : std::min<int64_t>(tokens * x.d[i], kMaxTokens);
   }
   return WorkspaceBytes(layer_, tokens);
 }
@@ -343,14 +343,12 @@ int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTens
     return kFailure;
   }
   args.x_aligned = IsAligned(args.x, 16);
-  if (tokens <= kDecodeMaxTokens) {
-    if (!Attach()) return kFailure;
-    args.workspace = workspace;
-    args.counters = counters_;
-    if (WorkspaceBytes(layer_, tokens) > 0 && (workspace == nullptr || !IsAligned(workspace, 16))) {
-      LogError("enqueue: the workspace is at address %p, need a multiple of 16 bytes", workspace);
-      return kFailure;
-    }
+  if (!Attach()) return kFailure;
+  args.workspace = workspace;
+  args.counters = counters_;
+  if (WorkspaceBytes(layer_, tokens) > 0 && (workspace == nullptr || !IsAligned(workspace, 16))) {
+    LogError("enqueue: the workspace is at address %p, need a multiple of 16 bytes", workspace);
+    return kFailure;
   }
 
   ActivationType const type =

@@ -1,32 +1,42 @@
 // The functions of kernels.h that need a GPU, on the emulator: the same kernel sources, plans, grids and policies.
+#include "emulated_kernels.h"
+
 #include <cstdio>
 #include <cstdlib>
 
 #include "decode_kernel.cuh"
 #include "gemm_kernel.cuh"
 #include "kernels.h"
+#include "wgmma_kernel.cuh"
 
 namespace awq_trt {
 namespace {
 
-struct DecodeCall {
-  DecodeFunction kernel;
-  GemmArgs args;
-  DecodePlan plan;
-};
+// Run a kernel with these arguments in a grid.
+template <typename... Arguments>
+void RunKernel(emulator::Grid const& grid, void (*kernel)(Arguments...), Arguments const&... arguments) {
+  auto call = [&] { kernel(arguments...); };
+  emulator::Run(grid, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+}
 
-struct GemmCall {
-  GemmFunction kernel;
-  GemmArgs args;
-};
+cudaError_t CheckCounters(GemmArgs const& args, int32_t count) {
+  for (int32_t i = 0; i < count; ++i) {
+    if (args.counters[i] == 0) continue;
+    std::fprintf(stderr, "emulator: counter %d is %u after the kernel\n", i, args.counters[i]);
+    std::_Exit(3);
+  }
+  return cudaSuccess;
+}
 
 }  // namespace
 
-// Few multiprocessors, so that small layers are divided as large ones are on a GPU.
+Device emulated_device{90, 2, 228 << 10, true};
+
 cudaError_t QueryDevice(Device& device) {
-  device = {90, 2, 228 << 10};
+  device = emulated_device;
   return cudaSuccess;
 }
+bool HasWgmma() { return true; }
 
 cudaError_t AllocateZeroed(void** p, size_t bytes) {
   *p = std::calloc(1, bytes);
@@ -41,31 +51,26 @@ cudaError_t Free(void* p) {
 
 cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const&,
                          cudaStream_t) {
-  DecodeCall call{DecodeKernelFor(type, plan.token_tiles), args, plan};
-  auto body = [](void* context) {
-    DecodeCall const& c = *static_cast<DecodeCall*>(context);
-    c.kernel(c.args, c.plan);
-  };
-  emulator::Run({plan.slices, plan.ranges, plan.warps() * kWarp, plan.shared_bytes, true}, body, &call);
-  for (int32_t i = 0; i < CeilDiv(args.n, kTileN); ++i) {
-    if (args.counters[i] == 0) continue;
-    std::fprintf(stderr, "emulator: counter %d is %u after the kernel\n", i, args.counters[i]);
-    std::_Exit(3);
-  }
-  return cudaSuccess;
+  RunKernel({plan.slices, plan.ranges, plan.warps() * kWarp, plan.shared_bytes, true},
+            DecodeKernelFor(type, plan.token_tiles), args, plan);
+  return CheckCounters(args, CeilDiv(args.n, kTileN));
 }
 
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, int32_t token_tiles, cudaStream_t) {
-  int64_t const blocks = GemmBlocks(args, token_tiles);
-  if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  GemmCall call{GemmKernelFor(type, token_tiles), args};
-  if (call.kernel == nullptr) return cudaErrorInvalidValue;
-  auto body = [](void* context) {
-    GemmCall const& c = *static_cast<GemmCall*>(context);
-    c.kernel(c.args);
-  };
-  emulator::Run({blocks, 1, kGemmThreads, 0, false}, body, &call);
-  return cudaSuccess;
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
+  GemmTile const& tile = kGemmTiles[plan.tile];
+  RunKernel({plan.blocks, 1, tile.warps * kWarp, plan.shared_bytes, true}, GemmKernelFor(type, tile), args, plan);
+  return CheckCounters(args, plan.split_tiles);
+}
+
+cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
+  GemmTile const& tile = kGemmTiles[plan.tile];
+  int64_t const words = plan.units * kWarp * kSteps;
+  WgmmaMaps maps;
+  maps.x = emulator::Encode({args.x, args.k, args.tokens, 2 * args.k, 2, kTileK, tile.tokens, true});
+  maps.q = emulator::Encode(
+      {args.qweight, words, CeilDiv(args.n, kTileN), 4 * words, 4, kWarp * kSteps, tile.warps * tile.strips, false});
+  RunKernel({plan.blocks, 1, kWgmmaThreads, plan.shared_bytes, true}, WgmmaKernelFor(type, tile), args, plan, maps);
+  return CheckCounters(args, plan.split_tiles);
 }
 
 }  // namespace awq_trt

@@ -1,9 +1,11 @@
 // The machine of device.h on a CPU: every thread of a block is a fiber, memory is bounds-checked, shared memory starts
-// as garbage, asynchronous copies land only when they are waited for, blocks and warps run in random order, and what
-// the kernel before has written can be read only after waiting for it.
+// as garbage, blocks and warps run in random order, what the kernel before has written can be read only after waiting
+// for it, and what is asynchronous happens late: copies when they are waited for or, where a barrier counts them, at a
+// random time; multiplications of a warpgroup, with the operands as they are then, when they are waited for.
 //
 // What each primitive does is written from the PTX ISA, not from the kernels: "Matrix Fragments for mma.m16n8k16",
-// "ldmatrix", "cp.async". Included by device.h only.
+// "ldmatrix", "cp.async", "mbarrier", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions".
+// Included by device.h only.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +14,7 @@
 #define AWQ_DEVICE inline
 #define AWQ_KERNEL(max_threads, min_blocks) inline void
 #define AWQ_SHARED static
+#define AWQ_GRID_CONSTANT
 
 namespace awq_trt {
 namespace emulator {
@@ -43,6 +46,17 @@ float ToFloat(ElementType type, uint16_t v);
 uint16_t FromFloat(ElementType type, float v);
 void Mma(ElementType type, float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
 void WaitCopies(int32_t pending);
+void MultiplyAsync(ElementType type, float (*d)[4], int32_t tiles, uint32_t const* a, char const* b);
+void WaitMultiplying(int32_t pending);
+
+// What cuTensorMapEncodeTiled makes of a matrix; fails where that would.
+struct MatrixMap {
+  void const* data;
+  int64_t columns, rows, row_bytes;
+  int32_t element_bytes, box_columns, box_rows;
+  bool swizzled;  // by 128 bytes
+};
+TensorMap Encode(MatrixMap const& matrix);
 
 template <typename T>
 struct TypeOf;
@@ -75,6 +89,7 @@ int32_t BlockIndex();
 int32_t BlockRow();
 int32_t BlockThreads();
 void SyncThreads();
+void SyncThreads(int32_t id, int32_t threads);
 void SyncWarp();
 void WaitForPreviousKernel();
 inline void LetNextKernelStart() {}
@@ -86,6 +101,9 @@ V Opaque(V v) {
 using Shared = char*;
 inline Shared SharedOf(void const* p) { return static_cast<char*>(const_cast<void*>(p)); }
 Shared DynamicShared();
+inline Shared AlignShared(Shared p, uint32_t bytes) {
+  return p + (bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes;
+}
 template <typename V>
 V LoadSharedAs(Shared p) {
   emulator::CheckShared(p, sizeof(V));
@@ -97,6 +115,10 @@ inline Words LoadShared(Shared p) { return LoadSharedAs<Words>(p); }
 inline uint32_t LoadShared32(Shared p) { return LoadSharedAs<uint32_t>(p); }
 inline uint32_t LoadShared8(Shared p) { return LoadSharedAs<uint8_t>(p); }
 inline void StoreShared(Shared p, Words const& v) {
+  emulator::CheckShared(p, sizeof(v));
+  std::memcpy(p, &v, sizeof(v));
+}
+inline void StoreShared16(Shared p, uint16_t v) {
   emulator::CheckShared(p, sizeof(v));
   std::memcpy(p, &v, sizeof(v));
 }
@@ -120,6 +142,28 @@ void WaitCopies() {
   emulator::WaitCopies(kPending);
 }
 void LoadMatrices(uint32_t (&r)[4], Shared row);
+
+using Barrier = uint64_t;
+void InitBarrier(Shared barrier, int32_t count);
+inline void PublishBarriers() {}
+void Arrive(Shared barrier);
+void ArriveExpecting(Shared barrier, int32_t bytes);
+void ArriveAfterCopies(Shared barrier);
+void AwaitPhase(Shared barrier, uint32_t parity);
+void CopyBox(Shared shared, TensorMap const& map, int32_t column, int32_t row, Shared barrier);
+inline void PrefetchMap(TensorMap const&) {}
+template <int kRegisters>
+void GiveRegisters() {}
+template <int kRegisters>
+void TakeRegisters() {}
+inline void StartMultiplying() {}
+void CommitMultiplying();
+template <int kPending>
+void WaitMultiplying() {
+  emulator::WaitMultiplying(kPending);
+}
+template <int kTiles>
+void Settle(float (&)[kTiles][4]) {}
 
 inline uint32_t MultiplyHigh(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
@@ -151,6 +195,10 @@ uint16_t FromFloat(float v) {
 template <typename T>
 void Mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::Mma(emulator::TypeOf<T>::value, d, a, b0, b1);
+}
+template <typename T, int kTiles>
+void MultiplyAsync(float (&d)[kTiles][4], uint32_t const (&a)[4], Shared b) {
+  emulator::MultiplyAsync(emulator::TypeOf<T>::value, d, kTiles, a, b);
 }
 
 }  // namespace awq_trt

@@ -260,14 +260,17 @@ void CheckTactics(Library const& library, Log10& log, Report& report) {
   report.Check("a K of one unit needs no workspace", workspace(*plugin, kFull, {5, 96}) == 0);
   LayerConfig const large{4096, 14336, 128, true, false, false};
   Plugin const large_plugin = CreatePlugin(library, FieldsOf(large));
-  size_t const most = DecodeWorkspaceBytes(4096, 14336, kDecodeMaxTokens);
-  bool sizes = most > 0 && most <= 4096 * size_t{14336} / 2;  // at most what the weights take
-  for (std::vector<int64_t> const& x : std::vector<std::vector<int64_t>>{
-           {32, 14336}, {2, 16, 14336}, {1 << 20, 1 << 20, 14336}, {33, 14336}, {8, -1, 14336}}) {
-    sizes &= workspace(*large_plugin, large, x) == most;
+  bool sizes = workspace(*large_plugin, large, {0, 14336}) == 0;
+  for (std::vector<int64_t> const& x :
+       std::vector<std::vector<int64_t>>{{1, 14336}, {32, 14336}, {2, 16, 14336}, {3, 100, 14336}}) {
+    int64_t tokens = 1;
+    for (size_t i = 0; i + 1 < x.size(); ++i) tokens *= x[i];
+    sizes &= workspace(*large_plugin, large, x) == WorkspaceBytes(large, tokens);
   }
-  sizes &= workspace(*large_plugin, large, {0, 14336}) == 0 && workspace(*large_plugin, large, {1, 14336}) <= most;
-  report.Check("the workspace is that of a decode, however many tokens there are", sizes);
+  for (std::vector<int64_t> const& x : std::vector<std::vector<int64_t>>{{1 << 20, 1 << 20, 14336}, {8, -1, 14336}}) {
+    sizes &= workspace(*large_plugin, large, x) == WorkspaceBytes(large, kMaxTokens);
+  }
+  report.Check("the workspace is that of the most tokens", sizes);
 
   Plugin const bare = CreatePlugin(library, FieldsOf(kBare)), fused = CreatePlugin(library, FieldsOf(kFused));
   std::set<std::string> ids;
@@ -355,8 +358,10 @@ void CheckEnqueueArguments(Library const& library, Log10& log, Report& report) {
               "limit 1073741824");
 }
 
-// A launch of too many blocks is refused before it reaches a GPU, and its message names the tactic.
-void CheckTooManyBlocks(Library const& library, Log10& log, Report& report) {
+// A product of too many tiles is refused before anything is launched, and the message names the tactic.
+void CheckTooManyTiles(Log10& log, Report& report) {
+  Library const library = EmulatedLibrary();
+  library.set_logger_finder(log.AsFinder());
   LayerConfig const widest{1 << 20, 32, 32, false, false, false};
   Plugin const plugin = CreatePlugin(library, FieldsOf(widest));
   alignas(256) static char memory[256];
@@ -366,10 +371,11 @@ void CheckTooManyBlocks(Library const& library, Log10& log, Report& report) {
     RuntimeOf(*plugin)->setTactic(tactic.id);
     Plugin const copy(plugin->clone());
     std::vector<InputSpec> const inputs = InputsOf(widest, DataType::kHALF, {kMaxTokens, 32});
-    CheckLogged(report, log, "too many blocks; a clone keeps tactic " + std::to_string(tactic.id),
-                RuntimeOf(*copy)->enqueue(DescsOf(inputs).data(), nullptr, pointers.data(), &y, nullptr, nullptr) != 0,
+    CheckLogged(report, log, "too many tiles; a clone keeps tactic " + std::to_string(tactic.id),
+                RuntimeOf(*copy)->enqueue(DescsOf(inputs).data(), nullptr, pointers.data(), &y, memory, nullptr) != 0,
                 "group_size=32, tactic " + std::to_string(tactic.id));
   }
+  library.set_logger_finder(nullptr);
 }
 
 void CheckLoggers(Library const& library, Log10& log, Report& report) {
@@ -397,7 +403,7 @@ void CheckInterface(Library const& library, Report& report) {
   CheckTactics(library, log, report);
   CheckSerialization(library, log, report);
   CheckEnqueueArguments(library, log, report);
-  CheckTooManyBlocks(library, log, report);
+  CheckTooManyTiles(log, report);
   CheckLoggers(library, log, report);
   library.set_logger_finder(nullptr);
 }

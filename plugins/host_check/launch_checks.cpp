@@ -13,6 +13,7 @@
 #include <random>
 
 #include "device.h"
+#include "emulated_kernels.h"
 #include "kernels.h"
 #include "reference.h"
 
@@ -145,6 +146,7 @@ std::vector<LayerCase> ManyCases() {
           {{40, 96, 96, false, true, false}, all},
           {{2056, 4096, 128, true, true, false}, some},
           {{4096, 11008, 128, true, false, true}, some},
+          {{6144, 4096, 128, true, false, false, 3, {4096, 1024, 1024}}, {384, 1000, 2049, 4096, 8191}},
           {{56, 160, 32, false, false, true}, all}};
 }
 
@@ -152,6 +154,7 @@ std::vector<LayerCase> ManyCases() {
 std::vector<LayerCase> FewCases() {
   std::vector<int32_t> const small{0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40}, around{1, 16, 63, 64, 65},
       few{5, 16, 129};
+  // one tile and many, whole ones and split ones; 16 units of 64 columns, 5, 12 and an odd half
   return {{{8, 32, 32, true, false, false}, small},
           {{24, 96, 32, true, true, true}, small},
           {{56, 2880, 64, true, true, false, 2, {40, 16}}, {1, 9, 30}},
@@ -164,7 +167,11 @@ std::vector<LayerCase> FewCases() {
           {{264, 352, 352, true, true, true}, {3, 33}},
           {{128, 1024, 128, false, true, true}, {1, 17}},
           {{40, 96, 96, false, true, false}, around},
-          {{56, 160, 32, false, false, true}, {1, 2, 97, 128}}};
+          {{56, 160, 32, false, false, true}, {1, 2, 97, 128}},
+          {{776, 320, 64, true, true, true, 3, {264, 504, 8}}, {48, 65, 200}},
+          {{520, 736, 32, true, false, false}, {64, 257}},
+          {{1304, 256, 128, false, true, false}, {100, 300}},
+          {{16, 1984, 64, true, false, false}, {60, 80}}};
 }
 
 // Shapes of every odd multiple of 8 up to 8192 as N, with a K of whole groups up to 16384 such that N K is small; on
@@ -295,8 +302,9 @@ void CheckLayer(Library const& library, Where where, LayerCase const& layer_case
     std::snprintf(numbers, sizeof(numbers),
                   "\"token_counts\": %zu, \"max_error\": %.3g, \"error_over_tolerance\": %.3g",
                   layer_case.tokens.size(), outcome.max_error, outcome.worst);
-    report.Check(std::string(where == Where::kGpu ? "gpu " : "emulated ") + NameOf(config, type, tactic, offset),
-                 outcome.ok, numbers + (outcome.ok ? "" : ", \"problem\": " + Quote(outcome.problem)));
+    std::string const gpu = where == Where::kGpu ? "gpu " : "emulated sm_" + std::to_string(emulated_device.sm) + " ";
+    report.Check(gpu + NameOf(config, type, tactic, offset), outcome.ok,
+                 numbers + (outcome.ok ? "" : ", \"problem\": " + Quote(outcome.problem)));
   }
 }
 
@@ -332,6 +340,15 @@ void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed,
         if (offset != 0 && few && layer_case.layer.in_features > 200) continue;  // minutes
         CheckLayer(library, where, layer_case, type, tactics, offset, ++seed, stream, report);
       }
+      if (where != Where::kEmulator) continue;
+      Device const usual = emulated_device;
+      LayerCase large{layer_case.layer, {}};  // what runs on wgmma there
+      for (int32_t tokens : layer_case.tokens) {
+        if (tokens >= kWgmmaLeastTokens) large.tokens.push_back(tokens);
+      }
+      emulated_device = type == ActivationType::kHalf ? Device{80, 2, 164 << 10} : Device{120, 3, 100 << 10};
+      if (!large.tokens.empty()) CheckLayer(library, where, large, type, tactics, 0, ++seed, stream, report);
+      emulated_device = usual;
     }
   }
   for (LayerCase const& layer_case : TailCases(few, seed)) {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "decode_checks.h"
+#include "gemm_checks.h"
 #include "interface_checks.h"
 #include "kernels.h"
 #include "launch_checks.h"
@@ -41,6 +42,7 @@ int Check(Library const& library, bool emulate, bool few, uint64_t seed) {
   Report report;
   CheckInterface(library, report);
   CheckDecode(seed, report);
+  CheckGemm(seed, report);
   if (emulate) CheckLaunches(EmulatedLibrary(), Where::kEmulator, true, seed, report);
   std::string reason;
   std::string const gpu = DescribeGpu(reason);

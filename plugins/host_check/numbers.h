@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 namespace awq_trt {
@@ -15,6 +16,14 @@ struct Format {
 };
 constexpr Format kHalfFormat{10, -14, 15};
 constexpr Format kBfloat16Format{7, -126, 127};
+
+// 2^exponent, of a normal double.
+inline double PowerOfTwo(int exponent) {
+  uint64_t const bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 inline double Decode(Format const& f, uint16_t bits) {
   int const exponent_bits = 15 - f.mantissa_bits;
@@ -38,11 +47,13 @@ inline uint16_t Encode(Format const& f, double value) {
   if (std::isnan(value)) return sign | infinity | 1;
   if (std::isinf(value)) return sign | infinity;
   if (value == 0) return sign;
-  int exponent = std::ilogb(value);
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  int exponent = static_cast<int>(bits >> 52 & 0x7ff) - 1023;
   if (exponent < f.min_exponent) exponent = f.min_exponent;
   // in units of the last place: a whole number once rounded, 2^mantissa_bits or more for a normal number
-  double const units = std::nearbyint(std::ldexp(std::fabs(value), f.mantissa_bits - exponent));
-  if (std::ldexp(units, exponent - f.mantissa_bits) >= std::ldexp(1.0, f.max_exponent + 1)) return sign | infinity;
+  double const units = std::nearbyint(std::fabs(value) * PowerOfTwo(f.mantissa_bits - exponent));
+  if (units * PowerOfTwo(exponent - f.mantissa_bits) >= PowerOfTwo(f.max_exponent) * 2) return sign | infinity;
   int const biased = exponent - f.min_exponent;  // a carry into the exponent is what adding does
   return sign | static_cast<uint16_t>((biased << f.mantissa_bits) + static_cast<int>(units));
 }
