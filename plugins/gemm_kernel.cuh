@@ -20,39 +20,39 @@ struct GemmFetch {
   static constexpr int32_t kRowStep = kThreads / kRowChunks;  // tokens, a multiple of 8
 
   Pieces pieces;
-  Piece piece;  // its unit `begin` is next
-  char const* q[kWarpStrips];
+  Piece piece;     // its unit `begin` is next
+  char const* q;   // of the first strip
   char const* x;   // of the first token and chunk
   int32_t tokens;  // from that token on
   int32_t first_strip;
-  bool more;
 
-  AWQ_DEVICE GemmFetch(GemmArgs const& args, GemmPlan const& plan) : pieces(plan, BlockIndex()) { Begin(args, plan); }
+  AWQ_DEVICE GemmFetch(GemmArgs const& args, GemmPlan const& plan) : pieces(BlockIndex()) { Begin(args, plan); }
 
+  AWQ_DEVICE bool more() const { return piece.begin < piece.end; }
   AWQ_DEVICE void Begin(GemmArgs const& args, GemmPlan const& plan) {
-    more = pieces.Next(plan, piece);
-    if (!more) return;
-    TileAt const at = LocateTile(plan, piece.tile);
-    int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp, last = CeilDiv(args.n, kTileN) - 1;
-    first_strip = at.row * kStrips;
-#pragma unroll
-    for (int32_t i = 0; i < kWarpStrips; ++i) {
-      int32_t const strip = first_strip + warp * kWarpStrips + i;
-      int64_t const tile = static_cast<int64_t>(strip < last ? strip : last) * plan.units + piece.begin;
-      q[i] = reinterpret_cast<char const*>(args.qweight) + tile * (kWarp * 16) + lane * 16;
+    if (!pieces.Next(plan, piece)) {
+      piece = {};
+      return;
     }
+    TileAt const at = LocateTile(plan, piece.tile);
+    int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+    first_strip = at.row * kStrips;
+    int64_t const tile = static_cast<int64_t>(first_strip + warp * kWarpStrips) * plan.units + piece.begin;
+    q = reinterpret_cast<char const*>(args.qweight) + tile * (kWarp * 16) + lane * 16;
     int32_t const token = at.token * kTokens + ThreadIndex() / kRowChunks;
     int64_t const column = piece.begin * kTileK + ThreadIndex() % kRowChunks * kChunk;
     tokens = args.tokens - token;
     x = reinterpret_cast<char const*>(args.x) + 2 * (static_cast<int64_t>(token) * args.k + column);
   }
 
-  AWQ_DEVICE void FillWeights(GemmArgs const& args, Shared stage) const {
+  AWQ_DEVICE void FillWeights(GemmArgs const& args, GemmPlan const& plan, Shared stage) const {
     StageLayout const layout(kStrips, kTokens);
     int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+    int32_t const strips = CeilDiv(Opaque(args.n), kTileN) - first_strip - warp * kWarpStrips;  // zeros beyond
 #pragma unroll
     for (int32_t i = 0; i < kWarpStrips; ++i) {
-      CopyAsync(stage + layout.q + (warp * kWarpStrips + i) * (kWarp * 16) + lane * 16, q[i], true);
+      CopyAsync(stage + layout.q + (warp * kWarpStrips + i) * (kWarp * 16) + lane * 16,
+                q + static_cast<int64_t>(i) * Opaque(plan.units) * (kWarp * 16), i < strips);
     }
     if (lane < 2 * kWarpStrips) {
       CopyScales(args, layout, stage, first_strip, warp * kWarpStrips + lane / 2, piece.begin, lane % 2);
@@ -63,10 +63,11 @@ struct GemmFetch {
     int32_t const row = ThreadIndex() / kRowChunks, chunk = ThreadIndex() % kRowChunks;
     bool const columns = piece.begin * kTileK + chunk * kChunk < args.k;
     Shared const target = stage + row * (kRowChunks * 16) + (chunk ^ (row % 8)) * 16;
+    int64_t const step = static_cast<int64_t>(Opaque(args.k)) * (2 * kRowStep);
+    char const* source = x;
 #pragma unroll
-    for (int32_t i = 0; i < kTokens / kRowStep; ++i) {
+    for (int32_t i = 0; i < kTokens / kRowStep; ++i, source += step) {
       bool const valid = columns && i * kRowStep < tokens;
-      char const* const source = x + static_cast<int64_t>(i * kRowStep) * 2 * args.k;
       Shared const to = target + i * (kRowStep * kRowChunks * 16);
       if (args.x_aligned) {
         CopyAsync(to, source, valid);
@@ -86,15 +87,15 @@ struct GemmFetch {
   AWQ_DEVICE void Advance(GemmArgs const& args, GemmPlan const& plan) {
     if (++piece.begin == piece.end) return Begin(args, plan);
     x += kTileK * 2;
-#pragma unroll
-    for (int32_t i = 0; i < kWarpStrips; ++i) q[i] += kWarp * 16;
+    q += kWarp * 16;
   }
 };
 
 // acc += the unit in a stage.
-template <typename T, int kWarps, int kTokenTiles>
+template <typename T, bool kPreScale, int kWarps, int kTokenTiles>
 AWQ_DEVICE void MultiplyStage(GemmArgs const& args, Accumulators<kWarpStrips, kTokenTiles>& acc, Shared stage,
-                              int32_t unit, int32_t warp, int32_t lane) {
+                              [[maybe_unused]] int32_t unit) {
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
   StageLayout const layout(kWarps * kWarpStrips, kTokenTiles * kTokenTile);
   WeightTile weights[kWarpStrips];
 #pragma unroll
@@ -105,7 +106,7 @@ AWQ_DEVICE void MultiplyStage(GemmArgs const& args, Accumulators<kWarpStrips, kT
     uint32_t a[kWarpStrips][4];
 #pragma unroll
     for (int32_t i = 0; i < kWarpStrips; ++i) Dequantize<T>(a[i], weights[i], step);
-    if (args.pre_scale != nullptr) {
+    if constexpr (kPreScale) {
       ColumnScales const scales = LoadColumnScales(args, unit, step, lane);
 #pragma unroll
       for (int32_t i = 0; i < kWarpStrips; ++i) MultiplyColumns<T>(a[i], scales);
@@ -129,32 +130,32 @@ AWQ_KERNEL(kWarps* kWarp, 1)
 GemmKernel(GemmArgs const args, GemmPlan const plan) {
   constexpr int32_t kTokens = kTokenTiles * kTokenTile, kStrips = kWarps * kWarpStrips;
   StageLayout const layout(kStrips, kTokens);
-  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  Shared const ring = DynamicShared(), ring_end = ring + plan.stages * layout.bytes;
+  Shared const ring = DynamicShared();
+  auto ring_end = [&] { return ring + Opaque(plan.stages) * layout.bytes; };
   PrepareZeros(args, layout, ring, plan.stages, layout.bytes, kStrips, kWarps * kWarp);
 
   GemmFetch<kWarps, kTokens> fetch(args, plan);
   {  // weights do not depend on the kernel before this one, X does
     GemmFetch<kWarps, kTokens> weights = fetch;
-    for (Shared stage = ring; stage < ring_end - layout.bytes && weights.more; stage += layout.bytes) {
-      weights.FillWeights(args, stage);
+    for (Shared stage = ring; stage < ring_end() - layout.bytes && weights.more(); stage += layout.bytes) {
+      weights.FillWeights(args, plan, stage);
       weights.Advance(args, plan);
     }
   }
   LetNextKernelStart();
   WaitForPreviousKernel();
-  for (Shared stage = ring; stage < ring_end - layout.bytes; stage += layout.bytes) {
-    if (fetch.more) {
+  for (Shared stage = ring; stage < ring_end() - layout.bytes; stage += layout.bytes) {
+    if (fetch.more()) {
       fetch.FillTokens(args, stage);
       fetch.Advance(args, plan);
     }
     CommitCopies();
   }
 
-  Shared stage = ring, free_stage = ring_end - layout.bytes;
+  Shared stage = ring;
   Piece piece;
 #pragma unroll 1
-  for (Pieces pieces(plan, BlockIndex()); pieces.Next(plan, piece);) {
+  for (Pieces pieces(BlockIndex()); pieces.Next(plan, piece);) {
     Accumulators<kWarpStrips, kTokenTiles> acc;
     ClearSums<kWarpStrips, kTokenTiles>(acc);
 #pragma unroll 1
@@ -165,17 +166,22 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
         WaitCopies<kMmaStages - 3>();
       }
       SyncThreads();  // the unit has arrived for every thread, and nobody reads the one before any more
-      if (fetch.more) {
-        fetch.FillWeights(args, free_stage);
+      if (fetch.more()) {
+        Shared const free_stage = (stage == ring ? ring_end() : stage) - layout.bytes;  // of the unit before
+        fetch.FillWeights(args, plan, free_stage);
         fetch.FillTokens(args, free_stage);
         fetch.Advance(args, plan);
       }
       CommitCopies();
-      MultiplyStage<T, kWarps, kTokenTiles>(args, acc, stage, unit, warp, lane);
-      free_stage = stage;
-      stage = stage + layout.bytes == ring_end ? ring : stage + layout.bytes;
+      if (args.pre_scale == nullptr) {
+        MultiplyStage<T, false, kWarps, kTokenTiles>(args, acc, stage, unit);
+      } else {
+        MultiplyStage<T, true, kWarps, kTokenTiles>(args, acc, stage, unit);
+      }
+      stage += layout.bytes;
+      if (stage == ring_end()) stage = ring;
     }
-    FinishPiece<T, kWarps, kWarpStrips, kTokenTiles>(args, plan, piece, acc, ring_end, warp, lane);
+    FinishPiece<T, kWarps, kWarpStrips, kTokenTiles>(args, plan, piece, acc, ring_end(), Opaque(ThreadIndex()));
   }
 }
 

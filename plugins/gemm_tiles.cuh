@@ -17,33 +17,28 @@ struct Piece {
   int32_t tile, begin, end;
 };
 
-// The pieces of a block, in the order in which it computes them.
+// The pieces of a block, in the order in which it computes them: all that is kept is how many it has had.
 class Pieces {
  public:
-  AWQ_DEVICE Pieces(GemmPlan const& plan, int32_t block) : tile_(plan.split_tiles + block) {
-    bool const splits = block < plan.split_blocks;
-    position_ = splits ? plan.segments.Begin(block) : 0;
-    end_ = position_ + (splits ? plan.segments.Size(block) : 0);
-  }
+  AWQ_DEVICE explicit Pieces(int32_t block) : block_(block) {}
   // False where there is none any more.
   AWQ_DEVICE bool Next(GemmPlan const& plan, Piece& piece) {
-    if (position_ < end_) {
-      piece.tile = position_ / plan.units;
-      int32_t const first = piece.tile * plan.units;
-      piece.begin = position_ - first;
-      piece.end = end_ - first < plan.units ? end_ - first : plan.units;
-      position_ = first + piece.end;
-      return true;
+    int32_t index = next_++;
+    if (block_ < plan.split_blocks) {
+      int32_t const begin = plan.segments.Begin(block_), end = begin + plan.segments.Size(block_);
+      int32_t const tile = begin / plan.units + index, first = tile * plan.units;
+      if (first < end) {
+        piece = {tile, index == 0 ? begin - first : 0, end - first < plan.units ? end - first : plan.units};
+        return true;
+      }
+      index = tile - CeilDiv(end, plan.units);
     }
-    if (tile_ >= plan.tiles) return false;
-    piece = {tile_, 0, plan.units};
-    tile_ += plan.blocks;
-    return true;
+    piece = {plan.split_tiles + block_ + index * plan.blocks, 0, plan.units};
+    return piece.tile < plan.tiles;
   }
 
  private:
-  int32_t position_, end_;  // in the units of the tiles that are split
-  int32_t tile_;            // the next whole one
+  int32_t block_, next_ = 0;
 };
 
 // Where a tile lies in Y, in tiles: bands of `plan.band` tiles of tokens, in each one row of tiles after the other.
@@ -171,10 +166,11 @@ AWQ_DEVICE void StoreTile(GemmArgs const& args, Accumulators<kStrips, kTokenTile
   }
 }
 
-// A piece has been computed: store it, or leave it to whoever completes its tile.
+// A piece has been computed: store it, or leave it to whoever completes its tile. `thread` of kWarps warps.
 template <typename T, int kWarps, int kStrips, int kTokenTiles>
 AWQ_DEVICE void FinishPiece(GemmArgs const& args, GemmPlan const& plan, Piece const& piece,
-                            Accumulators<kStrips, kTokenTiles>& acc, Shared scratch, int32_t warp, int32_t lane) {
+                            Accumulators<kStrips, kTokenTiles>& acc, Shared scratch, int32_t thread) {
+  int32_t const warp = thread / kWarp, lane = thread % kWarp;
   if (!IsWhole(plan, piece) && !AddPartials<kWarps, kStrips, kTokenTiles>(args, plan, piece.tile, acc, warp, lane)) {
     return;
   }

@@ -51,7 +51,7 @@ struct Units {
   TileAt at;
   bool more;
 
-  AWQ_DEVICE Units(GemmPlan const& plan) : pieces(plan, BlockIndex()) { Begin(plan); }
+  AWQ_DEVICE Units(GemmPlan const& plan) : pieces(BlockIndex()) { Begin(plan); }
   AWQ_DEVICE void Begin(GemmPlan const& plan) {
     more = pieces.Next(plan, piece);
     if (more) at = LocateTile(plan, piece.tile);
@@ -107,6 +107,33 @@ AWQ_DEVICE void CopyAllScales(GemmArgs const& args, GemmPlan const& plan, WgmmaS
   }
 }
 
+// acc += the unit in a stage; the last step is under way when this returns. `release` is called once the unit before
+// has been multiplied.
+template <typename T, bool kPreScale, int kStrips, int kTokenTiles, typename Release>
+AWQ_DEVICE void MultiplyUnit([[maybe_unused]] GemmArgs const& args, Accumulators<kStrips, kTokenTiles>& acc,
+                             uint32_t (&a)[2][kStrips][4], StageLayout const& layout, Shared stage,
+                             [[maybe_unused]] int32_t unit, int32_t warp, int32_t lane, Release const& release) {
+  WeightTile weights[kStrips];
+#pragma unroll
+  for (int32_t i = 0; i < kStrips; ++i) weights[i] = LoadStageTile(layout, stage, warp * kStrips + i, lane);
+#pragma unroll
+  for (int32_t step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int32_t i = 0; i < kStrips; ++i) Dequantize<T>(a[step % 2][i], weights[i], step);
+    if constexpr (kPreScale) {
+      ColumnScales const scales = LoadColumnScales(args, unit, step, lane);
+#pragma unroll
+      for (int32_t i = 0; i < kStrips; ++i) MultiplyColumns<T>(a[step % 2][i], scales);
+    }
+    StartMultiplying();
+#pragma unroll
+    for (int32_t i = 0; i < kStrips; ++i) MultiplyAsync<T>(acc[i], a[step % 2][i], stage + step * (kStepK * 2));
+    CommitMultiplying();
+    WaitMultiplying<1>();  // the step before has been multiplied
+    if (step == 0) release();
+  }
+}
+
 // The eight warps that multiply.
 template <typename T, int kStrips, int kTokenTiles>
 AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
@@ -116,7 +143,7 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
   RingPlace place;
   Piece piece;
 #pragma unroll 1
-  for (Pieces pieces(plan, BlockIndex()); pieces.Next(plan, piece);) {
+  for (Pieces pieces(BlockIndex()); pieces.Next(plan, piece);) {
     Accumulators<kStrips, kTokenTiles> acc;
     ClearSums<kStrips, kTokenTiles>(acc);
     uint32_t a[2][kStrips][4];  // of the step that is multiplied, and of the next one
@@ -125,26 +152,13 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
     for (int32_t unit = piece.begin; unit < piece.end; ++unit) {
       Shared const stage = stages.Stage(place.stage);
       AwaitPhase(stages.Full(place.stage), place.parity);
-      WeightTile weights[kStrips];
-#pragma unroll
-      for (int32_t i = 0; i < kStrips; ++i) {
-        weights[i] = LoadStageTile(stages.layout, stage, warp * kStrips + i, lane);
-      }
-#pragma unroll
-      for (int32_t step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int32_t i = 0; i < kStrips; ++i) Dequantize<T>(a[step % 2][i], weights[i], step);
-        if (args.pre_scale != nullptr) {
-          ColumnScales const scales = LoadColumnScales(args, unit, step, lane);
-#pragma unroll
-          for (int32_t i = 0; i < kStrips; ++i) MultiplyColumns<T>(a[step % 2][i], scales);
-        }
-        StartMultiplying();
-#pragma unroll
-        for (int32_t i = 0; i < kStrips; ++i) MultiplyAsync<T>(acc[i], a[step % 2][i], stage + step * (kStepK * 2));
-        CommitMultiplying();
-        WaitMultiplying<1>();  // the step before has been multiplied
-        if (step == 0 && unit > piece.begin && lane == 0) Arrive(stages.Empty(used));
+      auto release = [&] {  // the stage of the unit before: its last step has been multiplied
+        if (unit > piece.begin && lane == 0) Arrive(stages.Empty(used));
+      };
+      if (args.pre_scale == nullptr) {
+        MultiplyUnit<T, false, kStrips, kTokenTiles>(args, acc, a, stages.layout, stage, unit, warp, lane, release);
+      } else {
+        MultiplyUnit<T, true, kStrips, kTokenTiles>(args, acc, a, stages.layout, stage, unit, warp, lane, release);
       }
       used = place.stage;
       place.Advance();
@@ -153,7 +167,8 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
 #pragma unroll
     for (int32_t i = 0; i < kStrips; ++i) Settle(acc[i]);
     if (lane == 0) Arrive(stages.Empty(used));
-    FinishPiece<T, kConsumerWarps, kStrips, kTokenTiles>(args, plan, piece, acc, stages.Scratch(), warp, lane);
+    FinishPiece<T, kConsumerWarps, kStrips, kTokenTiles>(args, plan, piece, acc, stages.Scratch(),
+                                                         ThreadIndex() - kWarpgroup);
   }
 }
 

@@ -32,7 +32,7 @@ std::string ProblemOf(GemmPlan const& plan, GemmArgs const& args, Device const& 
   for (int32_t block = 0; block < plan.blocks; ++block) {
     Piece piece;
     int32_t count = 0;
-    for (Pieces pieces(plan, block); pieces.Next(plan, piece); ++count) {
+    for (Pieces pieces(block); pieces.Next(plan, piece); ++count) {
       if (piece.tile < 0 || piece.tile >= plan.tiles) return "a tile that is not there";
       if (piece.begin < 0 || piece.begin >= piece.end || piece.end > plan.units) return "an empty piece";
       // pieces of a tile come in the order of the blocks, so they follow each other
