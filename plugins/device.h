@@ -141,8 +141,10 @@ AWQ_DEVICE Words LoadWords(void const* p) {
   return r;
 }
 
+// In one instruction: the compiler makes four of an assignment where registers are scarce.
 AWQ_DEVICE void StoreWords(void* p, Words const& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
 }
 AWQ_DEVICE void Store32(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 AWQ_DEVICE void Store16(void* p, uint16_t v) { *static_cast<uint16_t*>(p) = v; }

@@ -19,21 +19,19 @@ struct GemmFetch {
   static constexpr int32_t kThreads = kWarps * kWarp, kStrips = kWarps * kWarpStrips;
   static constexpr int32_t kRowStep = kThreads / kRowChunks;  // tokens, a multiple of 8
 
-  Pieces pieces;
   Piece piece;     // its unit `begin` is next
   char const* q;   // of the first strip
   char const* x;   // of the first token and chunk
   int32_t tokens;  // from that token on
   int32_t first_strip;
 
-  AWQ_DEVICE GemmFetch(GemmArgs const& args, GemmPlan const& plan) : pieces(BlockIndex()) { Begin(args, plan); }
+  AWQ_DEVICE GemmFetch(GemmArgs const& args, GemmPlan const& plan) : piece(FirstPiece(plan, BlockIndex())) {
+    Begin(args, plan);
+  }
+  AWQ_DEVICE bool more(GemmPlan const& plan) const { return IsPiece(plan, piece); }
 
-  AWQ_DEVICE bool more() const { return piece.begin < piece.end; }
   AWQ_DEVICE void Begin(GemmArgs const& args, GemmPlan const& plan) {
-    if (!pieces.Next(plan, piece)) {
-      piece = {};
-      return;
-    }
+    if (!more(plan)) return;
     TileAt const at = LocateTile(plan, piece.tile);
     int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
     first_strip = at.row * kStrips;
@@ -85,7 +83,10 @@ struct GemmFetch {
   }
 
   AWQ_DEVICE void Advance(GemmArgs const& args, GemmPlan const& plan) {
-    if (++piece.begin == piece.end) return Begin(args, plan);
+    if (++piece.begin == piece.end) {
+      piece = NextPiece(plan, BlockIndex(), piece);
+      return Begin(args, plan);
+    }
     x += kTileK * 2;
     q += kWarp * 16;
   }
@@ -137,7 +138,7 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
   GemmFetch<kWarps, kTokens> fetch(args, plan);
   {  // weights do not depend on the kernel before this one, X does
     GemmFetch<kWarps, kTokens> weights = fetch;
-    for (Shared stage = ring; stage < ring_end() - layout.bytes && weights.more(); stage += layout.bytes) {
+    for (Shared stage = ring; stage < ring_end() - layout.bytes && weights.more(plan); stage += layout.bytes) {
       weights.FillWeights(args, plan, stage);
       weights.Advance(args, plan);
     }
@@ -145,7 +146,7 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
   LetNextKernelStart();
   WaitForPreviousKernel();
   for (Shared stage = ring; stage < ring_end() - layout.bytes; stage += layout.bytes) {
-    if (fetch.more()) {
+    if (fetch.more(plan)) {
       fetch.FillTokens(args, stage);
       fetch.Advance(args, plan);
     }
@@ -153,9 +154,9 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
   }
 
   Shared stage = ring;
-  Piece piece;
 #pragma unroll 1
-  for (Pieces pieces(BlockIndex()); pieces.Next(plan, piece);) {
+  for (Piece piece = FirstPiece(plan, BlockIndex()); IsPiece(plan, piece);
+       piece = NextPiece(plan, BlockIndex(), piece)) {
     Accumulators<kWarpStrips, kTokenTiles> acc;
     ClearSums<kWarpStrips, kTokenTiles>(acc);
 #pragma unroll 1
@@ -166,7 +167,7 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
         WaitCopies<kMmaStages - 3>();
       }
       SyncThreads();  // the unit has arrived for every thread, and nobody reads the one before any more
-      if (fetch.more()) {
+      if (fetch.more(plan)) {
         Shared const free_stage = (stage == ring ? ring_end() : stage) - layout.bytes;  // of the unit before
         fetch.FillWeights(args, plan, free_stage);
         fetch.FillTokens(args, free_stage);

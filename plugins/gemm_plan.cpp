@@ -43,30 +43,10 @@ int64_t PartialBytes(GemmTile const& tile, int32_t n, int32_t k, int64_t tokens)
   return std::min(kMaxPartialBytes / (2 * tile.sum_bytes()), segments) * 2 * tile.sum_bytes();
 }
 
-double Nanoseconds(GemmPlan const& plan, GemmArgs const& args, Device const& device) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  Architecture const& architecture = ArchitectureOf(device.sm);
-  int32_t const resident = CeilDiv(plan.blocks, device.multiprocessors);
-  double const l2 = kL2Ratio * architecture.bandwidth / resident;
-  double const rate = kEfficiency * (tile.wgmma ? architecture.wgmma : architecture.mma) / resident;
-  double const unit_bytes = tile.rows() * (kTileK / 2) + tile.tokens * (kTileK * 2);
-  double const unit = kUnitNanoseconds + std::max(tile.rows() * tile.tokens * kTileK / rate, unit_bytes / l2);
-  double const store = kTileNanoseconds + tile.rows() * tile.tokens * 2 / l2;
-  int32_t const segment = plan.split_tiles > 0 ? plan.segments.Size(0) : 0;
-  int32_t const whole = CeilDiv(plan.tiles - plan.split_tiles, plan.blocks);
-  double const memory = (0.52 * args.n * args.k + 2.0 * args.tokens * (args.n + args.k)) /
-                        (architecture.bandwidth * device.multiprocessors);
-  double total = std::max(memory, (segment + static_cast<double>(whole) * plan.units) * unit) +
-                 (whole + CeilDiv(segment, plan.units)) * store;
-  if (segment > 0) {
-    int32_t const parts = CeilDiv(plan.units, segment) + 1;
-    total += kSplitNanoseconds + (parts + 1) * tile.sum_bytes() / std::min(kOneReader, 2 * l2);
-  }
-  return total;
-}
-
-// A plan with that tile that splits the first `split_tiles`; false where it cannot or need not.
-bool MakePlan(GemmArgs const& args, Device const& device, int32_t kind, int32_t split_tiles, GemmPlan& plan) {
+// A plan with that tile whose first `split_tiles` are split over so many blocks, or fewer if that is too many; false
+// where it cannot be, or would split nothing.
+bool MakePlan(GemmArgs const& args, Device const& device, int32_t kind, int32_t split_tiles, int32_t split_blocks,
+              GemmPlan& plan) {
   GemmTile const& tile = kGemmTiles[kind];
   int64_t const tiles = TileCount(tile, args.n, args.tokens);
   if (tiles > INT32_MAX / 2 || split_tiles > std::min<int64_t>(tiles, kMaxSplitTiles)) return false;
@@ -85,7 +65,7 @@ bool MakePlan(GemmArgs const& args, Device const& device, int32_t kind, int32_t 
   int64_t const units = static_cast<int64_t>(split_tiles) * plan.units;  // at most 2^10 * 2^14
   int64_t const slots = PartialBytes(tile, args.n, args.k, args.tokens) / (2 * tile.sum_bytes());
   plan.split_tiles = split_tiles;
-  plan.split_blocks = static_cast<int32_t>(std::min<int64_t>({at_once, units / kLeastUnits, slots}));
+  plan.split_blocks = static_cast<int32_t>(std::min<int64_t>({split_blocks, units / kLeastUnits, slots}));
   if (plan.split_blocks <= std::min(split_tiles, at_once - 1)) return false;
   plan.segments = {static_cast<int32_t>(units / plan.split_blocks), static_cast<int32_t>(units % plan.split_blocks)};
   plan.blocks = std::max(plan.blocks, plan.split_blocks);
@@ -94,29 +74,60 @@ bool MakePlan(GemmArgs const& args, Device const& device, int32_t kind, int32_t 
 
 }  // namespace
 
+double EstimateNanoseconds(GemmPlan const& plan, GemmArgs const& args, Device const& device) {
+  GemmTile const& tile = kGemmTiles[plan.tile];
+  Architecture const& architecture = ArchitectureOf(device.sm);
+  int32_t const resident = CeilDiv(plan.blocks, device.multiprocessors);
+  double const l2 = kL2Ratio * architecture.bandwidth / resident;
+  double const rate = kEfficiency * (tile.wgmma ? architecture.wgmma : architecture.mma) / resident;
+  double const unit_bytes = tile.rows() * (kTileK / 2) + tile.tokens * (kTileK * 2);
+  double const unit = kUnitNanoseconds + std::max(tile.rows() * tile.tokens * kTileK / rate, unit_bytes / l2);
+  double const store = kTileNanoseconds + tile.rows() * tile.tokens * 2 / l2;
+  int32_t const segment = plan.split_tiles > 0 ? plan.segments.Size(0) : 0;
+  int32_t const whole = CeilDiv(plan.tiles - plan.split_tiles, plan.blocks);
+  double const memory = (0.52 * args.n * args.k + 2.0 * args.tokens * (args.n + args.k)) /
+                        (architecture.bandwidth * device.multiprocessors);
+  double total = std::max(memory, (segment + static_cast<double>(whole) * plan.units) * unit) +
+                 (whole + CeilDiv(segment, plan.units)) * store;
+  if (segment > 0) {
+    bool const aligned = plan.segments.extra == 0 && plan.units % segment == 0;
+    int32_t const parts = CeilDiv(plan.units, segment) + (aligned ? 0 : 1);
+    total += kSplitNanoseconds + (parts + 1) * tile.sum_bytes() / std::min(kOneReader, 2 * l2);
+  }
+  return total;
+}
+
 bool PlanGemm(GemmArgs const& args, GemmPolicy const& policy, Device const& device, GemmPlan& plan) {
-  bool const wgmma = device.wgmma && args.x_aligned && args.tokens >= kWgmmaLeastTokens;
   // the best way to split with each tile
   GemmPlan plans[kGemmTileCount];
   int32_t count = 0, best = 0;
   double best_time = 0;
   for (int32_t kind = 0; kind < kGemmTileCount; ++kind) {
-    if (kGemmTiles[kind].wgmma != wgmma) continue;
+    if (kGemmTiles[kind].wgmma && !(device.wgmma && args.x_aligned)) continue;  // the copy engine wants it aligned
     int32_t const at_once = BlocksAtOnce(kGemmTiles[kind], device);
     GemmPlan candidate;
-    if (!MakePlan(args, device, kind, 0, candidate)) continue;
+    if (!MakePlan(args, device, kind, 0, 0, candidate)) continue;
     GemmPlan& chosen = plans[count++] = candidate;
-    double time = Nanoseconds(chosen, args, device);
-    int32_t const rest = chosen.tiles % at_once;
-    for (int32_t split_tiles : {rest, rest + at_once}) {
-      if (rest == 0 || !policy.split || !MakePlan(args, device, kind, split_tiles, candidate)) continue;
-      double const split_time = Nanoseconds(candidate, args, device);
-      if (split_time < time) chosen = candidate, time = split_time;
+    double time = EstimateNanoseconds(chosen, args, device);
+    auto consider = [&](int32_t split_tiles, int32_t split_blocks) {
+      if (policy.splitting == Splitting::kNever || !MakePlan(args, device, kind, split_tiles, split_blocks, candidate))
+        return;
+      double const split_time = EstimateNanoseconds(candidate, args, device);
+      bool const better = split_time < time || (policy.splitting == Splitting::kAlways && chosen.split_tiles == 0);
+      if (better) chosen = candidate, time = split_time;
+    };
+    int32_t const tiles = chosen.tiles, rest = tiles % at_once;
+    if (rest > 0) consider(rest, at_once);
+    if (rest > 0) consider(rest + at_once, at_once);
+    for (int32_t parts = 2; tiles * int64_t{parts} <= at_once;
+         ++parts) {  // whole parts: one partial sum for each block
+      if (chosen.units % parts == 0) consider(tiles, tiles * parts);
     }
     if (count == 1 || time < best_time) best = count - 1, best_time = time;
   }
   if (count == 0) return false;
-  plan = plans[std::clamp(best + policy.larger, 0, count - 1)];
+  int32_t const other = std::clamp(best + policy.larger, 0, count - 1);
+  plan = plans[kGemmTiles[plans[other].tile].wgmma == kGemmTiles[plans[best].tile].wgmma ? other : best];
   return true;
 }
 

@@ -33,7 +33,6 @@ constexpr GemmTile kGemmTiles[] = {
     {true, 8, 1, 128, 1}, {true, 8, 2, 64, 1},  {true, 8, 2, 128, 1},
 };
 constexpr int32_t kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
-constexpr int32_t kWgmmaLeastTokens = 65;  // fewer are for mma.sync on sm_90, too
 
 constexpr int32_t kBandTokens = 1024;  // tiles of so many tokens come before those of the next ones: L2 keeps their X
 constexpr int32_t kMaxSplitTiles = 1024;  // counters
@@ -68,13 +67,17 @@ struct GemmPlan {
 };
 
 // One way to divide a product; the best one depends on layer, tokens and GPU, so TensorRT times them.
+enum class Splitting { kNever, kEstimated, kAlways };  // kAlways: if it can be
 struct GemmPolicy {
   int32_t larger;  // the tile that is estimated to be fastest, or the next smaller (-1) or larger one (1)
-  bool split;      // whether tiles may be split
+  Splitting splitting;
 };
 
 // False where no launch can do it: more tiles than blocks can count.
 bool PlanGemm(GemmArgs const& args, GemmPolicy const& policy, Device const& device, GemmPlan& plan);
+
+// What tiles are compared by; assumptions, not measurements.
+double EstimateNanoseconds(GemmPlan const& plan, GemmArgs const& args, Device const& device);
 
 // What partial sums need, on any GPU, for this many tokens or fewer.
 size_t GemmWorkspaceBytes(int32_t n, int32_t k, int64_t tokens);

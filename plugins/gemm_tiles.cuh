@@ -17,29 +17,27 @@ struct Piece {
   int32_t tile, begin, end;
 };
 
-// The pieces of a block, in the order in which it computes them: all that is kept is how many it has had.
-class Pieces {
- public:
-  AWQ_DEVICE explicit Pieces(int32_t block) : block_(block) {}
-  // False where there is none any more.
-  AWQ_DEVICE bool Next(GemmPlan const& plan, Piece& piece) {
-    int32_t index = next_++;
-    if (block_ < plan.split_blocks) {
-      int32_t const begin = plan.segments.Begin(block_), end = begin + plan.segments.Size(block_);
-      int32_t const tile = begin / plan.units + index, first = tile * plan.units;
-      if (first < end) {
-        piece = {tile, index == 0 ? begin - first : 0, end - first < plan.units ? end - first : plan.units};
-        return true;
-      }
-      index = tile - CeilDiv(end, plan.units);
-    }
-    piece = {plan.split_tiles + block_ + index * plan.blocks, 0, plan.units};
-    return piece.tile < plan.tiles;
-  }
-
- private:
-  int32_t block_, next_ = 0;
-};
+// The pieces of a block, in the order in which it computes them:
+//
+//   for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece))
+//
+// The next one follows from the tile of the last one alone, as registers are scarce.
+AWQ_DEVICE Piece WholeTile(GemmPlan const& plan, int32_t tile) { return {tile, 0, plan.units}; }
+AWQ_DEVICE Piece PartOfTile(GemmPlan const& plan, int32_t block, int32_t tile) {
+  int32_t const first = tile * plan.units, begin = plan.segments.Begin(block) - first;
+  int32_t const end = begin + plan.segments.Size(block);
+  return {tile, begin > 0 ? begin : 0, end < plan.units ? end : plan.units};
+}
+AWQ_DEVICE Piece FirstPiece(GemmPlan const& plan, int32_t block) {
+  if (block >= plan.split_blocks) return WholeTile(plan, plan.split_tiles + block);
+  return PartOfTile(plan, block, plan.segments.Begin(block) / plan.units);
+}
+AWQ_DEVICE Piece NextPiece(GemmPlan const& plan, int32_t block, Piece const& piece) {
+  if (piece.tile >= plan.split_tiles) return WholeTile(plan, piece.tile + plan.blocks);
+  bool const more = (piece.tile + 1) * plan.units < plan.segments.Begin(block) + plan.segments.Size(block);
+  return more ? PartOfTile(plan, block, piece.tile + 1) : WholeTile(plan, plan.split_tiles + block);
+}
+AWQ_DEVICE bool IsPiece(GemmPlan const& plan, Piece const& piece) { return piece.tile < plan.tiles; }
 
 // Where a tile lies in Y, in tiles: bands of `plan.band` tiles of tokens, in each one row of tiles after the other.
 struct TileAt {

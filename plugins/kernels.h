@@ -16,10 +16,10 @@ struct Tactic {
   GemmPolicy gemm;      // beyond
 };
 
-constexpr Tactic kTactics[] = {{1, {1, Split::kEstimated}, {0, true}},
-                               {2, {2, Split::kEstimated}, {0, false}},
-                               {3, {1, Split::kFewest}, {1, true}},
-                               {4, {2, Split::kDouble}, {-1, true}}};
+constexpr Tactic kTactics[] = {{1, {1, Split::kEstimated}, {0, Splitting::kEstimated}},
+                               {2, {2, Split::kEstimated}, {0, Splitting::kNever}},
+                               {3, {1, Split::kFewest}, {1, Splitting::kAlways}},
+                               {4, {2, Split::kDouble}, {-1, Splitting::kAlways}}};
 constexpr int32_t kTacticCount = sizeof(kTactics) / sizeof(kTactics[0]);
 constexpr int32_t kMaxTokens = 1 << 30;  // of one call
 

@@ -46,18 +46,16 @@ struct RingPlace {
 
 // The units of a block, one after the other.
 struct Units {
-  Pieces pieces;
   Piece piece;  // the unit is its `begin`
   TileAt at;
-  bool more;
 
-  AWQ_DEVICE Units(GemmPlan const& plan) : pieces(BlockIndex()) { Begin(plan); }
-  AWQ_DEVICE void Begin(GemmPlan const& plan) {
-    more = pieces.Next(plan, piece);
-    if (more) at = LocateTile(plan, piece.tile);
-  }
+  AWQ_DEVICE explicit Units(GemmPlan const& plan)
+      : piece(FirstPiece(plan, BlockIndex())), at(LocateTile(plan, piece.tile)) {}
+  AWQ_DEVICE bool more(GemmPlan const& plan) const { return IsPiece(plan, piece); }
   AWQ_DEVICE void Advance(GemmPlan const& plan) {
-    if (++piece.begin == piece.end) Begin(plan);
+    if (++piece.begin < piece.end) return;
+    piece = NextPiece(plan, BlockIndex(), piece);
+    at = LocateTile(plan, piece.tile);
   }
 };
 
@@ -73,12 +71,12 @@ AWQ_DEVICE void CopyTiles(GemmPlan const& plan, WgmmaMaps const& maps, WgmmaStag
   PrefetchMap(maps.q);
   PrefetchMap(maps.x);
   Units ahead(plan);
-  for (int32_t i = 0; i < kWgmmaStages && ahead.more; ++i, ahead.Advance(plan)) copy_weights(ahead, i);
+  for (int32_t i = 0; i < kWgmmaStages && ahead.more(plan); ++i, ahead.Advance(plan)) copy_weights(ahead, i);
   WaitForPreviousKernel();
   RingPlace place;
   bool first_round = true;
 #pragma unroll 1
-  for (Units units(plan); units.more; units.Advance(plan)) {
+  for (Units units(plan); units.more(plan); units.Advance(plan)) {
     if (!first_round) {
       AwaitPhase(stages.Empty(place.stage), place.parity ^ 1);
       copy_weights(units, place.stage);
@@ -96,7 +94,7 @@ AWQ_DEVICE void CopyAllScales(GemmArgs const& args, GemmPlan const& plan, WgmmaS
                               int32_t lane) {
   RingPlace place;
 #pragma unroll 1
-  for (Units units(plan); units.more; units.Advance(plan)) {
+  for (Units units(plan); units.more(plan); units.Advance(plan)) {
     AwaitPhase(stages.Empty(place.stage), place.parity ^ 1);  // at once in the first round
     if (lane < 2 * stages.kTileStrips) {
       CopyScales(args, stages.layout, stages.Stage(place.stage), units.at.row * stages.kTileStrips, lane / 2,
@@ -141,9 +139,9 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
                               int32_t lane) {
   WaitForPreviousKernel();  // which may still read what this one writes
   RingPlace place;
-  Piece piece;
 #pragma unroll 1
-  for (Pieces pieces(BlockIndex()); pieces.Next(plan, piece);) {
+  for (Piece piece = FirstPiece(plan, BlockIndex()); IsPiece(plan, piece);
+       piece = NextPiece(plan, BlockIndex(), piece)) {
     Accumulators<kStrips, kTokenTiles> acc;
     ClearSums<kStrips, kTokenTiles>(acc);
     uint32_t a[2][kStrips][4];  // of the step that is multiplied, and of the next one

@@ -28,7 +28,16 @@ cudaError_t CheckCounters(GemmArgs const& args, int32_t count) {
   return cudaSuccess;
 }
 
+// Note a launch, and look at the counters after it.
+cudaError_t Done(GemmArgs const& args, GemmPlan const& plan) {
+  ++emulated_tiles[plan.tile].launches;
+  emulated_tiles[plan.tile].split += plan.split_tiles > 0;
+  return CheckCounters(args, plan.split_tiles);
+}
+
 }  // namespace
+
+EmulatedTile emulated_tiles[kGemmTileCount];
 
 Device emulated_device{90, 2, 228 << 10, true};
 
@@ -59,7 +68,7 @@ cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan c
 cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
   GemmTile const& tile = kGemmTiles[plan.tile];
   RunKernel({plan.blocks, 1, tile.warps * kWarp, plan.shared_bytes, true}, GemmKernelFor(type, tile), args, plan);
-  return CheckCounters(args, plan.split_tiles);
+  return Done(args, plan);
 }
 
 cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
@@ -70,7 +79,7 @@ cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan cons
   maps.q = emulator::Encode(
       {args.qweight, words, CeilDiv(args.n, kTileN), 4 * words, 4, kWarp * kSteps, tile.warps * tile.strips, false});
   RunKernel({plan.blocks, 1, kWgmmaThreads, plan.shared_bytes, true}, WgmmaKernelFor(type, tile), args, plan, maps);
-  return CheckCounters(args, plan.split_tiles);
+  return Done(args, plan);
 }
 
 }  // namespace awq_trt

@@ -1,11 +1,17 @@
-// The GPU that the emulator is.
+// The GPU that the emulator is, and what it has done.
 #pragma once
 
-#include "gpu.h"
+#include "gemm_plan.h"
 
 namespace awq_trt {
 
 // Few multiprocessors, so that small layers are divided as large ones are on a GPU. What is planned next is for it.
 extern Device emulated_device;
+
+// How often the kernel of a tile has run, and with tiles that are split.
+struct EmulatedTile {
+  int64_t launches, split;
+};
+extern EmulatedTile emulated_tiles[kGemmTileCount];
 
 }  // namespace awq_trt

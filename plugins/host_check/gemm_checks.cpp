@@ -14,8 +14,7 @@ namespace {
 // Nothing if every unit of every tile belongs to exactly one block, and all of it fits; else what is wrong.
 std::string ProblemOf(GemmPlan const& plan, GemmArgs const& args, Device const& device) {
   GemmTile const& tile = kGemmTiles[plan.tile];
-  bool const wgmma = device.wgmma && args.x_aligned && args.tokens >= kWgmmaLeastTokens;
-  if (tile.wgmma != wgmma) return "the other kernel";
+  if (tile.wgmma && !(device.wgmma && args.x_aligned)) return "a kernel that cannot run here";
   if (plan.row_tiles * tile.rows() < args.n || (plan.row_tiles - 1) * tile.rows() >= args.n) return "features";
   if (static_cast<int64_t>(plan.token_tiles) * tile.tokens < args.tokens) return "tokens";
   if (plan.units * kTileK < args.k || (plan.units - 1) * kTileK >= args.k) return "columns";
@@ -30,9 +29,9 @@ std::string ProblemOf(GemmPlan const& plan, GemmArgs const& args, Device const& 
   std::vector<int32_t> arrivals(static_cast<size_t>(plan.split_tiles), 0);
   std::set<Words const*> places;
   for (int32_t block = 0; block < plan.blocks; ++block) {
-    Piece piece;
     int32_t count = 0;
-    for (Pieces pieces(block); pieces.Next(plan, piece); ++count) {
+    for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece)) {
+      ++count;
       if (piece.tile < 0 || piece.tile >= plan.tiles) return "a tile that is not there";
       if (piece.begin < 0 || piece.begin >= piece.end || piece.end > plan.units) return "an empty piece";
       // pieces of a tile come in the order of the blocks, so they follow each other

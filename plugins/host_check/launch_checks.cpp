@@ -344,7 +344,7 @@ void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed,
       Device const usual = emulated_device;
       LayerCase large{layer_case.layer, {}};  // what runs on wgmma there
       for (int32_t tokens : layer_case.tokens) {
-        if (tokens >= kWgmmaLeastTokens) large.tokens.push_back(tokens);
+        if (tokens > kDecodeMaxTokens) large.tokens.push_back(tokens);
       }
       emulated_device = type == ActivationType::kHalf ? Device{80, 2, 164 << 10} : Device{120, 3, 100 << 10};
       if (!large.tokens.empty()) CheckLayer(library, where, large, type, tactics, 0, ++seed, stream, report);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "decode_checks.h"
+#include "emulated_kernels.h"
 #include "gemm_checks.h"
 #include "interface_checks.h"
 #include "kernels.h"
@@ -30,8 +31,8 @@ constexpr char kUsage[] =
     "                                  one call on the emulated GPU: INPUT holds the plugin's inputs one after the\n"
     "                                  other, Y is written to OUTPUT\n"
     "  %s plan                         reads lines `n k group_size tokens sm multiprocessors shared_bytes tactic`\n"
-    "                                  (shared_bytes: of a multiprocessor), answers each with the decode kernel's\n"
-    "                                  plan as JSON; null where that kernel is not for the call\n";
+    "                                  (shared_bytes: of a multiprocessor), answers each with what would be launched,\n"
+    "                                  and how it is divided, as JSON; null where nothing can be\n";
 
 ActivationType TypeOf(std::string const& name) {
   if (name == "float16") return ActivationType::kHalf;
@@ -43,7 +44,13 @@ int Check(Library const& library, bool emulate, bool few, uint64_t seed) {
   CheckInterface(library, report);
   CheckDecode(seed, report);
   CheckGemm(seed, report);
-  if (emulate) CheckLaunches(EmulatedLibrary(), Where::kEmulator, true, seed, report);
+  if (emulate) {
+    CheckLaunches(EmulatedLibrary(), Where::kEmulator, true, seed, report);
+    bool every_tile = true;
+    for (EmulatedTile const& tile : emulated_tiles) every_tile &= tile.launches > 0 && tile.split > 0;
+    for (auto& t : emulated_tiles) fprintf(stderr, "%ld %ld\n", (long)t.launches, (long)t.split);
+    report.Check("every tile has run on the emulator, whole and split", every_tile);
+  }
   std::string reason;
   std::string const gpu = DescribeGpu(reason);
   if (gpu.empty()) {
@@ -80,30 +87,48 @@ int Supports(Library const& library) {
   return 0;
 }
 
+void PrintDecode(DecodePlan const& plan, DecodePolicy const& policy) {
+  std::printf(
+      "{\"kernel\": \"decode\", \"token_tiles\": %d, \"blocks_per_multiprocessor\": %d, \"warps\": %d, \"stages\": %d, "
+      "\"strip_tiles\": %d, \"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
+      "\"row_bytes\": %d, \"shared_bytes\": %d}\n",
+      plan.token_tiles, policy.blocks_per_multiprocessor, plan.warps(), kDecodeStages, StripTiles(plan.token_tiles),
+      plan.ranges, plan.slices, plan.strips_of_range.Size(0), plan.units_of_slice.Size(0), plan.row_bytes,
+      plan.shared_bytes);
+}
+
+void PrintGemm(GemmPlan const& plan, double nanoseconds) {
+  GemmTile const& tile = kGemmTiles[plan.tile];
+  std::printf(
+      "{\"kernel\": \"%s\", \"rows\": %d, \"tokens\": %d, \"tiles\": %d, \"units\": %d, \"split_tiles\": %d, "
+      "\"split_blocks\": %d, \"blocks\": %d, \"stages\": %d, \"shared_bytes\": %d, \"estimated_us\": %.3f}\n",
+      tile.wgmma ? "wgmma" : "gemm", tile.rows(), tile.tokens, plan.tiles, plan.units, plan.split_tiles,
+      plan.split_blocks, plan.blocks, plan.stages, plan.shared_bytes, nanoseconds / 1e3);
+}
+
 int Plan() {
   int32_t n, k, group, tokens, tactic;
   Device device;
   while (std::cin >> n >> k >> group >> tokens >> device.sm >> device.multiprocessors >> device.shared_bytes >>
          tactic) {
     Tactic const* const found = FindTactic(tactic);
-    DecodePlan plan;
-    bool planned = found != nullptr && WhyNot(n, k, group, ActivationType::kHalf, device.sm).empty();
-    if (planned) {
-      GemmArgs args = MakeArgs({n, k, group, true, false, false});
-      args.tokens = tokens;
-      planned = PlanDecode(args, found->decode, device, plan);
-    }
-    if (!planned) {
+    device.wgmma = device.sm == 90;
+    if (found == nullptr || !WhyNot(n, k, group, ActivationType::kHalf, device.sm).empty()) {
       std::puts("null");
       continue;
     }
-    std::printf(
-        "{\"token_tiles\": %d, \"blocks_per_multiprocessor\": %d, \"warps\": %d, \"stages\": %d, "
-        "\"strip_tiles\": %d, \"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
-        "\"row_bytes\": %d, \"shared_bytes\": %d}\n",
-        plan.token_tiles, found->decode.blocks_per_multiprocessor, plan.warps(), kDecodeStages,
-        StripTiles(plan.token_tiles), plan.ranges, plan.slices, plan.strips_of_range.Size(0),
-        plan.units_of_slice.Size(0), plan.row_bytes, plan.shared_bytes);
+    GemmArgs args = MakeArgs({n, k, group, true, false, false});
+    args.tokens = tokens;
+    args.x_aligned = true;
+    DecodePlan decode;
+    GemmPlan gemm;
+    if (PlanDecode(args, found->decode, device, decode)) {
+      PrintDecode(decode, found->decode);
+    } else if (PlanGemm(args, found->gemm, device, gemm)) {
+      PrintGemm(gemm, EstimateNanoseconds(gemm, args, device));
+    } else {
+      std::puts("null");
+    }
   }
   return 0;
 }
