@@ -84,7 +84,7 @@ struct GemmFetch {
 
   AWQ_DEVICE void Advance(GemmArgs const& args, GemmPlan const& plan) {
     if (++piece.begin == piece.end) {
-      piece = NextPiece(plan, BlockIndex(), piece);
+      piece = NextPiece(plan, BlockIndex(), piece.tile);
       return Begin(args, plan);
     }
     x += kTileK * 2;
@@ -156,11 +156,11 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
   Shared stage = ring;
 #pragma unroll 1
   for (Piece piece = FirstPiece(plan, BlockIndex()); IsPiece(plan, piece);
-       piece = NextPiece(plan, BlockIndex(), piece)) {
+       piece = NextPiece(plan, BlockIndex(), piece.tile)) {
     Accumulators<kWarpStrips, kTokenTiles> acc;
     ClearSums<kWarpStrips, kTokenTiles>(acc);
 #pragma unroll 1
-    for (int32_t unit = piece.begin; unit < piece.end; ++unit) {
+    for (; piece.begin < piece.end; ++piece.begin) {
       if (plan.stages == kMmaStages) {
         WaitCopies<kMmaStages - 2>();
       } else {
@@ -175,14 +175,14 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
       }
       CommitCopies();
       if (args.pre_scale == nullptr) {
-        MultiplyStage<T, false, kWarps, kTokenTiles>(args, acc, stage, unit);
+        MultiplyStage<T, false, kWarps, kTokenTiles>(args, acc, stage, piece.begin);
       } else {
-        MultiplyStage<T, true, kWarps, kTokenTiles>(args, acc, stage, unit);
+        MultiplyStage<T, true, kWarps, kTokenTiles>(args, acc, stage, piece.begin);
       }
       stage += layout.bytes;
       if (stage == ring_end()) stage = ring;
     }
-    FinishPiece<T, kWarps, kWarpStrips, kTokenTiles>(args, plan, piece, acc, ring_end(), Opaque(ThreadIndex()));
+    FinishPiece<T, kWarps, kWarpStrips, kTokenTiles>(args, plan, piece.tile, acc, ring_end(), Opaque(ThreadIndex()));
   }
 }
 

@@ -19,7 +19,7 @@ struct Piece {
 
 // The pieces of a block, in the order in which it computes them:
 //
-//   for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece))
+//   for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece.tile))
 //
 // The next one follows from the tile of the last one alone, as registers are scarce.
 AWQ_DEVICE Piece WholeTile(GemmPlan const& plan, int32_t tile) { return {tile, 0, plan.units}; }
@@ -28,14 +28,17 @@ AWQ_DEVICE Piece PartOfTile(GemmPlan const& plan, int32_t block, int32_t tile) {
   int32_t const end = begin + plan.segments.Size(block);
   return {tile, begin > 0 ? begin : 0, end < plan.units ? end : plan.units};
 }
+AWQ_DEVICE Piece PieceOf(GemmPlan const& plan, int32_t block, int32_t tile) {
+  return tile < plan.split_tiles ? PartOfTile(plan, block, tile) : WholeTile(plan, tile);
+}
 AWQ_DEVICE Piece FirstPiece(GemmPlan const& plan, int32_t block) {
   if (block >= plan.split_blocks) return WholeTile(plan, plan.split_tiles + block);
   return PartOfTile(plan, block, plan.segments.Begin(block) / plan.units);
 }
-AWQ_DEVICE Piece NextPiece(GemmPlan const& plan, int32_t block, Piece const& piece) {
-  if (piece.tile >= plan.split_tiles) return WholeTile(plan, piece.tile + plan.blocks);
-  bool const more = (piece.tile + 1) * plan.units < plan.segments.Begin(block) + plan.segments.Size(block);
-  return more ? PartOfTile(plan, block, piece.tile + 1) : WholeTile(plan, plan.split_tiles + block);
+AWQ_DEVICE Piece NextPiece(GemmPlan const& plan, int32_t block, int32_t tile) {
+  if (tile >= plan.split_tiles) return WholeTile(plan, tile + plan.blocks);
+  bool const more = (tile + 1) * plan.units < plan.segments.Begin(block) + plan.segments.Size(block);
+  return more ? PartOfTile(plan, block, tile + 1) : WholeTile(plan, plan.split_tiles + block);
 }
 AWQ_DEVICE bool IsPiece(GemmPlan const& plan, Piece const& piece) { return piece.tile < plan.tiles; }
 
@@ -164,15 +167,17 @@ AWQ_DEVICE void StoreTile(GemmArgs const& args, Accumulators<kStrips, kTokenTile
   }
 }
 
-// A piece has been computed: store it, or leave it to whoever completes its tile. `thread` of kWarps warps.
+// The block's piece of a tile has been computed: store it, or leave it to whoever completes its tile. `thread` of
+// kWarps warps.
 template <typename T, int kWarps, int kStrips, int kTokenTiles>
-AWQ_DEVICE void FinishPiece(GemmArgs const& args, GemmPlan const& plan, Piece const& piece,
+AWQ_DEVICE void FinishPiece(GemmArgs const& args, GemmPlan const& plan, int32_t tile,
                             Accumulators<kStrips, kTokenTiles>& acc, Shared scratch, int32_t thread) {
   int32_t const warp = thread / kWarp, lane = thread % kWarp;
-  if (!IsWhole(plan, piece) && !AddPartials<kWarps, kStrips, kTokenTiles>(args, plan, piece.tile, acc, warp, lane)) {
+  if (!IsWhole(plan, PieceOf(plan, BlockIndex(), tile)) &&
+      !AddPartials<kWarps, kStrips, kTokenTiles>(args, plan, tile, acc, warp, lane)) {
     return;
   }
-  TileAt const at = LocateTile(plan, piece.tile);
+  TileAt const at = LocateTile(plan, tile);
   int32_t const first_n = (at.row * kWarps + warp) * (kStrips * kTileN);
   StoreTile<T, kStrips, kTokenTiles>(args, acc,
                                      scratch + warp * (kScratchTokens * (kStrips * kTileN * 2 + kScratchPad)), first_n,

@@ -54,7 +54,7 @@ struct Units {
   AWQ_DEVICE bool more(GemmPlan const& plan) const { return IsPiece(plan, piece); }
   AWQ_DEVICE void Advance(GemmPlan const& plan) {
     if (++piece.begin < piece.end) return;
-    piece = NextPiece(plan, BlockIndex(), piece);
+    piece = NextPiece(plan, BlockIndex(), piece.tile);
     at = LocateTile(plan, piece.tile);
   }
 };
@@ -141,7 +141,7 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
   RingPlace place;
 #pragma unroll 1
   for (Piece piece = FirstPiece(plan, BlockIndex()); IsPiece(plan, piece);
-       piece = NextPiece(plan, BlockIndex(), piece)) {
+       piece = NextPiece(plan, BlockIndex(), piece.tile)) {
     Accumulators<kStrips, kTokenTiles> acc;
     ClearSums<kStrips, kTokenTiles>(acc);
     uint32_t a[2][kStrips][4];  // of the step that is multiplied, and of the next one
@@ -165,7 +165,7 @@ AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
 #pragma unroll
     for (int32_t i = 0; i < kStrips; ++i) Settle(acc[i]);
     if (lane == 0) Arrive(stages.Empty(used));
-    FinishPiece<T, kConsumerWarps, kStrips, kTokenTiles>(args, plan, piece, acc, stages.Scratch(),
+    FinishPiece<T, kConsumerWarps, kStrips, kTokenTiles>(args, plan, piece.tile, acc, stages.Scratch(),
                                                          ThreadIndex() - kWarpgroup);
   }
 }

@@ -30,7 +30,7 @@ std::string ProblemOf(GemmPlan const& plan, GemmArgs const& args, Device const& 
   std::set<Words const*> places;
   for (int32_t block = 0; block < plan.blocks; ++block) {
     int32_t count = 0;
-    for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece)) {
+    for (Piece piece = FirstPiece(plan, block); IsPiece(plan, piece); piece = NextPiece(plan, block, piece.tile)) {
       ++count;
       if (piece.tile < 0 || piece.tile >= plan.tiles) return "a tile that is not there";
       if (piece.begin < 0 || piece.begin >= piece.end || piece.end > plan.units) return "an empty piece";
