@@ -14,7 +14,8 @@ Tactic const* FindTactic(int32_t id) {
 
 size_t WorkspaceBytes(LayerConfig const& layer, int64_t tokens) {
   int32_t const n = layer.out_features, k = layer.in_features;
-  return std::max(DecodeWorkspaceBytes(n, k, tokens), GemmWorkspaceBytes(n, k, tokens));
+  size_t const dequantized = tokens >= kDequantizeTokens ? DequantizedWorkspaceBytes(MakeArgs(layer)) : 0;
+  return std::max({DecodeWorkspaceBytes(n, k, tokens), GemmWorkspaceBytes(n, k, tokens), dequantized});
 }
 
 size_t CounterBytes(LayerConfig const& layer) {
@@ -24,6 +25,10 @@ size_t CounterBytes(LayerConfig const& layer) {
 cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tactic, Device const& device,
                    cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
+  if (args.tokens >= tactic.dequantize_from) {
+    cudaError_t const error = LaunchDequantized(args, type, stream);
+    if (error != cudaErrorNotSupported) return error;
+  }
   DecodePlan decode;
   if (PlanDecode(args, tactic.decode, device, decode)) return LaunchDecode(args, type, decode, device, stream);
   GemmPlan gemm;

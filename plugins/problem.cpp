@@ -57,6 +57,7 @@ GemmArgs MakeArgs(LayerConfig const& layer) {
   GemmArgs args{};
   args.n = layer.out_features;
   args.k = layer.in_features;
+  args.workspace_mib = layer.workspace_mib;
   args.groups = layer.in_features / layer.group_size;
   args.group_shift = 31;  // one group per row: every column shifts to 0
   for (int32_t shift = 5; shift <= 7; ++shift) {

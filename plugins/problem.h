@@ -23,6 +23,7 @@ enum class ActivationType : int32_t { kHalf, kBfloat16 };
 inline bool IsAligned(void const* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 constexpr int32_t kMaxOutputs = 4;
+constexpr int32_t kDefaultWorkspaceMib = 160;
 constexpr int32_t kTileN = 16, kTileK = 64;  // of the packed layout, drawn in fragments.h
 constexpr int32_t kTokenTile = 8;            // tokens of one mma
 
@@ -49,7 +50,8 @@ struct LayerConfig {
   bool has_bias;
   bool has_pre_scale;
   int32_t outputs = 1;
-  int32_t splits[kMaxOutputs] = {};  // out_features of each output where there is more than one
+  int32_t splits[kMaxOutputs] = {};              // out_features of each output where there is more than one
+  int32_t workspace_mib = kDefaultWorkspaceMib;  // at most, for dequantized weights; 0: never dequantize a layer
 };
 
 // One call. N16 = ceil(N / 16), K64 = ceil(K / 64), G = K / group_size; the packed layout is drawn in fragments.h.
@@ -67,10 +69,11 @@ struct GemmArgs {
   int32_t tokens;
   int32_t n;
   int32_t k;
-  int32_t groups;       // G
-  int32_t group_shift;  // group of column c is min(c >> group_shift, G - 1)
-  bool x_aligned;       // x is 16-byte aligned: vector loads
-  bool y_aligned;       // every y is 16-byte aligned: vector stores
+  int32_t groups;         // G
+  int32_t group_shift;    // group of column c is min(c >> group_shift, G - 1)
+  int32_t workspace_mib;  // of the layer
+  bool x_aligned;         // x is 16-byte aligned: vector loads
+  bool y_aligned;         // every y is 16-byte aligned: vector stores
 };
 
 // Everything of GemmArgs that follows from the layer; the pointers, `tokens` and alignments are the caller's.

@@ -1,5 +1,6 @@
 #include "w4a16_gemm_creator.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -22,8 +23,12 @@ char const* NameOf(PluginFieldType type) {
   return index >= 0 && index < static_cast<int32_t>(sizeof(kNames) / sizeof(kNames[0])) ? kNames[index] : "other";
 }
 
+constexpr char kWorkspaceVariable[] = "AWQ_TRT_WORKSPACE_MIB";
+constexpr int32_t kMaxWorkspaceMib = 1 << 20;
+
 // What the fields say; a scalar that is missing is 0.
 struct Values {
+  int32_t workspace_mib = -1;
   int32_t scalars[kScalarFields] = {};
   int32_t outputs = 1;
   int32_t splits[kMaxOutputs] = {};
@@ -35,6 +40,13 @@ bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collec
   int32_t const given = collection == nullptr ? 0 : collection->nbFields;
   for (int32_t f = 0; f < given; ++f) {
     PluginField const& field = collection->fields[f];
+    if (field.name != nullptr && std::strcmp(field.name, kWorkspaceField) == 0) {
+      bool const one = field.type == PluginFieldType::kINT32 && field.length == 1 && field.data != nullptr;
+      if (one) std::memcpy(&values.workspace_mib, field.data, sizeof(int32_t));
+      if (one && values.workspace_mib >= 0 && values.workspace_mib <= kMaxWorkspaceMib) continue;
+      LogError("%s: field '%s', need one INT32 of 0 to %d", layer, field.name, kMaxWorkspaceMib);
+      return false;
+    }
     int32_t index = 0;
     while (index < kFieldCount && (field.name == nullptr || std::strcmp(field.name, kFieldNames[index]) != 0)) ++index;
     if (index == kFieldCount) {
@@ -79,6 +91,15 @@ bool ReadFields(char const* layer, nvinfer1::PluginFieldCollection const* collec
   return true;
 }
 
+// What the environment says, or the default; -1 where it says nothing sensible.
+int32_t WorkspaceMib() {
+  char const* const text = std::getenv(kWorkspaceVariable);
+  if (text == nullptr) return kDefaultWorkspaceMib;
+  char* end = nullptr;
+  long const value = std::strtol(text, &end, 10);
+  return end != text && *end == '\0' && value >= 0 && value <= kMaxWorkspaceMib ? static_cast<int32_t>(value) : -1;
+}
+
 }  // namespace
 
 W4A16GemmCreator::W4A16GemmCreator() noexcept {
@@ -87,7 +108,7 @@ W4A16GemmCreator::W4A16GemmCreator() noexcept {
 }
 
 nvinfer1::IPluginV3* W4A16GemmCreator::createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
-                                                    nvinfer1::TensorRTPhase) noexcept {
+                                                    nvinfer1::TensorRTPhase phase) noexcept {
   char const* const layer = name != nullptr && *name != '\0' ? name : "(unnamed layer)";
   Values values;
   if (!ReadFields(layer, fields, values)) return nullptr;
@@ -99,8 +120,17 @@ nvinfer1::IPluginV3* W4A16GemmCreator::createPlugin(char const* name, nvinfer1::
     LogError("%s: %s", layer, reason.text);
     return nullptr;
   }
+  if (values.workspace_mib < 0) {  // a plan's workspace is what it was built with
+    values.workspace_mib = phase == nvinfer1::TensorRTPhase::kBUILD ? WorkspaceMib() : kDefaultWorkspaceMib;
+  }
+  if (values.workspace_mib < 0) {
+    LogError("%s: the environment variable %s is '%s', need MiB, 0 to %d", layer, kWorkspaceVariable,
+             std::getenv(kWorkspaceVariable), kMaxWorkspaceMib);
+    return nullptr;
+  }
   LayerConfig config{v[0], v[1], v[2], v[3] != 0, v[4] != 0, v[5] != 0};
   config.outputs = values.outputs;
+  config.workspace_mib = values.workspace_mib;
   std::memcpy(config.splits, values.splits, sizeof(config.splits));
   auto* plugin = new (std::nothrow) W4A16GemmPlugin(config);
   if (plugin == nullptr) LogError("%s: out of host memory while creating the plugin", layer);

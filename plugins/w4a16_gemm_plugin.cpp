@@ -1,10 +1,12 @@
 #include "w4a16_gemm_plugin.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <initializer_list>
 #include <new>
 
+#include "cublas_lt.h"
 #include "logging.h"
 #include "version.h"
 
@@ -99,7 +101,11 @@ W4A16GemmPlugin::W4A16GemmPlugin(LayerConfig const& layer) noexcept : layer_(lay
   for (int32_t i = 0; i < layer.outputs; ++i) field_values_[kScalarFields + i] = layer.splits[i];
   fields_[kScalarFields] = {kFieldNames[kScalarFields], &field_values_[kScalarFields],
                             nvinfer1::PluginFieldType::kINT32, layer.outputs};
-  field_collection_ = {layer.outputs > 1 ? kFieldCount : kScalarFields, fields_};
+  int32_t count = layer.outputs > 1 ? kFieldCount : kScalarFields;
+  if (layer.workspace_mib != kDefaultWorkspaceMib) {
+    fields_[count++] = {kWorkspaceField, &layer_.workspace_mib, nvinfer1::PluginFieldType::kINT32, 1};
+  }
+  field_collection_ = {count, fields_};
 }
 
 W4A16GemmPlugin::~W4A16GemmPlugin() {
@@ -349,6 +355,14 @@ int32_t W4A16GemmPlugin::enqueue(PluginTensorDesc const* input_descs, PluginTens
   if (WorkspaceBytes(layer_, tokens) > 0 && (workspace == nullptr || !IsAligned(workspace, 16))) {
     LogError("enqueue: the workspace is at address %p, need a multiple of 16 bytes", workspace);
     return kFailure;
+  }
+
+  if (tokens >= tactic_->dequantize_from && !CublasLtAvailable()) {
+    static std::atomic_flag said = ATOMIC_FLAG_INIT;
+    if (!said.test_and_set()) {
+      LogWarning("layers of %d tokens and more, planned for cuBLASLt, run on our own kernel: %s",
+                 tactic_->dequantize_from, CublasLtProblem());
+    }
   }
 
   ActivationType const type =

@@ -23,7 +23,9 @@ constexpr char kPluginNamespace[] = "";
 
 constexpr int32_t kScalarFields = 6, kFieldCount = kScalarFields + 1;  // the last one, splits, has up to kMaxOutputs
 extern char const* const kFieldNames[kFieldCount];                     // in the order of LayerConfig
-constexpr int32_t kRequiredFields = 3;                                 // the first ones; the rest default to 0
+// Not in getFieldNames, as it is not the model's but the build's; a plan has it where it is not the default.
+constexpr char kWorkspaceField[] = "workspace_mib";
+constexpr int32_t kRequiredFields = 3;  // the first ones; the rest default to 0
 
 class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneCore,
@@ -86,7 +88,7 @@ class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
   Device device_{};               // once attached
   uint32_t* counters_ = nullptr;  // once attached: this context's own, because TensorRT's workspace is never zeroed
   int32_t field_values_[kScalarFields + kMaxOutputs];
-  nvinfer1::PluginField fields_[kFieldCount];
+  nvinfer1::PluginField fields_[kFieldCount + 1];
   nvinfer1::PluginFieldCollection field_collection_;
 };
 

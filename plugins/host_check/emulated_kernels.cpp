@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "decode_kernel.cuh"
+#include "dequantize_kernel.cuh"
 #include "gemm_kernel.cuh"
 #include "kernels.h"
 #include "wgmma_kernel.cuh"
@@ -38,6 +39,7 @@ cudaError_t Done(GemmArgs const& args, GemmPlan const& plan) {
 }  // namespace
 
 EmulatedTile emulated_tiles[kGemmTileCount];
+int64_t emulated_dequantizations = 0;
 
 Device emulated_device{90, 2, 228 << 10, true};
 
@@ -55,6 +57,17 @@ cudaError_t AllocateZeroed(void** p, size_t bytes) {
 cudaError_t Free(void* p) {
   emulator::ForgetMemory(p);
   std::free(p);
+  return cudaSuccess;
+}
+
+cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_strip, int32_t strips,
+                             uint16_t* w, cudaStream_t) {
+  WeightRows const rows{first_strip, strips, w};
+  if (!CanDequantize(args, rows)) return cudaErrorInvalidValue;
+  if (strips == 0) return cudaSuccess;
+  ++emulated_dequantizations;
+  RunKernel({DequantizeBlocks(args, strips), 1, kDequantizeThreads, kDequantizeSharedBytes, false},
+            DequantizeKernelFor(type), args, rows);
   return cudaSuccess;
 }
 

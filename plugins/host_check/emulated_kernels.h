@@ -13,5 +13,6 @@ struct EmulatedTile {
   int64_t launches, split;
 };
 extern EmulatedTile emulated_tiles[kGemmTileCount];
+extern int64_t emulated_dequantizations;
 
 }  // namespace awq_trt

@@ -326,7 +326,8 @@ std::string DescribeGpu(std::string& reason) {
 }
 
 int64_t CountGpuLaunches() {
-  return static_cast<int64_t>(ManyCases().size()) * 4 * kTacticCount + static_cast<int64_t>(TailCases(false, 1).size());
+  return static_cast<int64_t>(ManyCases().size()) * 4 * kTacticCount +
+         static_cast<int64_t>(TailCases(false, 1).size()) + 3;
 }
 
 void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed, Report& report) {
@@ -350,6 +351,13 @@ void CheckLaunches(Library const& library, Where where, bool few, uint64_t seed,
       if (!large.tokens.empty()) CheckLayer(library, where, large, type, tactics, 0, ++seed, stream, report);
       emulated_device = usual;
     }
+  }
+  // dequantized for cuBLASLt: all at once, and in two pieces of which one belongs to both outputs
+  LayerConfig pieces{1040, 512, 128, true, true, true, 2, {800, 240}}, once{136, 96, 32, true, true, false};
+  pieces.workspace_mib = 33;
+  CheckLayer(library, where, {pieces, {kDequantizeTokens + 3}}, ActivationType::kHalf, {5}, 0, ++seed, stream, report);
+  for (ActivationType type : {ActivationType::kHalf, ActivationType::kBfloat16}) {
+    CheckLayer(library, where, {once, {kDequantizeTokens + 9}}, type, {5}, 2, ++seed, stream, report);
   }
   for (LayerCase const& layer_case : TailCases(few, seed)) {
     ++seed;

@@ -5,7 +5,9 @@
 #include <iostream>
 #include <string>
 
+#include "cublas_lt_checks.h"
 #include "decode_checks.h"
+#include "dequantize_checks.h"
 #include "emulated_kernels.h"
 #include "gemm_checks.h"
 #include "interface_checks.h"
@@ -41,15 +43,18 @@ ActivationType TypeOf(std::string const& name) {
 
 int Check(Library const& library, bool emulate, bool few, uint64_t seed) {
   Report report;
+  CheckCublasLt(seed, report);  // first: it chooses the library that stands in for cuBLASLt
   CheckInterface(library, report);
   CheckDecode(seed, report);
   CheckGemm(seed, report);
+  if (emulate) CheckDequantize(seed, report);
   if (emulate) {
     CheckLaunches(EmulatedLibrary(), Where::kEmulator, true, seed, report);
     bool every_tile = true;
     for (EmulatedTile const& tile : emulated_tiles) every_tile &= tile.launches > 0 && tile.split > 0;
-    for (auto& t : emulated_tiles) fprintf(stderr, "%ld %ld\n", (long)t.launches, (long)t.split);
     report.Check("every tile has run on the emulator, whole and split", every_tile);
+    report.Check("layers have been dequantized for cuBLASLt, in one piece and in several",
+                 emulated_dequantizations >= 8);
   }
   std::string reason;
   std::string const gpu = DescribeGpu(reason);
@@ -134,6 +139,7 @@ int Plan() {
 }
 
 int Emulate(char** arguments) {
+  if (!LoadFakeCublasLt()) return 1;
   std::string const options = arguments[6];
   auto has = [&options](char const* name) { return options.find(name) != std::string::npos; };
   FileCase const file_case{{std::atoi(arguments[1]), std::atoi(arguments[2]), std::atoi(arguments[3]), has("zeros"),

@@ -33,9 +33,9 @@ inline double Decode(Format const& f, uint16_t bits) {
   if (exponent == (1 << exponent_bits) - 1) {
     value = mantissa == 0 ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
   } else if (exponent == 0) {
-    value = std::ldexp(mantissa, f.min_exponent - f.mantissa_bits);
+    value = mantissa * PowerOfTwo(f.min_exponent - f.mantissa_bits);
   } else {
-    value = std::ldexp(mantissa + (1 << f.mantissa_bits), exponent - 1 + f.min_exponent - f.mantissa_bits);
+    value = (mantissa + (1 << f.mantissa_bits)) * PowerOfTwo(exponent - 1 + f.min_exponent - f.mantissa_bits);
   }
   return bits >> 15 ? -value : value;
 }

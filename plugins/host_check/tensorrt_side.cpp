@@ -38,6 +38,7 @@ std::vector<Field> FieldsOf(LayerConfig const& layer) {
                             {"group_size", layer.group_size},     {"has_zeros", layer.has_zeros},
                             {"has_bias", layer.has_bias},         {"has_pre_scale", layer.has_pre_scale}};
   if (layer.outputs > 1) fields.push_back({"splits", 0, nvinfer1::PluginFieldType::kINT32, 1, false, WidthsOf(layer)});
+  if (layer.workspace_mib != kDefaultWorkspaceMib) fields.push_back({"workspace_mib", layer.workspace_mib});
   return fields;
 }
 
