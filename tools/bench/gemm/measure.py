@@ -13,15 +13,21 @@ from typing import Any
 
 import torch
 
+from awq_trt.layout import DTYPES
 from bench.gemm.methods import Call, Method, Packed, Tensors, named
-from bench.gemm.problem import Problem, make_problem, relative_error
-from bench.gemm.shapes import Shape, rotations
-from bench.gemm.timing import FakeTimer, GraphTimer, Timer, bandwidth, warm_up
+from bench.gemm.problem import Problem, make_problem
+from bench.gemm.shapes import TOKENS, Shape, rotations
+from bench.gemm.timing import FakeTimer, GraphTimer, Timer, bandwidth, peak, warm_up
 
 LARGEST_ERROR = {"float16": 5e-3, "bfloat16": 2e-2}
 """Relative to the double-precision product; rounding stays well below, a wrong layout is about 1."""
+WORST_PART = 4
+"""Times LARGEST_ERROR, for a few features of one token: they differ more than the whole."""
 
-BANDWIDTH_BYTES = 1 << 30
+BANDWIDTH_BYTES, PEAK_SIZE = 1 << 30, 8192
+SMALL_TOKENS = max(TOKENS)
+"""Up to so many tokens all calls have the same x and y, small and still in the cache from the operator before, and a
+time with everything in the cache is taken too. Beyond, x and y take turns like the weights."""
 Row = dict[str, Any]
 
 
@@ -33,6 +39,7 @@ class Settings:
         shapes, tokens: the cells. dtype, symmetric: of the layers. seed: of the numbers drawn.
         device: "cuda", or "cpu" where nothing can be timed. library: of the own kernels.
         rotate: copies of the weights take this many times the L2 cache; limit_bytes: but no more than this.
+        replays: of a graph, at most.
     """
 
     shapes: tuple[Shape, ...]
@@ -70,8 +77,9 @@ def measure(settings: Settings, names: Sequence[str], seconds: float, first: boo
         warm_up(0.5)
     l2 = torch.cuda.get_device_properties(0).L2_cache_size if settings.device == "cuda" else 1 << 14
     if first:
-        size = BANDWIDTH_BYTES if settings.device == "cuda" else 1 << 16
-        yield {"device": {"l2_bytes": l2, "bandwidth": bandwidth(timer, settings.device, size)}}
+        size, width = (BANDWIDTH_BYTES, PEAK_SIZE) if settings.device == "cuda" else (1 << 16, 64)
+        found = bandwidth(timer, settings.device, size), peak(timer, settings.device, DTYPES[settings.dtype], width)
+        yield {"device": {"l2_bytes": l2, "bandwidth": found[0], "peak": found[1]}}
     packers = {}
     for method in named(names):
         try:
@@ -83,7 +91,7 @@ def measure(settings: Settings, names: Sequence[str], seconds: float, first: boo
         if not packers or time.monotonic() > deadline:
             return
         problem = make_problem(
-            shape, settings.dtype, settings.symmetric, max(settings.tokens), settings.device, settings.seed + index
+            shape, settings.dtype, settings.symmetric, settings.tokens, settings.device, settings.seed + index
         )
         for method, packer in packers.items():
             if time.monotonic() > deadline:
@@ -103,7 +111,8 @@ def cells(
     deadline: float,
 ) -> Iterator[Row]:
     """One method's rows for one layer; an error of the packer is a row for each number of tokens."""
-    same = {"method": method.name, "dtype": problem.dtype, "n": problem.shape.n, "k": problem.shape.k}
+    shape = problem.shape
+    same = {"method": method.name, "dtype": problem.dtype, "n": shape.n, "k": shape.k, "group_size": shape.group_size}
     started = time.monotonic()
     try:
         forms = packer()
@@ -112,32 +121,38 @@ def cells(
         return
     same["pack_seconds"] = round(time.monotonic() - started, 2)
     for packed in forms:
-        count = rotations(packed.bytes, l2, settings.rotate, settings.limit_bytes)
-        copies = packed.copies(count)
-        size = {"bytes": packed.bytes, "copies": count}
+        turns = partial(rotations, l2_bytes=l2, factor=settings.rotate, limit_bytes=settings.limit_bytes)
+        copies = packed.copies(turns(packed.bytes))
         for m in settings.tokens:
+            touched = packed.bytes + (2 * m * (shape.n + shape.k) if m > SMALL_TOKENS else 0)
+            used = copies[: turns(touched)]
+            size = {"bytes": packed.bytes, "copies": len(used)}
             for variant, call in packed.variants.items():
                 if time.monotonic() > deadline:
                     return
-                yield {**same, "m": m, "variant": variant, **size, **cell(call, copies, problem, m, timer)}
+                yield {**same, "m": m, "variant": variant, **size, **cell(call, used, problem, m, timer)}
 
 
 def cell(call: Call, copies: Sequence[Tensors], problem: Problem, m: int, timer: Timer) -> Row:
-    """Error and times of one call, or its problem; compared once more after the last replay."""
-    x, expected = problem.x[:m], problem.expected[:m]
-    y = torch.empty(m, problem.shape.n, dtype=x.dtype, device=x.device)
+    """Errors and times of one call, or its problem; compared once more after the last replay."""
+    x, limit = problem.x[:m], LARGEST_ERROR[problem.dtype]
     row: Row = {}
     try:
+        y = torch.empty(m, problem.shape.n, dtype=x.dtype, device=x.device)
+        others = [(x, y) if m <= SMALL_TOKENS else (x.clone(), torch.empty_like(y)) for _ in copies[1:]]
         for after in (False, True):
             poison(y)
-            row["error"] = error = relative_error(call(copies[0], x, y), expected)
-            if not error <= LARGEST_ERROR[problem.dtype]:  # NaN too
-                when = "after the replays" if after else "not timed"
-                return {"problem": f"relative error {error:.3g}, {when}; at most {LARGEST_ERROR[problem.dtype]}"}
+            row["error"], row["worst_part"] = error, worst = problem.errors(call(copies[0], x, y))
+            when = "after the replays" if after else "not timed"
+            if not error <= limit:  # NaN too
+                return {"problem": f"relative error {error:.3g}, {when}; at most {limit}"}
+            if not worst <= WORST_PART * limit:
+                return {"problem": f"relative error {worst:.3g} in one part, {when}; at most {WORST_PART * limit}"}
             if not after:
-                cold = timer.measure([partial(call, tensors, x, y) for tensors in copies])
-                warm = timer.measure([partial(call, copies[0], x, y)])
-                row |= {**asdict(cold), "warm_us": warm.us}
+                cold = timer.measure([partial(call, t, *xy) for t, xy in zip(copies, [(x, y), *others], strict=True)])
+                row |= asdict(cold)
+                if m <= SMALL_TOKENS:
+                    row["warm_us"] = timer.measure([partial(call, copies[0], x, y)]).us
     except Exception as problem_found:
         return {"problem": said(problem_found)}
     return row

@@ -10,7 +10,7 @@ from bench.gemm.methods import Pack, Packed, Tensors
 
 
 def load(library: Path | None) -> Pack:
-    """F.linear."""
+    """What F.linear calls, with y given, so that it writes to memory as cold as the own kernels do."""
     return lambda problem, tokens: [Packed([problem.layer.dequantize()], {"default": linear})]
 
 
@@ -18,4 +18,4 @@ def linear(tensors: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x W^T."""
     (weight,) = tensors
     assert weight is not None
-    return torch.nn.functional.linear(x, weight)
+    return torch.mm(x, weight.t(), out=y)

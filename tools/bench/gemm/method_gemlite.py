@@ -1,8 +1,8 @@
 """gemlite: Triton kernels, with settings for the H100 that come with the package.
 
 A shape that is not in its table would be tuned at first use, 20 kernels or so for each number of tokens: half a minute
-each, which a run does not have; such shapes are left out unless GEMLITE_TUNE=1 is set. For 2 and 4 tokens the table has
-settings for the split-K kernel only, so that is what is called.
+each, which a run does not have; such shapes are left out unless GEMLITE_TUNE=1 is set. Called is the kernel that the
+table has settings for: split-K from 2 to 64 tokens, the plain one beyond (its settings for 4096 tokens serve 8192 too).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from bench.gemm.methods import Pack, Packed, Tensors
 from bench.gemm.problem import Problem
 
-SPLIT_K, GEMV = "GEMM_SPLITK", "GEMV_REVSPLITK"
+GEMV, SPLIT_K, GEMM = "GEMV_REVSPLITK", "GEMM_SPLITK", "GEMM"
+SPLIT_K_TOKENS = 64
 
 
 class NotTunedError(Exception):
@@ -32,7 +33,9 @@ def load(library: Path | None) -> Pack:
 
 def kernel_for(tokens: int) -> str:
     """The kernel whose settings come with the package."""
-    return GEMV if tokens == 1 else SPLIT_K
+    if tokens == 1:
+        return GEMV
+    return SPLIT_K if tokens <= SPLIT_K_TOKENS else GEMM
 
 
 def pack(problem: Problem, tokens: Sequence[int]) -> list[Packed]:

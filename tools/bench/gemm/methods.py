@@ -53,7 +53,8 @@ class Method:
     Attributes:
         name: in the record. module: in this folder. dtypes: what it takes; where the run's dtype is not among them, the
         problem is cast to the first. package: what `pip download` calls it, "" for none. peer: counts as a rival of
-        the own kernels. setup_seconds, cell_seconds: guesses for the plan, per shape and per number of tokens.
+        the own kernels. Guesses for the plan: setup_seconds per shape; cell_seconds per number of tokens and variant,
+        the replays apart; how many variants; times_floor: how far from the floor a call is.
     """
 
     name: str
@@ -63,16 +64,19 @@ class Method:
     peer: bool = True
     setup_seconds: float = 0.3
     cell_seconds: float = 0.1
+    variants: int = 1
+    times_floor: float = 1.5
 
 
 OWN, CUBLAS = "awq_trt", "cublas"
 METHODS = (
-    Method(OWN, "method_awq_trt", peer=False, cell_seconds=0.5),
+    Method(OWN, "method_awq_trt", peer=False, variants=6),  # the default and five tactics
     Method(CUBLAS, "method_cublas", peer=False),
     Method("humming", "method_humming", package="humming-kernels==0.1.19", setup_seconds=5),
-    Method("int4pack", "method_int4pack", dtypes=("bfloat16",)),
-    Method("gemlite", "method_gemlite", package="gemlite==0.6.0.post2", cell_seconds=2),
-    Method("fbgemm", "method_fbgemm", dtypes=("bfloat16",), package="fbgemm-gpu-genai==1.6.0"),
+    Method("int4pack", "method_int4pack", dtypes=("bfloat16",), times_floor=15),  # reads the weights for each 16 tokens
+    # compiles each kernel, about 2 s, but has settings for 4 of the 14 shapes only
+    Method("gemlite", "method_gemlite", package="gemlite==0.6.0.post2", cell_seconds=0.6, times_floor=2),
+    Method("fbgemm", "method_fbgemm", dtypes=("bfloat16",), package="fbgemm-gpu-genai==1.6.0", variants=2),
 )
 PROCESSES = ((OWN, CUBLAS), ("humming",), ("int4pack",), ("gemlite",), ("fbgemm",))
 """Methods that share a process, in the order of their importance: a peer that dies takes none of the others along."""

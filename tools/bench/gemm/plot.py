@@ -10,10 +10,12 @@ from bench.gemm.methods import CUBLAS, METHODS
 from bench.gemm.targets import best
 
 COLUMNS = 4
+MOST_TICKS = 8
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Write it: two panels per shape, the fraction of the floor above, a line per method (its fastest variant).
+    """Write it: two panels per shape, the fraction of the floor above, a line per method (its fastest variant), over
+    the logarithm of the number of tokens.
 
     Args:
         path: .svg, .png or .pdf.
@@ -26,6 +28,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     rows: list[Row] = record["rows"]
     sizes = [(s["n"], s["k"]) for s in record["settings"]["shapes"]]
     tokens = record["settings"]["tokens"]
+    ticks = [m for m in tokens if m.bit_count() == 1][:: 1 if len(tokens) <= MOST_TICKS else 2] or tokens
     high, wide = -(-len(sizes) // COLUMNS), min(COLUMNS, len(sizes))
     figure, axes = plt.subplots(2 * high, wide, figsize=(3.6 * wide, 5 * high), squeeze=False, layout="constrained")
     cublas = best(rows, (CUBLAS,))
@@ -35,13 +38,15 @@ def draw(record: dict[str, Any], path: Path) -> None:
             cells = {m: r for (rn, rk, m), r in best(rows, (method.name,)).items() if (rn, rk) == (n, k)}
             style = {"marker": "o", "markersize": 3, "color": f"C{number}", "label": method.name}
             known = [m for m in tokens if "fraction_of_floor" in cells.get(m, {})]
-            top.plot([tokens.index(m) for m in known], [cells[m]["fraction_of_floor"] for m in known], **style)
+            top.plot(known, [cells[m]["fraction_of_floor"] for m in known], **style)
             known = [m for m in tokens if m in cells and (n, k, m) in cublas]
             faster = [cublas[n, k, m]["us"] / cells[m]["us"] for m in known]
-            below.plot([tokens.index(m) for m in known], faster, **style)
+            below.plot(known, faster, **style)
         top.set(title=f"{n}x{k}", ylim=(0, 1.05))
         for axis in (top, below):
-            axis.set_xticks(range(len(tokens)), tokens)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, ticks)
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
         below.set(ylim=(0, None), xlabel="tokens")
     for axis in axes.flat[:]:

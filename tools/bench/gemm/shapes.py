@@ -10,24 +10,44 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32)
+"""Of decoding: a token for each sequence of a batch."""
+PREFILL = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+RANGES = {"decode": TOKENS, "prefill": PREFILL, "all": (*TOKENS, *PREFILL)}
 
 
 @dataclass(frozen=True)
 class Model:
-    """The widths of a decoder: hidden, all query heads, all key heads, the MLP; and the group size for its weights."""
+    """A decoder with a gated MLP.
+
+    Attributes:
+        hidden, query, key, mlp: widths; those of all query heads and of all key heads. blocks, vocabulary: how many.
+        group_size: for its weights. tied: the head is the embedding.
+    """
 
     hidden: int
     query: int
     key: int
     mlp: int
+    blocks: int
+    vocabulary: int
     group_size: int = 128
+    tied: bool = False
+
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Name -> (N, K) of the linear layers of a block; those that read the same input are one."""
+        return {
+            "qkv": (self.query + 2 * self.key, self.hidden),
+            "o": (self.hidden, self.query),
+            "gate_up": (2 * self.mlp, self.hidden),
+            "down": (self.hidden, self.mlp),
+        }
 
 
 MODELS = {
-    "Llama-3.1-8B": Model(4096, 4096, 1024, 14336),
-    "Llama-3.1-70B": Model(8192, 8192, 1024, 28672),
-    "Qwen3-8B": Model(4096, 4096, 1024, 12288),
-    "SmolLM2-135M": Model(576, 576, 192, 1536, group_size=64),  # 576 = 9 * 64
+    "Llama-3.1-8B": Model(4096, 4096, 1024, 14336, 32, 128256),
+    "Llama-3.1-70B": Model(8192, 8192, 1024, 28672, 80, 128256),
+    "Qwen3-8B": Model(4096, 4096, 1024, 12288, 36, 151936),
+    "SmolLM2-135M": Model(576, 576, 192, 1536, 30, 49152, group_size=64, tied=True),  # 576 = 9 * 64
 }
 
 HEADLINE = ((4096, 4096), (4096, 14336), (8192, 28672))
@@ -57,29 +77,28 @@ class Shape:
         """The fewest bytes one product moves: the weights, x and y once each."""
         return self.weight_bytes(symmetric) + 2 * tokens * (self.n + self.k)
 
-    def floor_us(self, tokens: int, symmetric: bool, bandwidth: float) -> float:
-        """Microseconds that these bytes take at a bandwidth in bytes per second."""
-        return self.bytes(tokens, symmetric) / bandwidth * 1e6
+    def flops(self, tokens: int) -> int:
+        """Multiplications and additions of one product."""
+        return 2 * tokens * self.n * self.k
+
+    def floor_us(self, tokens: int, symmetric: bool, bandwidth: float, peak: float = math.inf) -> float:
+        """Microseconds: the bytes at a bandwidth, bytes per second, or the arithmetic at a peak, flops per second."""
+        return max(self.bytes(tokens, symmetric) / bandwidth, self.flops(tokens) / peak) * 1e6
 
 
 def shapes(models: Iterable[str] = MODELS) -> list[Shape]:
     """The different shapes of some models' layers, those of the targets first, then in the order of the models."""
     layers: dict[tuple[int, int, int], list[str]] = {}
     for name in models:
-        m = MODELS[name]
-        for layer, n, k in (
-            ("qkv", m.query + 2 * m.key, m.hidden),
-            ("o", m.hidden, m.query),
-            ("gate_up", 2 * m.mlp, m.hidden),
-            ("down", m.hidden, m.mlp),
-        ):
-            layers.setdefault((n, k, m.group_size), []).append(f"{name} {layer}")
+        for layer, (n, k) in MODELS[name].layers().items():
+            layers.setdefault((n, k, MODELS[name].group_size), []).append(f"{name} {layer}")
     found = [Shape(n, k, g, tuple(names)) for (n, k, g), names in layers.items()]
     return sorted(found, key=lambda s: HEADLINE.index((s.n, s.k)) if (s.n, s.k) in HEADLINE else len(HEADLINE))
 
 
 def rotations(copy_bytes: int, l2_bytes: int, factor: float, limit_bytes: int) -> int:
-    """How many copies of the weights to go through, so that none is in the L2 cache when its turn comes again.
+    """How many copies (of the weights, or of all that a call touches) to go through, so that none is in the L2 cache
+    when its turn comes again.
 
     Two at least, `factor` times the cache together, but no more than `limit_bytes` (then perhaps one only).
     """

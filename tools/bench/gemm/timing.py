@@ -1,4 +1,4 @@
-"""The clock: replays of a CUDA graph between events; and the bandwidth that the floor is counted with."""
+"""The clock: replays of a CUDA graph between events; and the bandwidth and peak that the floor is counted with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import Protocol
 import torch
 
 MIN_CALLS = 16
-"""Calls in one graph at least, so that the start of a replay and the events' resolution are spread over many."""
+"""Calls in one graph, so that the start of a replay and the events' resolution are spread over many; fewer where they
+take longer than GRAPH_US."""
 
-WARM_REPLAYS = 3
+GRAPH_US = 10_000
+CELL_US = 60_000
+"""All replays together take about so long, but there are FEWEST_REPLAYS."""
+FEWEST_REPLAYS = 7
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,43 @@ def timing_of(milliseconds: Sequence[float], calls: int) -> Timing:
     return Timing(round(statistics.median(each), 3), round(tenth, 3), calls, len(each))
 
 
-def repeated(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """All calls, as many times over as it takes to have MIN_CALLS."""
-    return list(calls) * math.ceil(MIN_CALLS / len(calls))
+def repeats(count: int, us: float) -> int:
+    """How often a graph goes through `count` calls of `us` microseconds each: to MIN_CALLS, or to GRAPH_US."""
+    return max(1, min(math.ceil(MIN_CALLS / count), int(GRAPH_US / max(count * us, 1))))
+
+
+def replays_for(graph_us: float, most: int) -> int:
+    """How often to replay a graph of so many microseconds: `most`, or what CELL_US and FEWEST_REPLAYS say."""
+    return min(most, max(FEWEST_REPLAYS, int(CELL_US / max(graph_us, 1))))
+
+
+def cell_us(count: int, us: float, most: int) -> float:
+    """Microseconds that a GraphTimer takes for `count` calls of `us` each, what happens outside the GPU apart."""
+    graph = repeats(count, us) * count * us
+    replays = replays_for(graph, most)
+    return (min(count, MIN_CALLS) + 1) * us + (1 + warm_replays(replays) + replays) * graph
+
+
+def warm_replays(replays: int) -> int:
+    """Replays that are not timed, before `replays` that are."""
+    return math.ceil(replays / 10)
 
 
 @dataclass(frozen=True)
 class GraphTimer:
-    """Captures the calls in one CUDA graph and replays it."""
+    """Captures the calls in one CUDA graph and replays it. replays: at most."""
 
     replays: int = 30
 
     def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
         """Time calls; what they allocate and compile on first use happens before the capture."""
-        calls, stream, graph = repeated(calls), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls[:MIN_CALLS]:
                 call()
-        torch.cuda.synchronize()
+            (one,) = timed([calls[0]])
+        calls = list(calls) * repeats(len(calls), 1e3 * one)
         with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage each time: longer than the timing
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -71,19 +93,22 @@ class GraphTimer:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return timing_of(self._replay(graph), len(calls))
+        (once,) = timed([graph.replay])
+        replays = replays_for(1e3 * once, self.replays)
+        for _ in range(warm_replays(replays)):
+            graph.replay()
+        return timing_of(timed([graph.replay] * replays), len(calls))
 
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> list[float]:
-        """Milliseconds of each replay; all are queued before the first is waited for."""
-        for _ in range(WARM_REPLAYS):
-            graph.replay()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.replays + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairwise(marks)]
+
+def timed(steps: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each step on the current stream; all are queued before the first is waited for."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    marks[0].record()
+    for step, mark in zip(steps, marks[1:], strict=True):
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
 
 @dataclass(frozen=True)
@@ -94,10 +119,10 @@ class FakeTimer:
 
     def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
         """Make each call once."""
-        calls = repeated(calls)
+        calls = list(calls) * repeats(len(calls), 1.0)
         for call in calls:
             call()
-        return timing_of([1e-3 * len(calls)] * self.replays, len(calls))
+        return timing_of([1e-3 * len(calls)] * replays_for(len(calls), self.replays), len(calls))
 
 
 @dataclass(frozen=True)
@@ -118,6 +143,17 @@ def bandwidth(timer: Timer, device: str, size: int) -> dict[str, object]:
     passes = [timer.measure([lambda: source.sum()]), timer.measure([lambda: source.amax()])]
     read = size / min(p.us for p in passes) * 1e6
     return asdict(Bandwidth(copy, read, max(copy, read), "copy" if copy > read else "read"))
+
+
+def peak(timer: Timer, device: str, dtype: torch.dtype, size: int) -> dict[str, object]:
+    """Flops per second of a product of two random matrices [size, size] by cuBLAS, the median: {"used", "by"}.
+
+    Random, because a GPU that multiplies zeros draws less power and clocks higher.
+    """
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    us = timer.measure([lambda: torch.mm(a, b.t(), out=out)]).us
+    return {"used": 2 * size**3 / us * 1e6, "by": f"{size}x{size}x{size}, {str(dtype).removeprefix('torch.')}"}
 
 
 def warm_up(seconds: float) -> None:
