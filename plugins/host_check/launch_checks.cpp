@@ -146,7 +146,7 @@ std::vector<LayerCase> ManyCases() {
           {{40, 96, 96, false, true, false}, all},
           {{2056, 4096, 128, true, true, false}, some},
           {{4096, 11008, 128, true, false, true}, some},
-          {{6144, 4096, 128, true, false, false, 3, {4096, 1024, 1024}}, {384, 1000, 2049, 4096, 8191}},
+          {{2304, 4096, 128, true, false, false, 3, {1024, 640, 640}}, {384, 1000, 2049, 8191}},
           {{56, 160, 32, false, false, true}, all}};
 }
 
