@@ -21,9 +21,7 @@ AWQ_API int awq_trt_tactics(int* ids, int capacity) {
 }
 
 // Scratch for a call of up to `tokens` tokens, whatever the tactic; its content does not matter.
-AWQ_API size_t awq_trt_workspace_bytes(int tokens, int n, int k, int group_size, int) {
-  return WorkspaceBytes(LayerOf(n, k, group_size), tokens);
-}
+AWQ_API size_t awq_trt_workspace_bytes(int tokens, int n, int k) { return WorkspaceBytes(LayerOf(n, k, k), tokens); }
 
 // Zero before the first call, and again after every call.
 AWQ_API size_t awq_trt_counter_bytes(int n) { return CounterBytes(LayerOf(n, 0, 0)); }

@@ -92,10 +92,10 @@ struct GemmFetch {
   }
 };
 
-// acc += the unit in a stage.
-template <typename T, bool kPreScale, int kWarps, int kTokenTiles>
+// acc += the unit in a stage. `copy` starts the copies of another one, once the tensor cores have something to do.
+template <typename T, bool kPreScale, int kWarps, int kTokenTiles, typename Copy>
 AWQ_DEVICE void MultiplyStage(GemmArgs const& args, Accumulators<kWarpStrips, kTokenTiles>& acc, Shared stage,
-                              [[maybe_unused]] int32_t unit) {
+                              [[maybe_unused]] int32_t unit, Copy const& copy) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
   StageLayout const layout(kWarps * kWarpStrips, kTokenTiles * kTokenTile);
   WeightTile weights[kWarpStrips];
@@ -123,6 +123,7 @@ AWQ_DEVICE void MultiplyStage(GemmArgs const& args, Accumulators<kWarpStrips, kT
         Mma<T>(acc[i][j + 1], a[i], b[2], b[3]);
       }
     }
+    if (step == 0) copy();
   }
 }
 
@@ -167,17 +168,19 @@ GemmKernel(GemmArgs const args, GemmPlan const plan) {
         WaitCopies<kMmaStages - 3>();
       }
       SyncThreads();  // the unit has arrived for every thread, and nobody reads the one before any more
-      if (fetch.more(plan)) {
-        Shared const free_stage = (stage == ring ? ring_end() : stage) - layout.bytes;  // of the unit before
-        fetch.FillWeights(args, plan, free_stage);
-        fetch.FillTokens(args, free_stage);
-        fetch.Advance(args, plan);
-      }
-      CommitCopies();
+      auto copy = [&] {
+        if (fetch.more(plan)) {
+          Shared const free_stage = (stage == ring ? ring_end() : stage) - layout.bytes;  // of the unit before
+          fetch.FillWeights(args, plan, free_stage);
+          fetch.FillTokens(args, free_stage);
+          fetch.Advance(args, plan);
+        }
+        CommitCopies();
+      };
       if (args.pre_scale == nullptr) {
-        MultiplyStage<T, false, kWarps, kTokenTiles>(args, acc, stage, piece.begin);
+        MultiplyStage<T, false, kWarps, kTokenTiles>(args, acc, stage, piece.begin, copy);
       } else {
-        MultiplyStage<T, true, kWarps, kTokenTiles>(args, acc, stage, piece.begin);
+        MultiplyStage<T, true, kWarps, kTokenTiles>(args, acc, stage, piece.begin, copy);
       }
       stage += layout.bytes;
       if (stage == ring_end()) stage = ring;

@@ -169,7 +169,7 @@ STUB = """
 static long seen[16];
 const long* last(void) { return seen; }
 int awq_trt_tactics(int* ids, int capacity) { ids[0] = 7; ids[1] = 3; return capacity < 2 ? 0 : 2; }
-unsigned long awq_trt_workspace_bytes(int tokens, int n, int k, int group_size, int tactic) { return tokens * n; }
+unsigned long awq_trt_workspace_bytes(int tokens, int n, int k) { return tokens * n; }
 unsigned long awq_trt_counter_bytes(int n) { return 4 * n; }
 const char* awq_trt_error_text(int error) { return "no such tactic"; }
 int awq_trt_gemm(const void* x, const void* qweight, const void* scales, const void* zeros, const void* bias,

@@ -2,9 +2,10 @@
 
     python tools/sass_report.py --output report.json
 
-Needs no GPU. Per architecture: registers, memory, loads; what the decode kernels issue for a unit of weights in
-the steady state of their main loop. Per GPU, layer and number of tokens: the time from those instructions, the bytes
-and the plugin's own division of the work. **Everything about time is predicted, not measured.**
+Needs no GPU. Per architecture: registers, memory, loads; what each kernel issues for a unit of weights in the steady
+state of its main loop. Per GPU, layer and number of tokens: the time from those instructions, the bytes and the
+plugin's own division of the work; from 64 tokens on, the time that the plugin's planner estimates. **Everything about
+time is predicted, not measured.**
 
 The library comes from the installed package, or from `--library DIR`; cuobjdump and nvdisasm from NVIDIA's wheels (the
 extra 'test') or from PATH.
@@ -16,7 +17,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ import gpu_check
 from bench.gemm import targets
 from bench.gemm.method_awq_trt import LIBRARY
 from bench.gemm.shapes import HEADLINE, TOKENS, Shape, shapes
-from bench.sass import prediction
-from bench.sass.listing import ARCHITECTURES, PIPES, Kernel, count, read_kernels, versions
-from bench.sass.paths import Steady, steady, strip_tiles
+from bench.sass import prediction, prefill
+from bench.sass.listing import ARCHITECTURES, PIPES, Kernel, count, read_library, versions
+from bench.sass.paths import Steady, steady, steady_unit, strip_tiles
 from bench.sass.prediction import DEFAULT_TACTIC, GPUS, TACTICS, Cell, Gpu, Plan, Prediction, ask_planner, predict
 
 from awq_trt.plugin import library_version
@@ -38,10 +38,14 @@ NOT_MEASURED = "predicted, not measured"
 GROUP_SIZE = {4: 32, 2: 64, 1: 128}
 """Parts of a unit that are scaled separately -> group size; 128 stands for all larger ones."""
 
-LIMITS = {80: (64, 164), 86: (48, 100), 89: (48, 100), 90: (64, 228), 100: (64, 228), 120: (48, 100)}
+LIMITS = {"80": (64, 164), "86": (48, 100), "89": (48, 100), "90": (64, 228), "90a": (64, 228), "100": (64, 228),
+          "120": (48, 100)}  # fmt: skip
 """Architecture -> warps and KiB of shared memory of a multiprocessor (CUDA programming guide, compute capabilities)."""
 
-Loops = dict[tuple[int, str, int], dict[int, Steady]]
+TABLES = ("kernels", "loops", "predicted", "prefill_loops", "prefill_clocks", "prefill")
+"""Of the record."""
+
+Loops = dict[tuple[str, str, int], dict[int, Steady]]
 """(architecture, dtype, token tiles) -> parts of a unit -> its path."""
 
 
@@ -55,26 +59,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def resident_warps(kernel: Kernel, architecture: int) -> int:
+def resident_warps(kernel: Kernel) -> int:
     """Warps of a multiprocessor that registers and static shared memory allow, in blocks of the launch bound."""
-    warps, kib = LIMITS[architecture]
+    warps, kib = LIMITS[kernel.sm]
     block = kernel.threads // 32
     by_registers = 4 * (16384 // (-(-kernel.registers // 8) * 8 * 32))
-    reserved = 0 if architecture >= 90 else 1024  # newer compilers count what the system takes for each block
+    counted = int(kernel.sm.rstrip("a")) >= 90  # what the system takes for each block
+    reserved = 0 if counted else 1024
     return block * min(by_registers // block, warps // block, kib * 1024 // (kernel.shared + reserved or 1))
 
 
-def kernel_row(kernel: Kernel, architecture: int) -> dict[str, Any]:
+def kernel_row(kernel: Kernel) -> dict[str, Any]:
     """Resources and counts of one kernel."""
     return {
-        "sm": architecture,
+        "sm": kernel.sm,
         "kernel": kernel.title,
         "registers": kernel.registers,
         "stack": kernel.stack,
         "local_bytes": kernel.local,
         "shared": kernel.shared,
         "threads": kernel.threads,
-        "warps": resident_warps(kernel, architecture),
+        "warps": resident_warps(kernel),
         "instructions": len(kernel.code),
     } | count(kernel.code)
 
@@ -93,17 +98,15 @@ def loop_rows(loops: Loops) -> list[dict[str, Any]]:
     return rows
 
 
-def read_library(library: Path) -> tuple[list[dict[str, Any]], Loops]:
-    """Rows of all kernels, and the paths of the decode kernels, of every architecture."""
-    rows, loops = [], {}
-    with ThreadPoolExecutor(2) as pool:  # cuobjdump takes seconds for each
-        found = list(pool.map(lambda architecture: read_kernels(library, architecture), ARCHITECTURES))
-    for architecture, kernels in zip(ARCHITECTURES, found, strict=True):
-        for kernel in kernels:
-            rows.append(kernel_row(kernel, architecture))
-            if kernel.family == "DecodeKernel":
-                loops[architecture, kernel.dtype, kernel.token_tiles] = steady(kernel.code, kernel.token_tiles)
-    return rows, loops
+def decode_loops(kernels: Sequence[Kernel]) -> Loops:
+    """The paths of the decode kernels."""
+    decode = [k for k in kernels if k.family == "DecodeKernel"]
+    return {(k.sm, k.dtype, k.numbers[-1]): steady(k.code, k.numbers[-1]) for k in decode}
+
+
+def prefill_units(kernels: Sequence[Kernel]) -> list[prefill.Unit]:
+    """The paths of the kernels for many tokens."""
+    return [(k, steady_unit(k.code)) for k in kernels if k.family in ("GemmKernel", "WgmmaKernel")]
 
 
 def predicted_row(shape: Shape, tokens: int, gpu: Gpu, times: dict[int, tuple[Plan, Prediction]]) -> dict[str, Any]:
@@ -142,8 +145,8 @@ def predicted_rows(loops: Loops, host_check: Path) -> list[dict[str, Any]]:
         times = {}
         for tactic in TACTICS:
             plan = plans[shape, tokens, gpu, tactic]
-            if plan is not None:
-                unit = loops[gpu.sm, "Half", plan.token_tiles][prediction.parts(shape.group_size)]
+            if isinstance(plan, Plan):
+                unit = loops[str(gpu.sm), "Half", plan.token_tiles][prediction.parts(shape.group_size)]
                 times[tactic] = plan, predict(shape, tokens, gpu, plan, unit)
         rows.append(predicted_row(shape, tokens, gpu, times))
     return rows
@@ -163,7 +166,7 @@ def evaluate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write(record: dict[str, Any], path: Path) -> None:
     """Replace the file at once; tables as columns and one line for each row."""
-    tables = {name: rows for name, rows in record.items() if name in ("kernels", "loops", "predicted")}
+    tables = {name: rows for name, rows in record.items() if name in TABLES}
     parts = []
     for name, rows in tables.items():
         lines = ",\n  ".join(json.dumps(list(row.values())) for row in rows)
@@ -191,6 +194,11 @@ def print_predicted(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{s.name:>12}", *(f"{r['us']:>6.1f} {r['bound']:<7}" for r in cells))
 
 
+def target_line(entry: dict[str, Any]) -> str:
+    """A target for people, with how many cells meet it where that was counted."""
+    return targets.line(entry) + (f", {entry['meet']} of them meet it" if "meet" in entry else "")
+
+
 def main() -> int:
     """Read, predict, write, print."""
     args = parser().parse_args()
@@ -200,8 +208,9 @@ def main() -> int:
     except gpu_check.UsageError as problem:
         print(f"sass_report: {problem}", file=sys.stderr)
         return 2
-    kernels, loops = read_library(library)
-    predicted = predicted_rows(loops, host_check)
+    kernels = read_library(library)
+    loops, units = decode_loops(kernels), prefill_units(kernels)
+    predicted, planned = predicted_rows(loops, host_check), prefill.planned_rows(host_check)
     assumptions = {
         "launch_us": prediction.LAUNCH_US,
         "first_byte_us": prediction.FIRST_BYTE_US,
@@ -210,6 +219,7 @@ def main() -> int:
         "loaded_latency_ns": prediction.LOADED_NS,
         "l2_over_memory": prediction.L2_RATIO,
         "l2_bytes_per_clock": prediction.L2_BYTES_PER_CLOCK,
+        "wgmma_per_clock": prediction.WGMMA_PER_CLOCK,
         "gpus": [vars(gpu) for gpu in GPUS],
     }
     record: dict[str, Any] = {
@@ -217,19 +227,28 @@ def main() -> int:
         "versions": {"awq_trt": library_version(plugin)} | versions(library),
         "architectures": [f"sm_{a}" for a in ARCHITECTURES],
         "times": f"{NOT_MEASURED}; fp16, with zeros, group size of each model",
+        "prefill_times": f"{prefill.ESTIMATED}; fp16, with zeros, group size of each model",
         "assumptions": assumptions,
-        "targets": evaluate(predicted),
-        "kernels": kernels,
+        "targets": [*evaluate(predicted), *prefill.evaluate(planned)],
+        "kernels": [kernel_row(kernel) for kernel in kernels],
         "loops": loop_rows(loops),
         "predicted": predicted,
+        "prefill_loops": prefill.loop_rows(units),
+        "prefill_clocks": prefill.clock_rows(units),
+        "prefill": planned,
     }
     write(record, args.output)
-    print_table(kernels)
+    print_table(record["kernels"])
     print("\nIssue slots of a warp for 128 columns of a strip in the steady state of the main loop:")
     print_table(record["loops"])
+    print("\nThe same of the kernels for many tokens, for 64 columns of a tile:")
+    print_table(record["prefill_loops"])
+    print("\nClocks of a multiprocessor for 64 columns of a tile:")
+    print_table(record["prefill_clocks"])
     print_predicted(predicted)
-    print("\ntargets:", *map(targets.line, record["targets"]), sep="\n  ")
-    unknown = sorted({name for row in record["loops"] for name in row["unknown"].split()})
+    prefill.print_planned(planned)
+    print("\ntargets:", *map(target_line, record["targets"]), sep="\n  ")
+    unknown = sorted({name for t in ("loops", "prefill_loops") for row in record[t] for name in row["unknown"].split()})
     print(f"unknown opcodes: {' '.join(unknown) or 'none'}; written to {args.output}")
     return 0
 

@@ -30,3 +30,9 @@ def host_check() -> Path:
 def cuobjdump(library: Path) -> Callable[..., str]:
     """Callable: run cuobjdump with these options on the library, return what it prints."""
     return lambda *options: listing.cuobjdump(*options, library)
+
+
+@pytest.fixture(scope="session")
+def kernels(library: Path) -> list[listing.Kernel]:
+    """The machine code of every kernel in the library, for all architectures: reading it takes half a minute."""
+    return listing.read_library(library)

@@ -59,7 +59,7 @@ class Kernels:
         c = ctypes.CDLL(str(library))
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         c.awq_trt_tactics.argtypes, c.awq_trt_tactics.restype = [pointer, integer], integer
-        c.awq_trt_workspace_bytes.argtypes, c.awq_trt_workspace_bytes.restype = [integer] * 5, ctypes.c_size_t
+        c.awq_trt_workspace_bytes.argtypes, c.awq_trt_workspace_bytes.restype = [integer] * 3, ctypes.c_size_t
         c.awq_trt_counter_bytes.argtypes, c.awq_trt_counter_bytes.restype = [integer], ctypes.c_size_t
         c.awq_trt_gemm.argtypes, c.awq_trt_gemm.restype = [pointer] * 7 + [integer] * 6 + [pointer] * 3, integer
         c.awq_trt_error_text.argtypes, c.awq_trt_error_text.restype = [integer], ctypes.c_char_p
@@ -74,8 +74,7 @@ class Kernels:
     def variants(self, problem: Problem, tokens: Sequence[int]) -> dict[str, Call]:
         """ "default" and one for each tactic; they share the workspace and the counters, as layers of a model do."""
         shape, tactics, device = problem.shape, self.tactics(), problem.x.device
-        needed = (self._c.awq_trt_workspace_bytes(m, shape.n, shape.k, shape.group_size, t)
-                  for m in tokens for t in tactics)  # fmt: skip
+        needed = [self._c.awq_trt_workspace_bytes(m, shape.n, shape.k) for m in tokens]
         workspace = torch.empty(max(1, *needed), dtype=torch.uint8, device=device)
         counters = torch.zeros(max(1, self._c.awq_trt_counter_bytes(shape.n)), dtype=torch.uint8, device=device)
         return {

@@ -8,22 +8,23 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = ("80", "86", "89", "90", "90a", "100", "120")
 
 PIPES = {
-    "tensor": "HMMA",
-    "load_store": "LDSM LDS STS LDGSTS LDG STG LDC LDL STL LD ST ATOM ATOMG ATOMS RED",
+    "tensor": "HMMA HGMMA",
+    "load_store": "LDSM LDS STS LDGSTS LDG STG LDC LDL STL LD ST ATOM ATOMG ATOMS RED SYNCS",
     "fma": "HFMA2 HADD2 HMUL2 FFMA FADD FMUL IMAD IDP",
     "alu": "LOP3 SHF IADD3 IADD ISETP SEL PRMT LEA VIADD MOV VIMNMX VIADDMNMX IMNMX IABS PLOP3 P2R R2P FSETP FSEL "
     "FMNMX F2FP SGXT BMSK CS2R",
     "uniform": "UMOV ULDC LDCU USHF ULOP3 UIADD3 UISETP USEL UIMAD ULEA UPLOP3 UVIMNMX UPRMT R2UR S2UR",
     "control": "BRA EXIT BSSY BSYNC BREAK WARPSYNC ENDCOLLECTIVE DEPBAR LDGDEPBAR NOP BAR CALL RET YIELD MEMBAR ERRBAR "
-    "CGAERRBAR CCTL PREEXIT ACQBULK",
+    "CGAERRBAR CCTL PREEXIT ACQBULK WARPGROUP",
     "other": "S2R MUFU I2F F2I F2F SHFL VOTE POPC FLO",
 }
 """Execution pipe -> opcodes. Moves to and from constants and special registers are where their results go."""
@@ -31,7 +32,7 @@ PIPES = {
 PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
-_NAME = re.compile(r"([A-Z][a-z]+Kernel)INS_\d+(Half|Bfloat16)ELi(\d+)EE")
+_NAME = re.compile(r"([A-Z][a-z]+Kernel)INS_\d+(Half|Bfloat16)E((?:Li\d+E)*)E")
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -64,9 +65,10 @@ class Instruction:
 class Kernel:
     """One kernel of one architecture; bytes as the compiler reports them, `threads` of its launch bound."""
 
-    family: str  # DecodeKernel, GemmKernel
+    sm: str  # of ARCHITECTURES
+    family: str  # DecodeKernel, GemmKernel, WgmmaKernel, DequantizeKernel
     dtype: str  # Half, Bfloat16
-    token_tiles: int
+    numbers: tuple[int, ...]  # the template's; the last one, if there is one, is the tiles of 8 tokens
     registers: int
     stack: int
     local: int
@@ -77,7 +79,7 @@ class Kernel:
     @property
     def title(self) -> str:
         """As in the source: DecodeKernel<Half, 2>."""
-        return f"{self.family}<{self.dtype}, {self.token_tiles}>"
+        return f"{self.family}<{', '.join([self.dtype, *map(str, self.numbers)])}>"
 
 
 def parse(lines: str) -> tuple[Instruction, ...]:
@@ -88,12 +90,29 @@ def parse(lines: str) -> tuple[Instruction, ...]:
     )
 
 
+COUNTED = (
+    "LDG.128",
+    "LDGSTS.128",
+    "STG.128",
+    "LDSM",
+    "LDS",
+    "ATOMG",
+    "HMMA",
+    "HGMMA",
+    "UTMALDG",
+    "USETMAXREG",
+    "SYNCS",
+)
+
+
 def count(code: Iterable[Instruction]) -> dict[str, int]:
-    """How many 128-bit loads from global memory, HMMA, LDSM, LDS and local-memory instructions."""
-    found = Counter(i.base + (".128" if ".128" in i.opcode else "") for i in code if not i.never)
-    names = ("LDG.128", "LDGSTS.128", "HMMA", "LDSM")
-    local = sum(n for name, n in found.items() if name.split(".")[0] in ("LDL", "STL"))
-    return {name: found[name] for name in names} | {"LDS": found["LDS"] + found["LDS.128"], "local": local}
+    """How many of COUNTED, with .128 those of 128 bits only, and how many accesses to local memory."""
+    found: Counter[str] = Counter()
+    for i in code:
+        if not i.never:
+            found[i.base] += 1
+            found[f"{i.base}.128"] += ".128" in i.opcode
+    return {name: found[name] for name in COUNTED} | {"local": found["LDL"] + found["STL"]}
 
 
 def find_tool(name: str) -> Path:
@@ -132,22 +151,42 @@ def launch_bounds(elf: str) -> dict[str, int]:
     return found
 
 
-def read_kernels(library: Path, architecture: int) -> list[Kernel]:
-    """All kernels of a library for one architecture, in the order of their names."""
-    options = ("-arch", f"sm_{architecture}", library)
-    threads = launch_bounds(cuobjdump("-elf", *options))
-    usage = {name: [int(v) for v in rest] for name, *rest in _USAGE.findall(cuobjdump("-res-usage", *options))}
+def sections(text: str) -> dict[str, str]:
+    """What cuobjdump prints, by architecture: asked for sm_90, it lists sm_90a, too."""
+    found: dict[str, str] = {}
+    for part in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
+        name, rest = part.split("\n", 1)
+        found[name] = found.get(name, "") + rest
+    return found
+
+
+def read_kernels(library: Path, architecture: str) -> list[Kernel]:
+    """All kernels of a library for one architecture and its variants, in the order of their names."""
+    elf, usage, code = (sections(cuobjdump(o, "-arch", f"sm_{architecture}", library))
+                        for o in ("-elf", "-res-usage", "-sass"))  # fmt: skip
     kernels = []
-    for listing in cuobjdump("-sass", *options).split("Function : ")[1:]:
-        name = listing.split(maxsplit=1)[0]
-        match = _NAME.search(name)
-        if match is None:
-            raise ValueError(f"sm_{architecture}: {name} is not called as our kernels are")
-        family, dtype, token_tiles = match.groups()
-        registers, stack, shared, local = usage[name]
-        sizes = (registers, stack, local, shared, threads[name])
-        kernels.append(Kernel(family, dtype, int(token_tiles), *sizes, parse(listing)))
-    return sorted(kernels, key=lambda k: (k.family, k.dtype != "Half", k.token_tiles))
+    for sm, listings in code.items():
+        threads = launch_bounds(elf[sm])
+        sizes = {name: [int(v) for v in rest] for name, *rest in _USAGE.findall(usage[sm])}
+        for listing in listings.split("Function : ")[1:]:
+            name = listing.split(maxsplit=1)[0]
+            match = _NAME.search(name)
+            if match is None:
+                raise ValueError(f"sm_{sm}: {name} is not called as our kernels are")
+            family, dtype, numbers = match.groups()
+            registers, stack, shared, local = sizes[name]
+            template = tuple(map(int, re.findall(r"\d+", numbers)))
+            bound = (registers, stack, local, shared, threads[name])
+            kernels.append(Kernel(sm, family, dtype, template, *bound, parse(listing)))
+    return sorted(kernels, key=lambda k: (k.sm, k.family, k.dtype != "Half", k.numbers))
+
+
+def read_library(library: Path) -> list[Kernel]:
+    """All kernels of all architectures."""
+    with ThreadPoolExecutor(2) as pool:  # cuobjdump takes seconds for each
+        asked = [a for a in ARCHITECTURES if a.isdigit()]
+        found = pool.map(lambda architecture: read_kernels(library, architecture), asked)
+        return [kernel for kernels in found for kernel in kernels]
 
 
 def versions(library: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The control flow of a kernel, and the way a warp takes through one turn of the decode kernel's main loop."""
+"""The control flow of a kernel, and the way a warp takes through one turn of its main loop."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ HMMA_PER_UNIT, FFMA_PER_PART = 8, 4
 """Of 16 features of a unit and a tile of tokens: one HMMA for 16 columns; one FFMA for each of a lane's sums of a
 scaled part."""
 
+MULTIPLY = ("HMMA", "HGMMA")
+_RARE = ("LDG", "MUFU")
 _ENDS = ("EXIT", "RET", "BRX", "JMP")
 _STORES = ("STG", "STS", "ST", "ATOM", "ATOMG", "ATOMS", "RED")
 _MOST_STEPS = 200_000
@@ -155,9 +157,11 @@ def strip_tiles(token_tiles: int) -> int:
 
 @dataclass(frozen=True)
 class Steady:
-    """One unit, a strip's output features x 128 columns, in the middle of a strip: what a warp issues for it."""
+    """What a warp issues for one unit of weights in the middle of its work.
 
-    parts: int  # scaled separately: 1 for groups of 128 and more, 2 for 64, 4 for 32
+    A unit of the decode kernels is a strip's output features x 128 columns, one of the others a tile's x 64 columns.
+    """
+
     code: tuple[Instruction, ...]
 
     @property
@@ -177,12 +181,31 @@ class Steady:
         """Opcodes that PIPES does not list."""
         return sorted({i.base for i in self.code if i.pipe == "unknown"})
 
+    @property
+    def lead(self) -> int:
+        """Issue slots before the first multiplication."""
+        return next(n for n, i in enumerate(self.code) if i.base in MULTIPLY)
+
+    def multiplications(self) -> int:
+        """Of 16 features x 8 tokens x 16 columns: an HMMA is one; a warp has a quarter of a warpgroup's HGMMA."""
+        return sum(1 if i.base == "HMMA" else _tokens(i) // 8 for i in self.code if i.base in MULTIPLY)
+
     def wavefronts(self) -> int:
-        """Accesses of 128 bytes to shared memory: all lanes, but few in a guarded copy (of scales)."""
+        """Accesses of 128 bytes to shared memory: all lanes, but few in a guarded copy (of scales).
+
+        An HGMMA reads its tokens once for four warps: assumed.
+        """
         return sum(_wavefronts(i) for i in self.code if not i.never)
 
 
+def _tokens(i: Instruction) -> int:
+    """Of an HGMMA: 128 in HGMMA.64x128x16.F32."""
+    return int(i.opcode.split("x")[1])
+
+
 def _wavefronts(i: Instruction) -> int:
+    if i.base == "HGMMA":
+        return _tokens(i) * 32 // 128 // 4
     if i.base not in ("LDS", "LDSM", "STS", "LDGSTS"):
         return 0
     if i.base == "LDGSTS" and i.guard:
@@ -211,5 +234,35 @@ def steady(code: Sequence[Instruction], token_tiles: int) -> dict[int, Steady]:
         tail = len(taken) - max(n for n, i in enumerate(taken) if i.base == "HMMA")
         rank = (tail, -len(taken))
         if parts not in candidates or rank < candidates[parts][0]:
-            candidates[parts] = rank, Steady(parts, taken)
+            candidates[parts] = rank, Steady(taken)
     return {parts: found for parts, (_, found) in sorted(candidates.items())}
+
+
+def steady_unit(code: Sequence[Instruction]) -> Steady:
+    """One turn of the loop that multiplies, of the gemm and wgmma kernels: in it, a warp goes on to its next unit.
+
+    Left out are the blocks that load from global memory into registers (pre_scale, and X that is not aligned) and
+    those that divide (where the next tile is). Of the paths that remain, without repetition (of a wait that was not
+    over): one with the most copies, since lanes that copy scales and lanes that do not take turns, and of those the
+    shortest one.
+    """
+    graph = graph_of(code)
+    multiply = [any(i.base in MULTIPLY for i in block) for block in graph.blocks]
+    loops = [header for header, body in graph.loops.items() if any(multiply[b] for b in body)]
+    header = min(loops, key=lambda h: len(graph.loops[h]), default=0)
+    body = {b for b in graph.loops.get(header, ()) if not any(i.base in _RARE for i in graph.blocks[b])}
+    found: list[tuple[int, ...]] = []
+    todo: list[tuple[int, ...]] = [(header,)] if loops else []
+    while todo:
+        path = todo.pop()
+        for after in graph.next[path[-1]]:
+            if after == header and any(multiply[b] for b in path):
+                found.append(path)
+            elif after in body and after not in path:
+                todo.append((*path, after))
+            if len(found) + len(todo) > _MOST_STEPS:
+                raise ValueError("too many paths through the main loop")
+    if not found:
+        raise ValueError("no loop with HMMA or HGMMA: is this one of the kernels for many tokens?")
+    taken = [tuple(i for b in path for i in graph.blocks[b]) for path in found]
+    return Steady(min(taken, key=lambda t: (-sum(i.base == "LDGSTS" for i in t), len(t))))

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.gemm.shapes import Shape
 from bench.sass.paths import Steady
@@ -37,6 +38,9 @@ ALU_PER_CLOCK = IMAD_PER_CLOCK = 2
 """Warp instructions of a multiprocessor: 64 results per clock for logic, shifts, comparisons and integer multiply-add
 on every architecture here (CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions"; that 12.0
 adds integers at twice the rate is not counted)."""
+WGMMA_PER_CLOCK = 1.0
+"""What an m16n8k16 would be: 2048 multiply-adds per clock of a multiprocessor of the H100, twice those of the A100
+(H100 whitepaper; 989.4 TFLOPS = 132 x 2048 x 2 x 1.83 GHz, so 949 at the 1.755 GHz below)."""
 WAVEFRONT_BYTES = 128
 WAVE_US = 1.0
 """Until the rings of the next wave of blocks are full: kWaveNanoseconds of plugins/decode_plan.cpp."""
@@ -58,6 +62,7 @@ class Gpu:
     hmma: float  # m16n8k16 with fp32 sums, 2048 multiply-adds
     half: float  # fp16 pairs
     single: float  # fp32
+    peak: float  # TFLOP/s of the tensor cores, 16 bits with fp32 sums
 
     @property
     def share(self) -> float:
@@ -66,25 +71,26 @@ class Gpu:
 
 
 GPUS = (
-    # NVIDIA H100 datasheet (SXM5); 3.0 TB/s achievable and 1.755 GHz as the targets assume. mma.sync reaches about 62 %
-    # of the 2048 multiply-adds per clock that wgmma has (Luo et al. 2024, arXiv 2402.13499).
-    Gpu("H100 SXM", 90, 132, 228 << 10, 3350, 3000 / 3350, 1.755, 0.62, 4, 4),
+    # NVIDIA H100 datasheet (SXM5); 3.0 TB/s, 790 TFLOP/s achievable and 1.755 GHz as the targets assume. mma.sync
+    # reaches about 62 % of the 2048 multiply-adds per clock that wgmma has (Luo et al. 2024, arXiv 2402.13499).
+    Gpu("H100 SXM", 90, 132, 228 << 10, 3350, 3000 / 3350, 1.755, 0.62, 4, 4, 790),
     # NVIDIA A100 80GB datasheet (SXM4); A100 whitepaper: 1024 multiply-adds per clock.
-    Gpu("A100 80GB", 80, 108, 164 << 10, 2039, 0.9, 1.41, 0.5, 4, 2),
+    Gpu("A100 80GB", 80, 108, 164 << 10, 2039, 0.9, 1.41, 0.5, 4, 2, 312),
     # NVIDIA Ada whitepaper, RTX 4090: 165.2 TFLOPS dense with fp32 sums at 2.52 GHz = 256 multiply-adds per clock.
-    Gpu("RTX 4090", 89, 128, 100 << 10, 1008, 0.9, 2.52, 0.125, 2, 4),
+    Gpu("RTX 4090", 89, 128, 100 << 10, 1008, 0.9, 2.52, 0.125, 2, 4, 165.2),
     # NVIDIA L40S datasheet: 362 TFLOPS dense at 2.52 GHz = 512 multiply-adds per clock.
-    Gpu("L40S", 89, 142, 100 << 10, 864, 0.9, 2.52, 0.25, 2, 4),
+    Gpu("L40S", 89, 142, 100 << 10, 864, 0.9, 2.52, 0.25, 2, 4, 362),
     # NVIDIA RTX Blackwell whitepaper, RTX 5090: 209.5 TFLOPS dense with fp32 sums at 2.41 GHz = 256 per clock.
-    Gpu("RTX 5090", 120, 170, 100 << 10, 1792, 0.9, 2.41, 0.125, 2, 4),
-    # NVIDIA HGX B200 datasheet, clock of the public GPU data bases. No public figure for mma.sync: A100's is assumed.
-    Gpu("B200", 100, 148, 228 << 10, 8000, 0.9, 1.965, 0.5, 2, 4),
+    Gpu("RTX 5090", 120, 170, 100 << 10, 1792, 0.9, 2.41, 0.125, 2, 4, 209.5),
+    # NVIDIA HGX B200 datasheet, clock of the public GPU data bases. No public figure for mma.sync: A100's is assumed;
+    # the peak, 2250 TFLOPS dense, is that of tcgen05.
+    Gpu("B200", 100, 148, 228 << 10, 8000, 0.9, 1.965, 0.5, 2, 4, 2250),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `awq_trt_host_check plan` answers: plugins/decode_plan.h."""
+    """What `awq_trt_host_check plan` answers for few tokens: plugins/decode_plan.h."""
 
     token_tiles: int
     blocks_per_multiprocessor: int  # planned for; fewer where there are fewer blocks
@@ -118,12 +124,29 @@ class Plan:
         return min(ring, self.weight_bytes(gpu, group_size))
 
 
+@dataclass(frozen=True)
+class GemmPlan:
+    """The same for many tokens: plugins/gemm_plan.h."""
+
+    kernel: str  # gemm, wgmma
+    rows: int  # of a tile: output features
+    tokens: int  # of a tile
+    tiles: int
+    units: int  # of a tile, 64 columns each
+    split_tiles: int
+    split_blocks: int
+    blocks: int
+    stages: int
+    shared_bytes: int
+    estimated_us: float  # by the planner
+
+
 Cell = tuple[Shape, int, Gpu, int]
 """(shape, tokens, GPU, tactic)."""
 
 
-def ask_planner(host_check: Path, cells: Iterable[Cell]) -> list[Plan | None]:
-    """The plans of cells, from the planner that the plugin uses; None where another kernel runs."""
+def ask_planner(host_check: Path, cells: Iterable[Cell]) -> list[Plan | GemmPlan | None]:
+    """The plans of cells, from the planner that the plugin uses; None where there is none."""
     questions = [
         f"{s.n} {s.k} {s.group_size} {m} {gpu.sm} {gpu.multiprocessors} {gpu.shared_bytes} {tactic}\n"
         for s, m, gpu, tactic in cells
@@ -132,7 +155,13 @@ def ask_planner(host_check: Path, cells: Iterable[Cell]) -> list[Plan | None]:
     answers = [json.loads(line) for line in done.stdout.splitlines()] if done.returncode == 0 else []
     if len(answers) != len(questions):
         raise ValueError(f"{host_check} does not plan: is it of this version? {done.stderr.splitlines()[:1]}")
-    return [Plan(**a) if a else None for a in answers]
+    return [_plan(a) if a else None for a in answers]
+
+
+def _plan(answer: dict[str, Any]) -> Plan | GemmPlan:
+    if answer["kernel"] != "decode":
+        return GemmPlan(**answer)
+    return Plan(**{name: value for name, value in answer.items() if name != "kernel"})
 
 
 def unit_bytes(group_size: int) -> int:
@@ -161,23 +190,27 @@ class Prediction:
         return max(self.resources, key=self.resources.__getitem__)
 
 
+def unit_clocks(unit: Steady, gpu: Gpu) -> dict[str, float]:
+    """Clocks of a multiprocessor that each of its pipes needs for what one warp issues for a unit."""
+    pipes, opcodes = unit.by_pipe(), unit.by_opcode()
+    singles = sum(opcodes[name] for name in ("FFMA", "FADD", "FMUL"))
+    fma = opcodes["IMAD"] / IMAD_PER_CLOCK + singles / gpu.single
+    fma += (pipes["fma"] - opcodes["IMAD"] - singles) / gpu.half
+    return {
+        "issue": unit.slots / SCHEDULERS,
+        "alu": pipes["alu"] / ALU_PER_CLOCK,
+        "fma": fma,
+        "tensor": unit.multiplications() / (WGMMA_PER_CLOCK if opcodes["HGMMA"] else gpu.hmma),
+        "shared": unit.wavefronts(),
+    }
+
+
 def predict(shape: Shape, tokens: int, gpu: Gpu, plan: Plan, unit: Steady) -> Prediction:
     """A call's time with a plan; `unit` is what its kernel issues for a unit of weights."""
     resident = plan.resident(gpu)
     block_units = plan.most_strips * plan.most_units
     each, more = divmod(block_units, plan.warps)
     busiest = resident * (each * plan.warps // SCHEDULERS + math.ceil(more / SCHEDULERS))  # units of one scheduler
-    pipes, opcodes = unit.by_pipe(), unit.by_opcode()
-    singles = sum(opcodes[name] for name in ("FFMA", "FADD", "FMUL"))
-    fma = opcodes["IMAD"] / IMAD_PER_CLOCK + singles / gpu.single
-    fma += (pipes["fma"] - opcodes["IMAD"] - singles) / gpu.half
-    clocks = {  # of one multiprocessor, for a unit
-        "issue": unit.slots / SCHEDULERS,
-        "alu": pipes["alu"] / ALU_PER_CLOCK,
-        "fma": fma,
-        "tensor": opcodes["HMMA"] / gpu.hmma,
-        "shared": unit.wavefronts(),
-    }
     weights, ring = plan.weight_bytes(gpu, shape.group_size), plan.bytes_in_flight(gpu, shape.group_size)
     l2 = L2_RATIO * gpu.share * 1e3  # bytes per microsecond
     x = resident * tokens * plan.most_units * 128 * 2 / l2
@@ -187,7 +220,7 @@ def predict(shape: Shape, tokens: int, gpu: Gpu, plan: Plan, unit: Steady) -> Pr
         "memory": filled + (weights - ring) / (gpu.share * 1e3) + resident * sums / l2,
         "latency": (weights / ring - 1) * LOADED_NS / 1e3,  # the first ones: FIRST_BYTE_US
     }
-    resources |= {name: x + c * SCHEDULERS * busiest / gpu.ghz / 1e3 for name, c in clocks.items()}
+    resources |= {name: x + c * SCHEDULERS * busiest / gpu.ghz / 1e3 for name, c in unit_clocks(unit, gpu).items()}
     waves = plan.waves(gpu)
     resources = {name: waves * us + (waves - 1) * WAVE_US for name, us in resources.items()}
     split = 0.0
