@@ -85,7 +85,8 @@ Thread* current = nullptr;
 jmp_buf scheduler;
 int32_t block_index, block_row, block_threads, shared_bytes;
 constexpr int32_t kMaxSharedBytes = 256 << 10;
-alignas(1024) char dynamic_shared[kMaxSharedBytes];
+alignas(1024) char shared_memory[kMaxSharedBytes + 1024];
+char* dynamic_shared = shared_memory;  // of this block: anywhere that is aligned to 16 bytes
 constexpr int32_t kNamedBarriers = 16;
 int32_t barrier_arrived[kNamedBarriers];
 uint64_t barrier_generation[kNamedBarriers], any_generation;
@@ -194,7 +195,7 @@ void Perform(std::vector<Copy> const& copies) {
 }
 
 // "Swizzling Modes" of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
-char* Swizzled(int64_t offset) { return dynamic_shared + (offset ^ (offset >> 7 & 7) << 4); }
+char* Swizzled(int64_t offset) { return shared_memory + (offset ^ (offset >> 7 & 7) << 4); }
 
 // 64 x (8 * tiles), each warp 16 rows: "Register Fragments for wgmma.mma_async.m64nNk16".
 void Multiply(Multiplication const* const (&all)[kWarpgroup]) {
@@ -204,7 +205,7 @@ void Multiply(Multiplication const* const (&all)[kWarpgroup]) {
   std::vector<double> b(tokens * 16);
   for (int32_t token = 0; token < tokens; ++token) {
     for (int32_t k = 0; k < 16; ++k) {
-      char const* const p = Swizzled(first.b - dynamic_shared + token * 128 + k * 2);
+      char const* const p = Swizzled(first.b - shared_memory + token * 128 + k * 2);
       CheckShared(p, 2);
       uint16_t bits;
       std::memcpy(&bits, p, 2);
@@ -303,6 +304,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
   for (int64_t block : block_order) {
     block_index = static_cast<int32_t>(block % grid.blocks);
     block_row = static_cast<int32_t>(block / grid.blocks);
+    dynamic_shared = shared_memory + order() % 64 * 16;
     std::memset(dynamic_shared, 0xff, shared_bytes);
     warps.assign(thread_count / kLanes, {});
     warpgroups.assign((thread_count + kWarpgroup - 1) / kWarpgroup, {});
@@ -407,7 +409,7 @@ void WaitCopies(int32_t pending) {
 }
 
 void MultiplyAsync(ElementType type, float (*d)[4], int32_t tiles, uint32_t const* a, char const* b) {
-  if ((b - dynamic_shared) % 1024 >= 128) Fail("B of wgmma begins inside of 8 rows");
+  if ((b - shared_memory) % 1024 >= 128) Fail("B of wgmma begins inside of 8 rows");
   current->open_multiplications.push_back({type, d, tiles, a, b});
 }
 
@@ -521,14 +523,14 @@ void CopyBox(Shared shared, TensorMap const& map, int32_t column, int32_t row, S
   using namespace emulator;
   MatrixMap m;
   std::memcpy(&m, &map, sizeof(m));
-  int64_t const offset = shared - dynamic_shared, row_bytes = m.box_columns * m.element_bytes;
+  int64_t const offset = shared - shared_memory, row_bytes = m.box_columns * m.element_bytes;
   if (offset % (m.swizzled ? 1024 : 128) != 0) Fail("box at byte %d of shared memory", static_cast<int>(offset));
   std::vector<Copy> copies;
   for (int32_t r = 0; r < m.box_rows; ++r) {
     for (int64_t byte = 0; byte < row_bytes; byte += 16) {
       int64_t const to = offset + r * row_bytes + byte, from = static_cast<int64_t>(column) * m.element_bytes + byte;
       bool const inside = row + r < m.rows && from < m.columns * m.element_bytes;
-      char* const target = m.swizzled ? Swizzled(to) : dynamic_shared + to;
+      char* const target = m.swizzled ? Swizzled(to) : shared_memory + to;
       char const* const source = static_cast<char const*>(m.data) + (row + r) * m.row_bytes + from;
       CheckShared(target, 16);
       if (inside) CheckLoad(source, 16);
