@@ -184,6 +184,12 @@ void EndPhase(BarrierState& barrier) {
   ++barrier.phase;
 }
 
+void ArriveAt(Shared p) {
+  BarrierState& barrier = BarrierAt(p);
+  --barrier.pending;
+  EndPhase(barrier);
+}
+
 void Perform(std::vector<Copy> const& copies) {
   for (Copy const& copy : copies) {
     if (copy.valid) {
@@ -499,9 +505,9 @@ void InitBarrier(Shared barrier, int32_t count) {
   emulator::barriers[barrier] = {count, count, 0, 0};
 }
 void Arrive(Shared barrier) {
-  emulator::BarrierState& state = emulator::BarrierAt(barrier);
-  --state.pending;
-  emulator::EndPhase(state);
+  emulator::ArriveAt(barrier);
+  // others may go on while this thread has not come any further
+  for (uint32_t pauses = emulator::order() % 2 * (emulator::order() % 32); pauses > 0; --pauses) emulator::Yield();
 }
 void ArriveExpecting(Shared barrier, int32_t bytes) {
   emulator::BarrierAt(barrier).bytes += bytes;
@@ -511,7 +517,7 @@ void ArriveAfterCopies(Shared barrier) {
   emulator::BarrierAt(barrier);
   emulator::later.push_back([copies = std::move(emulator::current->open), barrier] {
     emulator::Perform(copies);
-    Arrive(barrier);
+    emulator::ArriveAt(barrier);
   });
   emulator::current->open.clear();
 }
