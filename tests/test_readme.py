@@ -50,7 +50,7 @@ def test_recorded_numbers_are_the_ones_printed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_first_line_on_a_real_model(tmp_path: Path) -> None:
     """The first line without its installation (the one these tests run in is it): SmolLM2 to a plan."""
     line = code("bash").splitlines()[0]
