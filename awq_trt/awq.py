@@ -15,17 +15,16 @@ Where 1/s goes is the business of fold.py; clipping and error feedback, of round
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from awq_trt.fold import Fold, find_fold
-from awq_trt.layout import why_not
+from awq_trt.experts import expert_of
+from awq_trt.fold import Fold, find_fold, is_reached
+from awq_trt.layout import padded_features, why_not
 from awq_trt.linear import QuantizedLinear, quantize_weight
 from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit, row_chunks
 from awq_trt.statistics import Calls, Group
@@ -82,10 +81,13 @@ class Settings:
         """Columns per scale for a layer with `in_features` columns."""
         return in_features if self.group_size == -1 else self.group_size
 
-    def why_float(self, linear: nn.Linear) -> str | None:
-        """None where the layer can be INT4, else the reason why it stays in float."""
-        k = linear.in_features
-        return why_not(linear.out_features, k, self.group(k), str(self.dtype).removeprefix("torch."))
+    def why_float(self, linear: nn.Linear, *, padded: bool = False) -> str | None:
+        """None where the layer can be INT4, else the reason why it stays in float; `padded`, if rows may be added."""
+        if "why_float" in linear.__dict__:  # a router, see experts.py
+            return str(linear.why_float)
+        n, k = linear.out_features, linear.in_features
+        n = padded_features(n) if padded else n
+        return why_not(n, k, self.group(k), str(self.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,11 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
     Args:
         constrain: see `Constrain`; None where the group may have no scale at all, then s = 1.
     """
+    return search_and_keep(group, settings, constrain)[0]
+
+
+def search_and_keep(group: Group, settings: Settings, constrain: Constrain | None) -> tuple[Found, Rounder]:
+    """`search`, and what rounds further rows of the same layers (times s) in the same way."""
     linears = {n: m for n, m in zip(group.names, group.linears, strict=True) if settings.why_float(m) is None}
     hessian = group.statistics.hessian
     rows = {name: sampled_rows(linear.weight) for name, linear in linears.items()}
@@ -194,16 +201,17 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
         best = min((plain, find_scale(samples, group, settings, constrain)), key=lambda c: c.error)
     for linear in linears.values():
         linear.weight.data = linear.weight.data.mul_(best.s)
-    hessian.div_(best.s).div_(best.s.unsqueeze(1))
-    rounded = round_scaled(linears, hessian, settings)
+    rounder = Rounder(hessian.div_(best.s).div_(best.s.unsqueeze(1)), settings)
+    rounded = {name: rounder.round(linear.weight.float()) for name, linear in linears.items()}
     errors = {}
-    for name, (layer, error_of, _) in rounded.items():
+    for name, (layer, _) in rounded.items():
         delta = layer.rows(rows[name]).dequantize().float() - linears[name].weight[rows[name]].float()
-        relative = [max(e, 0.0) / max(size[name], 1e-30) for e in (plain.errors[name], float(error_of(delta).sum()))]
+        both = plain.errors[name], float(rounder.error(delta).sum())
+        relative = [max(error, 0.0) / max(size[name], 1e-30) for error in both]
         errors[name] = (relative[0] ** 0.5, relative[1] ** 0.5)
-    layers = {name: layer for name, (layer, _, _) in rounded.items()}
-    clips = {name: kept for name, (_, _, kept) in rounded.items()}
-    return Found(best.s, best.alpha, best.weights, layers, errors, clips)
+    layers = {name: layer for name, (layer, _) in rounded.items()}
+    clips = {name: kept for name, (_, kept) in rounded.items()}
+    return Found(best.s, best.alpha, best.weights, layers, errors, clips), rounder
 
 
 def sampled_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -249,31 +257,35 @@ def find_scale(samples: dict[str, torch.Tensor], group: Group, settings: Setting
     return best
 
 
-def round_scaled(
-    linears: dict[str, nn.Linear], hessian: torch.Tensor, settings: Settings
-) -> dict[str, tuple[QuantizedLinear, Callable[[torch.Tensor], torch.Tensor], float]]:
-    """Round layers that read the same input, as they are, by the means the settings allow. Uses up the Hessian.
+class Rounder:
+    """Rounds layers that read the same input, as they are, by the means the settings allow.
 
-    Returns:
-        Layer -> rounded, function that gives the squared output errors of weight errors, mean part of ranges kept.
+    Args:
+        hessian: of that input, fp32 [K, K]; its memory is used up.
     """
-    group_size = settings.group(len(hessian))
-    blocks = diagonal_blocks(hessian, group_size)
-    factored = factor(hessian) if settings.feedback else None
-    error_of = factored.error if factored else partial(output_errors, hessian=hessian)
-    rounded: dict[str, tuple[QuantizedLinear, Callable[[torch.Tensor], torch.Tensor], float]] = {}
-    for name, linear in linears.items():
-        weight, kept = linear.weight.float(), 1.0
+
+    def __init__(self, hessian: torch.Tensor, settings: Settings) -> None:
+        self._settings, self._group_size = settings, settings.group(len(hessian))
+        self._blocks = diagonal_blocks(hessian, self._group_size)
+        self._factored = factor(hessian) if settings.feedback else None
+        self._hessian = hessian
+
+    def error(self, delta: torch.Tensor) -> torch.Tensor:
+        """The squared output errors, [N], of weight errors [N, K]."""
+        return self._factored.error(delta) if self._factored else output_errors(delta, self._hessian)
+
+    def round(self, weight: torch.Tensor) -> tuple[QuantizedLinear, float]:
+        """The layer of a weight, fp32 [N, K], and the mean part of its ranges that was kept. Rows are independent."""
+        settings, factored, kept = self._settings, self._factored, 1.0
         if settings.clip:
-            grid, ratios = clip(weight, blocks, group_size, settings.symmetric, settings.dtype)
+            grid, ratios = clip(weight, self._blocks, self._group_size, settings.symmetric, settings.dtype)
             kept = float(ratios.mean())
         else:
-            grid = full_range(weight, group_size, settings.symmetric, settings.dtype)
+            grid = full_range(weight, self._group_size, settings.symmetric, settings.dtype)
         q = feedback(weight, grid, factored) if factored else nearest(weight, grid)
         if factored and settings.refit:
             grid = refit(weight, q, grid, factored)
-        rounded[name] = (grid.layer(q), error_of, kept)
-    return rounded
+        return grid.layer(q), kept
 
 
 def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
@@ -304,13 +316,7 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
     reports: dict[str, LayerReport] = {}
     shape = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
     for group in reversed(groups):
-        key = (type(block), shape, tuple(group.names))
-        if key not in folds:
-            dtype = next(block.parameters()).dtype
-            block.float()
-            folds[key] = find_fold(block, group, calls.run)
-            block.to(dtype)
-        fold = folds[key]
+        fold = known_fold(block, group, groups, calls, folds, shape)
         result = search(group, settings, constrain(block, fold, settings))
         group.statistics.hessian = result.s.new_empty(0)  # used up
         scaled = bool((result.s != 1).any())
@@ -321,7 +327,7 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
             fold.apply(block, result.s)
         for name, layer in result.layers.items():
             if fold is None and scaled:
-                layer = dataclasses.replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
+                layer = replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
             quantized[name] = layer
             reports[name] = LayerReport(
                 name=f"{calls.name}.{name}",
@@ -337,6 +343,34 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
             )
     unseen = round_block(block, settings, but=quantized)  # experts no token chose
     return BlockResult(quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports])
+
+
+def known_fold(
+    block: nn.Module, group: Group, groups: list[Group], calls: Calls, folds: dict[Any, Fold | None], shape: Any
+) -> Fold | None:
+    """Where the scale of a group can go: looked up in `folds`, or else tried, and noted there.
+
+    Experts are alike: what is true of one holds for all. It is tried on one that a token of the first window reaches.
+    """
+
+    def kind(other: Group) -> Any:
+        expert = expert_of(block, other.names[0])
+        return type(block), shape, tuple(name.removeprefix(expert) for name in other.names), bool(expert)
+
+    key = kind(group)
+    if key not in folds:
+        dtype = next(block.parameters()).dtype
+        block.float()
+        alike = (g for g in groups if kind(g) == key)
+        tried = next((g for g in alike if not expert_of(block, g.names[0]) or is_reached(g, calls.run)), None)
+        if tried is not None:
+            found = find_fold(block, tried, calls.run)
+            folds[key] = found and replace(found, into=found.into.removeprefix(expert_of(block, tried.names[0])))
+        block.to(dtype)
+    if key not in folds:
+        return None
+    fold = folds[key]
+    return fold and replace(fold, into=expert_of(block, group.names[0]) + fold.into)
 
 
 def constrain(block: nn.Module, fold: Fold | None, settings: Settings) -> Constrain | None:

@@ -19,6 +19,8 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.outside import Outside, Weights, read_parameter
 
 Inputs = dict[str, torch.Tensor]
+OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
+"""What a model gives: the first of these that it has."""
 COMPARED = 4
 """Tensors of a shape that those of further windows are compared with; where each window has its own, none is equal."""
 
@@ -80,6 +82,7 @@ class BlockStream:
     Attributes:
         prefix: module name of the list of blocks ("model.layers"). blocks: the list.
         dtype, device: of a block that is loaded, and of what it computes.
+        outside: fills the modules around the blocks, with fp32 on the CPU, when a forward calls them.
         hidden: per input, the hidden states that go into block 0; [] where a `sink` took them.
     """
 
@@ -96,7 +99,7 @@ class BlockStream:
         self.prefix, self.blocks = find_blocks(self.model)
         self.inputs, self.dtype, self.device = inputs, dtype, torch.device(device)
         self.hidden: list[torch.Tensor] = []
-        self._outside = Outside(self.model, self.blocks, weights)
+        self.outside = Outside(self.model, self.blocks, weights)
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.blocks]
         self._tuples: bool = self._returns_tuple(weights) if inputs else False
         known: dict[Any, list[torch.Tensor]] = {}
@@ -106,7 +109,7 @@ class BlockStream:
                 self.hidden.append(states)
             else:
                 sink(number, states.to(dtype))
-        self._outside.empty()
+        self.outside.empty()
 
     def _forward(self, sample: Inputs, stub: Callable[[int], Callable[..., Any]]) -> Any:
         """The model's forward with every block i replaced by stub(i)."""
@@ -116,7 +119,7 @@ class BlockStream:
             arguments: dict[str, Any] = dict(sample)
             if getattr(self.model.config, "use_cache", None) is not None:
                 arguments["use_cache"] = False
-            with torch.no_grad(), self._outside:
+            with torch.no_grad(), self.outside:
                 return self.model(**arguments)
         finally:
             for block in self.blocks:
@@ -142,7 +145,7 @@ class BlockStream:
             call.clear()
         if not call or _any_meta(call[0]):  # a weight is used without its module: fill all of them, and try again
             call.clear()
-            self._outside.fill_all()
+            self.outside.fill_all()
             self._forward_or_explain(stub)
         if not call:
             raise AwqTrtError(f"{type(self.model).__name__}: its forward never calls {self.prefix}.0.")
@@ -206,7 +209,7 @@ class BlockStream:
         return output[0] if self._tuples else output
 
     def head(self, hidden: torch.Tensor, sample: int) -> torch.Tensor:
-        """What the model makes of the last block's output: its logits, or else its last hidden state."""
+        """What the model makes of the last block's output: its logits, or else embeddings or the last hidden state."""
 
         def stub(i: int) -> Callable[..., Any]:
             def give(*args: Any, **kwargs: Any) -> Any:
@@ -216,8 +219,13 @@ class BlockStream:
             return give
 
         output = self._forward(self.inputs[sample], stub)
-        result: torch.Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+        result: torch.Tensor = output[main_output(output)]
         return result
+
+
+def main_output(output: Any) -> str:
+    """Which of the outputs of a model is exported and compared."""
+    return next((name for name in OUTPUTS if output.get(name) is not None), OUTPUTS[-1])
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.experts import Part, split_experts
 from awq_trt.safetensors_file import read_header
+from awq_trt.stored_names import StoredNames
+from awq_trt.submodels import Submodel, choose, model_class
 
 Reader = Callable[[], torch.Tensor]
 
@@ -36,6 +39,8 @@ class Checkpoint:
         tokenizer: the model's tokenizer, or None (vision models).
         transposed: parameters that are stored as [in, out] (GPT-2's Conv1D) and read as [out, in].
         files: everything on disk that the weights come from.
+        keys: parameter -> what transformers, and so other tools, call it in a file, where that is another name.
+        note: what of the checkpoint is left out, for people; "" where nothing is.
     """
 
     source: str
@@ -45,6 +50,8 @@ class Checkpoint:
     tokenizer: Any = None
     transposed: frozenset[str] = field(default_factory=frozenset)
     files: tuple[Path, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one parameter, in the dtype of the file; from safetensors it is a memory map of the file, not a copy.
@@ -54,18 +61,24 @@ class Checkpoint:
         """
         if name not in self.readers:
             raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
-        tensor = self.readers[name]()
+        return self._finite(name, self.readers[name]())
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of a parameter (int64 [R] -> [R, ...]), reading no more than them where the file allows it.
+
+        Raises:
+            AwqTrtError: they hold NaN or Inf.
+        """
+        reader = self.readers[name]
+        return self._finite(name, reader.rows(index)) if isinstance(reader, RowReader) else self.tensor(name)[index]
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if bad := not_finite(tensor):
             raise AwqTrtError(
                 f"{self.source}: tensor {name} holds {bad} NaN or Inf values; such a model cannot be quantized. "
                 "Download it again, or save it in a dtype that can hold its weights."
             )
         return tensor
-
-    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
-        """Some rows of a parameter (int64 [R] -> [R, ...]), reading no more than them where the file allows it."""
-        reader = self.readers[name]
-        return reader.rows(index) if isinstance(reader, RowReader) else self.tensor(name)[index]
 
 
 @runtime_checkable
@@ -92,15 +105,16 @@ def not_finite(tensor: torch.Tensor) -> int:
     )
 
 
-def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part: str | None = None) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
     Args:
         model: directory with config.json and safetensors, a .gguf file, or a Hugging Face hub id.
         trust_remote_code: run Python code that the checkpoint brings along (off unless asked for).
+        part: of a checkpoint that holds several models, see submodels.py.
 
     Raises:
-        AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture.
+        AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture or part.
     """
     path = local_path(model)
     if path.is_dir() and not (path / "config.json").exists():
@@ -110,11 +124,13 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> Ch
         path = gguf_files[0]
     if path.is_file() and path.suffix != ".gguf":
         raise AwqTrtError(f"{model}: a file, but not a .gguf; --model wants a directory, a .gguf file or a hub id.")
+    if path.is_file() and part is not None:
+        raise AwqTrtError(f"{model}: a GGUF file is one model, without a part {part!r}.")
     if path.is_file():
         from awq_trt.gguf_checkpoint import open_gguf
 
         return open_gguf(path)
-    return _open_directory(path, str(model), trust_remote_code)
+    return _open_directory(path, str(model), trust_remote_code, part)
 
 
 def local_path(model: str | Path) -> Path:
@@ -140,7 +156,7 @@ def local_path(model: str | Path) -> Path:
         ) from error
 
 
-def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpoint:
+def _open_directory(path: Path, source: str, trust_remote_code: bool, part: str | None) -> Checkpoint:
     from awq_trt.quantization_methods import find_quantization
 
     raw = read_json(path / "config.json")
@@ -162,7 +178,7 @@ def _open_directory(path: Path, source: str, trust_remote_code: bool) -> Checkpo
     headers = {file: read_header(file) for file in sorted(set(keys.values()))}
     readers: dict[str, Reader] = {k: SafetensorsReader(file, k, headers[file][k].shape) for k, file in keys.items()}
     files = (*headers, path / "config.json")
-    return match_names(source, path, config, readers, load_tokenizer(path), files)
+    return match_names(source, path, choose(config, source, part), readers, load_tokenizer(path), files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -232,6 +248,24 @@ class SafetensorsReader:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         return self()[index]
 
+    def item(self, i: int) -> torch.Tensor:
+        """tensor[i], reading nothing else."""
+        with safe_open(str(self.file), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_slice(self.key)[i]
+        return tensor
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """Reads one expert's part of a fused parameter."""
+
+    read: Reader
+    part: Part
+
+    def __call__(self) -> torch.Tensor:
+        expert = self.part.expert
+        return self.part.of(self.read.item(expert) if isinstance(self.read, SafetensorsReader) else self.read()[expert])
+
 
 def load_tokenizer(path: Path, **kwargs: Any) -> Any:
     """The tokenizer beside a checkpoint, or None where there is none."""
@@ -245,10 +279,31 @@ def load_tokenizer(path: Path, **kwargs: Any) -> Any:
         raise AwqTrtError(f"{path}: the tokenizer could not be loaded: {error}") from error
 
 
+GENERATION = "generation_config.json"
+"""Beside config.json: how transformers generates with the model, and which tokens end a text."""
+
+
+def special_tokens(path: Path, config: transformers.PretrainedConfig, tokenizer: Any) -> dict[str, Any]:
+    """{"eos_token_id": [ids that end a text], "bos_token_id": id or None, "pad_token_id": id or None}.
+
+    generation_config.json knows best (chat models end turns with a token of their own), then config.json, then the
+    tokenizer.
+    """
+    stored = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+
+    def find(key: str) -> Any:
+        places = (stored.get(key), getattr(config, key, None), getattr(tokenizer, key, None))
+        return next((value for value in places if value is not None), None)
+
+    eos = find("eos_token_id")
+    ids = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    return {"eos_token_id": ids, "bos_token_id": find("bos_token_id"), "pad_token_id": find("pad_token_id")}
+
+
 def match_names(
     source: str,
     path: Path,
-    config: transformers.PretrainedConfig,
+    submodel: Submodel,
     stored: Mapping[str, Reader],
     tokenizer: Any,
     files: tuple[Path, ...],
@@ -262,35 +317,44 @@ def match_names(
     Raises:
         AwqTrtError: a tensor is missing, or has not the shape that the configuration says.
     """
+    config = submodel.config
     model = empty_model(config)
     transposed = transposed_weights(model)
-    prefix = f"{model.base_model_prefix}."
-    buffers = persistent_buffers(model)
     parameters = dict(model.named_parameters())
-    names = [*parameters, *buffers]
+    names = [*parameters, *(buffers := persistent_buffers(model))]
+    stored_names = StoredNames(model, submodel)
+    found = stored_names.find(stored)
+    if missing := [n for n in parameters if n not in found]:
+        stored = _converted_by_transformers(source, path, type(model), missing[0])
+        found = stored_names.find_loaded(stored)
+    if missing := [n for n in parameters if n not in found]:
+        raise AwqTrtError(f"{source}: the tensor {missing[0]} is not in the checkpoint; download it again.")
     readers: dict[str, Reader] = {}
     for name in names:
-        old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        key = next((c for c in (name, name.removeprefix(prefix), prefix + name, old) if c in stored), None)
-        if key is not None:
-            read = stored[key]
-            if isinstance(read, SafetensorsReader) and name in parameters:
-                expected = parameters[name].shape[::-1] if name in transposed else parameters[name].shape
-                if read.shape != expected:
-                    raise AwqTrtError(
-                        f"{source}: tensor {key} has shape {list(read.shape)}, config.json says {list(expected)}; "
-                        "one of the two is of another model."
-                    )
-            readers[name] = _transposing(read) if name in transposed else read
-    if missing := [n for n in names if n not in readers and n not in buffers]:
-        readers = _converted_by_transformers(source, path, type(model), missing[0])
+        if name not in found:
+            continue
+        place = found[name]
+        read = stored[place.key]
+        if isinstance(read, SafetensorsReader) and name not in buffers:
+            shape = parameters[name].shape if place.part is None else place.part.shape
+            expected = tuple(shape)[::-1] if name in transposed else tuple(shape)
+            if read.shape != expected:
+                raise AwqTrtError(
+                    f"{source}: tensor {place.key} has shape {list(read.shape)}, config.json says {list(expected)}; "
+                    "one of the two is of another model."
+                )
+        whole = _transposing(read) if name in transposed else read
+        readers[name] = whole if place.part is None else PartReader(read, place.part)
     first = readers[names[0]]().dtype if dtype is None and names else dtype
     activations = first if first in (torch.float16, torch.bfloat16) else torch.float16
-    return Checkpoint(source, config, activations, readers, tokenizer, transposed, files)
+    if model.main_input_name != "input_ids":
+        tokenizer = None  # of another part, or of what the model's outputs are made into
+    keys = stored_names.other_keys
+    return Checkpoint(source, config, activations, readers, tokenizer, transposed, files, keys, submodel.note)
 
 
 def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
-    """Readers for a checkpoint whose tensors transformers renames or merges while loading (fused experts): in memory.
+    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory.
 
     Raises:
         AwqTrtError: tensors are missing even so.
@@ -304,7 +368,7 @@ def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing:
         raise AwqTrtError(f"{trouble} (transformers could not load it either: {error}).") from error
     if info["missing_keys"]:
         raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {name: tensor.detach for name, tensor in parameters.items()}
 
 
@@ -351,18 +415,13 @@ def empty_model(
 ) -> transformers.PreTrainedModel:
     """The model of a configuration in eval mode: fp32 parameters on the meta device, buffers with their values.
 
-    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`.
+    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`. Fused experts become a
+    nn.Linear for each expert and projection (experts.py).
 
     Raises:
         AwqTrtError: transformers has no class for the architecture.
     """
-    name = config.architectures[0] if config.architectures else None
-    cls = getattr(transformers, name or "", None)
-    if cls is None:
-        raise AwqTrtError(
-            f"architecture {name!r} (model_type {config.model_type!r}) is not one that transformers "
-            f"{transformers.__version__} has; update transformers, or convert the model to a known architecture."
-        )
+    cls = model_class(config)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _parameters_on_meta():
         model = cls._from_config(config, dtype=torch.float32, **options)
@@ -372,4 +431,5 @@ def empty_model(
                     linear = torch.nn.Linear(child.nx, child.nf, bias=True)
                     linear.was_conv1d = True  # type: ignore[assignment]
                     setattr(parent, child_name, linear)
+        split_experts(model)
     return model.eval()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awq_trt.experts import expert_of
 from awq_trt.statistics import Group
 
 UNCHANGED = 1e-4
@@ -92,6 +93,17 @@ def find_fold(block: nn.Module, group: Group, run: Callable[[], torch.Tensor]) -
     return None
 
 
+def is_reached(group: Group, run: Callable[[], torch.Tensor]) -> bool:
+    """Whether a token of the calibration input reaches the group: not every expert is chosen by one."""
+    calls: list[int] = []
+    handle = group.linears[0].register_forward_pre_hook(lambda _, x: calls.append(x[0].numel()))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return any(calls)
+
+
 @contextmanager
 def _divided(module: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
     """Inside, the outputs of `fold.into` are divided by s: a linear layer's themselves, a norm by its weight."""
@@ -112,10 +124,16 @@ def _divided(module: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
 
 
 def _candidates(block: nn.Module, group: Group, k: int) -> list[Fold]:
-    """Operators that ran before the group and are as wide as its input, or narrower by whole heads."""
+    """Operators that ran before the group and are as wide as its input, or narrower by whole heads.
+
+    For a layer of an expert, operators of that expert: what others feed, one expert's scale cannot be divided out of.
+    """
     folds = []
     head_dims = {getattr(m, "head_dim", 0) for m in block.modules()} - {0, None}
+    expert = expert_of(block, group.names[0])
     for name in group.before:
+        if expert_of(block, name) != expert:
+            continue
         module: Any = block.get_submodule(name)
         rows = len(module.weight)
         if isinstance(module, nn.Linear):

@@ -66,7 +66,7 @@ def agreeing(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
 
 
 def _agree(group: list[Layer], layer: Layer) -> bool:
-    """Whether a layer can join others: what a node has one of must be equal, and the kernels take all their rows."""
+    """Whether a layer can join others: what a node has one of must be equal, and the kernels take the rows of each."""
     a, b = group[0].linear, layer.linear
     n, k = sum(member.linear.q.shape[0] for member in (*group, layer)), b.q.shape[1]
     return (
@@ -74,6 +74,7 @@ def _agree(group: list[Layer], layer: Layer) -> bool:
         and (a.zeros is None) == (b.zeros is None)
         and any(group[0].biases) == any(layer.biases)
         and _equal(a.pre_scale, b.pre_scale)
+        and not any(linear.q.shape[0] % layout.STORED for linear in (a, b))
         and layout.supports(n, k, b.group_size, str(b.scales.dtype).removeprefix("torch."))
     )
 

@@ -13,6 +13,7 @@ import transformers
 
 from awq_trt.checkpoint import Checkpoint, empty_model, load_tokenizer, match_names
 from awq_trt.errors import AwqTrtError
+from awq_trt.submodels import Submodel
 
 PIECE = 1 << 20
 """Bytes of a file dequantized at once: gguf-py holds about ten times as much while it does."""
@@ -93,7 +94,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     known = [t for t in reader.tensors if t.name in names]
     readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
-    return match_names(str(path), path, config, readers, tokenizer, (path,), torch.float32)
+    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,), torch.float32)
 
 
 def _causal_lm_class(config: transformers.PretrainedConfig) -> type:

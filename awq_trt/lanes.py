@@ -66,7 +66,7 @@ class LaneSums:
         if self.current is None:
             self._park()
             self.current = self.zero()
-        self.current.add_upper(x)
+        self.current.add_upper(x.to(self.device))
 
     def end(self, lane: int) -> None:
         """The lane in progress, number `lane`, is complete."""

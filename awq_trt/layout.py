@@ -32,6 +32,9 @@ import torch
 
 TILE_N, TILE_K = 16, 64
 GROUP_SIZES = (32, 64, 128)
+STORED = 8
+"""Output features that the kernels store at once (16 bytes): N is a multiple of it."""
+
 MAX_FEATURES = 1 << 20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -48,8 +51,8 @@ def why_not(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 8
         return f"activations are {dtype}; the kernels take float16 or bfloat16"
     if sm < 80:
         return f"compute capability {sm / 10:.1f}; the kernels need 8.0 or newer"
-    if n % 8 or not 8 <= n <= MAX_FEATURES:
-        return f"out_features {n} is not a multiple of 8 between 8 and {MAX_FEATURES}"
+    if n % STORED or not STORED <= n <= MAX_FEATURES:
+        return f"out_features {n} is not a multiple of {STORED} between {STORED} and {MAX_FEATURES}"
     if k % 32 or not 32 <= k <= MAX_FEATURES:
         return f"in_features {k} is not a multiple of 32 between 32 and {MAX_FEATURES}"
     if group_size != k and group_size not in GROUP_SIZES:
@@ -57,6 +60,11 @@ def why_not(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 8
     if k % group_size:
         return f"in_features {k} is not a multiple of the group size {group_size}"
     return None
+
+
+def padded_features(n: int) -> int:
+    """The out_features of a node that computes a layer of n: the kernels store 8 at a time. Rows of zeros are added."""
+    return -(-n // STORED) * STORED
 
 
 def supports(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 80) -> bool:
@@ -68,8 +76,10 @@ def pack_qweight(q: torch.Tensor) -> torch.Tensor:
     """Pack q, uint8 [N, K] with values 0..15, into int32 [ceil(N/16), ceil(K/64), 32, 4], on the device of q."""
     n, k = q.shape
     tn, tk = -(-n // TILE_N), -(-k // TILE_K)
-    padded = q.new_zeros(tn * TILE_N, tk * TILE_K)
-    padded[:n, :k] = q
+    padded = q
+    if q.shape != (tn * TILE_N, tk * TILE_K):
+        padded = q.new_zeros(tn * TILE_N, tk * TILE_K)
+        padded[:n, :k] = q
     # n = (tn, row half h, g), k = (tk, step, column half c, t, parity p); register j = h + 2c, its nibble at 4j + 16p
     halves = padded.reshape(tn, 2, 8, tk, 4, 2, 4, 2).permute(1, 0, 3, 2, 6, 4, 7, 5)  # [h, tn, tk, g, t, step, p, c]
     return (halves[0] | halves[1] << 4).flatten().view(torch.int32).reshape(tn, tk, 32, 4)

@@ -10,6 +10,9 @@ import torch
 SYMMETRIC_ZERO = 8
 """Zero point of a layer stored without zeros: q = 8 is the weight 0."""
 
+PIECE = 1 << 22
+"""Weights that are dequantized at a time, so that a head takes little more memory than its result."""
+
 SMALLEST_SCALE = 2.0**-20
 """Scales stay above it: a group of zeros must not divide by zero, and fp16 subnormals keep 4 bits of precision here."""
 
@@ -35,9 +38,13 @@ class QuantizedLinear:
     def dequantize(self) -> torch.Tensor:
         """W as [N, K] in the dtype of `scales`: the exact product in fp32, rounded once. `pre_scale` is not applied."""
         n, k = self.q.shape
-        zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros.unsqueeze(-1).float()
-        grouped = self.q.reshape(n, -1, self.group_size).float() - zeros
-        return (grouped * self.scales.unsqueeze(-1).float()).reshape(n, k).to(self.scales.dtype)
+        weight = torch.empty(n, k, dtype=self.scales.dtype, device=self.q.device)
+        step = max(1, PIECE // k)
+        for rows in (slice(i, i + step) for i in range(0, n, step)):
+            zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros[rows].unsqueeze(-1).float()
+            grouped = self.q[rows].reshape(-1, k // self.group_size, self.group_size).float() - zeros
+            weight[rows] = (grouped * self.scales[rows].unsqueeze(-1).float()).reshape(-1, k)
+        return weight
 
     def rows(self, index: torch.Tensor) -> QuantizedLinear:
         """The layer with some of its outputs only, int64 [R]."""

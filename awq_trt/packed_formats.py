@@ -5,6 +5,7 @@ N outputs, K inputs, group size g, G = K / g. An int32 word holds 8 values, valu
 AWQ (AutoAWQ 0.2, WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast)
     gemm       qweight int32 [K, N/8]    word c holds outputs 8c + (0, 2, 4, 6, 1, 3, 5, 7)
                qzeros  int32 [G, N/8]    the same order              scales [G, N]
+               (this package also stores an N that 8 does not divide: the last word is filled up with zeros)
     gemv       qweight int32 [N, K/8]    word c holds inputs 8c + (0 .. 7)
                qzeros  int32 [N, P/8]    groups in order, P = G rounded up to a multiple of 8 .. 32
                scales  [N, P]            columns G .. P-1 are padding
@@ -34,11 +35,14 @@ import numpy as np
 import torch
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.layout import DTYPES, why_not
+from awq_trt.layout import DTYPES, padded_features, why_not
 from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear
 
 Parts = Mapping[str, torch.Tensor]
 """The tensors of one layer, by the last component of their names."""
+
+PIECE = 1 << 22
+"""Values that are packed or unpacked at a time."""
 
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -66,18 +70,26 @@ OPTIONAL_PARTS = {
 
 def pack_nibbles(values: np.ndarray, order: Sequence[int] = IN_ORDER) -> np.ndarray:
     """uint8 [R, C], values 0..15 -> int32 [R, ceil(C/8)]; nibble i of a word is value order[i] of its eight."""
-    values = np.pad(values, ((0, 0), (0, -values.shape[1] % 8)))
-    words = np.zeros((values.shape[0], values.shape[1] // 8), np.uint32)
-    for i, column in enumerate(order):
-        words |= values[:, column::8].astype(np.uint32) << np.uint32(4 * i)
+    rows, columns = values.shape
+    words = np.zeros((rows, -(-columns // 8)), np.uint32)
+    step = max(1, PIECE // max(columns, 1))
+    for begin in range(0, rows, step):
+        piece, packed = values[begin : begin + step], words[begin : begin + step]
+        for i, column in enumerate(order):
+            nibble = piece[:, column::8].astype(np.uint32)
+            packed[:, : nibble.shape[1]] |= nibble << np.uint32(4 * i)
     return words.view(np.int32)
 
 
 def unpack_nibbles(words: np.ndarray, order: Sequence[int] = IN_ORDER) -> np.ndarray:
     """Inverse of `pack_nibbles`: int32 [R, C/8] -> uint8 [R, C]."""
-    values = np.empty((words.shape[0], words.shape[1] * 8), np.uint8)
-    for i, column in enumerate(order):
-        values[:, column::8] = words.view(np.uint32) >> np.uint32(4 * i) & np.uint32(15)
+    rows, columns = words.shape
+    values = np.empty((rows, columns * 8), np.uint8)
+    step = max(1, PIECE // max(columns * 8, 1))
+    for begin in range(0, rows, step):
+        piece = words[begin : begin + step].view(np.uint32)
+        for i, column in enumerate(order):
+            values[begin : begin + step, column::8] = piece >> np.uint32(4 * i) & np.uint32(15)
     return values
 
 
@@ -96,7 +108,7 @@ def from_parts(format: str, name: str, parts: Parts, group_size: int | None = No
             raise AwqTrtError(f"tensor {missing[0]} is missing; download the checkpoint again.")
         layer = READERS[format](parts, group_size)
         n, k = layer.q.shape
-        if reason := why_not(n, k, layer.group_size):
+        if reason := why_not(padded_features(n), k, layer.group_size):
             raise AwqTrtError(f"{reason}. Start from the checkpoint before quantization: such layers stay in float.")
     except AwqTrtError as error:
         raise AwqTrtError(f"{name} ({format}): {error}") from error
@@ -143,10 +155,10 @@ def _from_awq_gemm(parts: Parts, group_size: int | None) -> QuantizedLinear:
     qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
     groups, n = _two("scales", scales)
     k, _ = _two("qweight", qweight)
-    fits = qweight.shape == (k, n // 8) and qzeros.shape == (groups, n // 8) and n % 8 == 0 and k % groups == 0
+    fits = qweight.shape == (k, -(-n // 8)) and qzeros.shape == (groups, -(-n // 8)) and k % groups == 0
     _fit(fits, parts, "[K, N/8], [K/g, N/8] and [K/g, N]")
-    q = unpack_nibbles(_int32("qweight", qweight), AWQ_ORDER).T
-    return _layer(q, scales.t(), unpack_nibbles(_int32("qzeros", qzeros), AWQ_ORDER).T, parts.get("pre_scale"))
+    q = unpack_nibbles(_int32("qweight", qweight), AWQ_ORDER).T[:n]
+    return _layer(q, scales.t(), unpack_nibbles(_int32("qzeros", qzeros), AWQ_ORDER).T[:n], parts.get("pre_scale"))
 
 
 def _from_awq_gemv(parts: Parts, group_size: int | None) -> QuantizedLinear:

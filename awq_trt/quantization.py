@@ -27,6 +27,7 @@ class QuantizeReport:
 
     Attributes:
         directory: the quantized checkpoint. group_size: -1 for the whole row. quantized: layers that are INT4 now.
+        head: the one of them that makes logits, or None.
         layers: what the search found, for each layer that saw calibration inputs. left_in_float: layer -> reason.
         pre_scales: how many layers carry a pre-scale. seconds: of this run.
         estimate, actual: seconds and peak memory, as printed before the first block, and as measured at the end. None
@@ -36,6 +37,7 @@ class QuantizeReport:
     directory: Path
     group_size: int
     quantized: tuple[str, ...]
+    head: str | None
     layers: tuple[LayerReport, ...]
     left_in_float: dict[str, str]
     pre_scales: int
@@ -60,6 +62,7 @@ def quantize(
     samples: int | None = None,
     length: int = 512,
     save_format: str = "awq",
+    lm_head: str = "float",
     memory: int | None = None,
     resume: bool = True,
     device: str = "auto",
@@ -84,6 +87,8 @@ def quantize(
         calibration: text file, directory, `datasets` id or .npz of model inputs; None takes the text in the package.
         samples, length: number of calibration windows and tokens per window.
         save_format: a key of quantized_checkpoint.SAVE_FORMATS.
+        lm_head: "float", or "int4" to quantize the layer that makes logits, too; then it no longer shares its weight
+            with the embedding, which stays in float.
         memory: bytes that this process may take, None for no limit. States stay in memory where it has room for them.
         resume: go on with the work of a killed run, if checkpoint, settings and calibration inputs are the same.
         device: "cpu", "cuda", or "auto": the GPU where there is one. compute_dtype: of the blocks' forward, float32 or
@@ -91,7 +96,7 @@ def quantize(
         console: for estimate and progress; None is silent.
 
     Raises:
-        AwqTrtError: bad weights or calibration inputs, no layer that the kernels can run, too little memory.
+        AwqTrtError: bad weights or calibration inputs, no layer that the kernels can run, no head, too little memory.
     """
     budget = Budget.begin(memory)
     ranks = join_ranks(device)
@@ -110,7 +115,7 @@ def quantize(
         }
         samples = means.windows if samples is None else samples
         compute = (compute_dtype, compute_device(device))
-        plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format)
+        plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format, lm_head)
     with ExitStack() as stack:
         with ranks.together():
             key = work_key(plan) if ranks.rank == 0 else {}
@@ -139,7 +144,7 @@ def quantize(
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
     took = budget.took()
     rest = (layers, plan.left, report["pre_scales"], took.seconds, expected, took)
-    return QuantizeReport(output, plan.settings.group_size, plan.names, *rest)
+    return QuantizeReport(output, plan.settings.group_size, plan.names, plan.head, *rest)
 
 
 def gathered(work: WorkDirectory) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 Read: what quantization_methods.py lists, in the layouts of packed_formats.py. Written: AutoAWQ's GEMM layout ("awq")
 and compressed-tensors' pack-quantized ("compressed-tensors").
 
-AutoAWQ's format cannot carry a pre-scale, and transformers' loader for it skips the Conv1D layers of a GPT-2. A
-directory that has one of them is marked quant_method "awq_trt" and its files are not called model-*, so that other
-loaders refuse it instead of computing something else (transformers only warns of an unknown method and goes on with
-random weights). compressed-tensors has no such way out: what it cannot carry is refused.
+AutoAWQ's format cannot carry a pre-scale, and transformers' loader for it skips the Conv1D layers of a GPT-2 and every
+head. A directory that has one of them in INT4 is marked quant_method "awq_trt" and its files are not called model-*, so
+that other loaders refuse it instead of computing something else (transformers only warns of an unknown method and goes
+on with random weights). compressed-tensors has no such way out: what it cannot carry is refused. It does carry heads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ import transformers
 from safetensors import safe_open
 
 from awq_trt.checkpoint import (
+    GENERATION,
     Checkpoint,
     empty_model,
     load_tokenizer,
     local_path,
     read_json,
     safetensors_index,
+    special_tokens,
     transposed_weights,
 )
 from awq_trt.errors import AwqTrtError
@@ -39,6 +42,8 @@ from awq_trt.packed_formats import OPTIONAL_PARTS, PARTS, from_parts, to_parts
 from awq_trt.quantization_methods import START_AGAIN, Scheme, find_quantization, read_scheme
 from awq_trt.quantized_names import match_floats, match_layers
 from awq_trt.safetensors_file import Stored, read_header, write_safetensors
+from awq_trt.stored_names import Place
+from awq_trt.submodels import choose
 
 REPORT = "awq_trt.json"
 """Beside the weights: settings, what the search found per layer, and why layers stayed in float."""
@@ -80,7 +85,8 @@ class Writer:
         return any((self.directory / f"{stem}{label}.safetensors").exists() for stem in ("", "model-", "awq_trt-"))
 
     def add(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one shard. Floats become the checkpoint's dtype; Conv1D weights go back to [in, out].
+        """Write one shard. Floats become the checkpoint's dtype, Conv1D weights [in, out] again, and names become those
+        that transformers writes (`Checkpoint.keys`).
 
         Args:
             label: names the shard, unique in this checkpoint: "outside", "block-00007".
@@ -89,7 +95,7 @@ class Writer:
             AwqTrtError: a value is NaN or Inf, or too large for the dtype.
         """
         stored = {
-            name: Stored(
+            self._key(name): Stored(
                 tensor.t() if name in self.checkpoint.transposed else tensor,
                 self.checkpoint.dtype if tensor.is_floating_point() else tensor.dtype,
             )
@@ -100,22 +106,31 @@ class Writer:
         except AwqTrtError as error:
             raise AwqTrtError(f"{self.checkpoint.source}: {error}") from error
 
+    def _key(self, name: str) -> str:
+        """What a parameter, or a part of a quantized one, is called in the file."""
+        keys = self.checkpoint.keys
+        layer, _, part = name.rpartition(".")
+        whole = keys.get(f"{layer}.weight", f"{layer}.weight")
+        return keys.get(name, f"{whole.removesuffix('.weight')}.{part}")
+
     def add_block(
         self, label: str, name: str, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, QuantizedLinear]
     ) -> None:
-        """Write one block.
+        """Write one block, or a part of the model that is in none.
 
         Args:
-            name: of the block ("model.layers.7"). tensors: its parameters in float, by their names in the block; the
-                weights of `layers` among them are left out. layers: name in the block -> quantized layer.
+            name: of the block ("model.layers.7"), or "" for the model. tensors: its parameters in float, by their names
+                in the block; the weights of `layers` among them are left out. layers: name in the block -> quantized
+                layer.
 
         Raises:
             AwqTrtError: as `add`; a pre-scale that the format cannot carry.
         """
-        out = {f"{name}.{n}": t for n, t in tensors.items() if n.removesuffix(".weight") not in layers}
+        prefix = f"{name}." if name else ""
+        out = {prefix + n: t for n, t in tensors.items() if n.removesuffix(".weight") not in layers}
         for layer, value in layers.items():
             parts = to_parts(SAVE_FORMATS[self.save_format], value)
-            out |= {f"{name}.{layer}.{part}": tensor for part, tensor in parts.items()}
+            out |= {f"{prefix}{layer}.{part}": tensor for part, tensor in parts.items()}
         self.add(label, out)
 
     def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
@@ -126,7 +141,8 @@ class Writer:
         shards = sorted(self.directory.glob("*.safetensors"))
         headers = {shard: read_header(shard) for shard in shards}
         parts = {name.rpartition(".")[2] for header in headers.values() for name in header}
-        ours = self.save_format == "awq" and ("pre_scale" in parts or bool(self.checkpoint.transposed))
+        unusual = "pre_scale" in parts or bool(self.checkpoint.transposed) or report.get("lm_head") == "int4"
+        ours = self.save_format == "awq" and unusual
         left = sorted(report["left_in_float"])
         config = copy.deepcopy(self.checkpoint.config)
         config.dtype = self.checkpoint.dtype
@@ -137,6 +153,9 @@ class Writer:
         config.save_pretrained(self.directory)
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(self.directory)
+        generation = [f.parent / GENERATION for f in self.checkpoint.files[:1]]
+        if generation and generation[0].is_file():
+            shutil.copyfile(generation[0], self.directory / GENERATION)
         (self.directory / REPORT).write_text(json.dumps(report, indent=1))
         stem = "awq_trt" if ours else "model"
         weight_map: dict[str, str] = {}
@@ -229,7 +248,8 @@ class QuantizedCheckpoint:
         linears: layer name -> QuantizedLinear. left_in_float: layer name -> why it was not quantized.
         report: the file awq_trt.json, {} where another tool wrote the checkpoint.
         scheme: how the layers are stored. files: tensor name in the file -> file.
-        names: parameter or buffer of the model that is stored in float -> its name in the file.
+        names: parameter or buffer of the model that is stored in float -> where it is in the file.
+        generation: see `checkpoint.special_tokens`.
     """
 
     source: str
@@ -241,8 +261,9 @@ class QuantizedCheckpoint:
     tokenizer: Any
     scheme: Scheme
     files: Mapping[str, Path] = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
+    names: Mapping[str, Place] = field(repr=False)
     transposed: frozenset[str] = frozenset()
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter of the model; a quantized weight as the fp32 product dequant(Q) * pre_scale, [N, K].
@@ -257,7 +278,10 @@ class QuantizedCheckpoint:
             return weight if linear.pre_scale is None else weight * linear.pre_scale.float()
         if name not in self.names:
             raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
-        tensor = read_tensor(self.files, self.names[name])
+        place = self.names[name]
+        tensor = read_tensor(self.files, place.key)
+        if place.part is not None:
+            return place.part.of(tensor[place.part.expert])
         return tensor.t().contiguous() if name in self.transposed else tensor
 
 
@@ -291,13 +315,16 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     config = transformers.AutoConfig.from_pretrained(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    submodel = choose(config, source)
+    config = submodel.config
     files = safetensors_index(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
     model = empty_model(config)
-    layers = match_layers(model, files, scheme.format, source)
+    layers = match_layers(model, files, scheme.format, source, submodel)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
     dtype = _dtype(files, layers, scheme, config)
+    tokenizer = load_tokenizer(path)
     return QuantizedCheckpoint(
         source,
         config,
@@ -305,11 +332,12 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
         _Linears(files, layers, scheme, dtype),
         left,
         report,
-        load_tokenizer(path),
+        tokenizer,
         scheme,
         files,
-        match_floats(model, files, layers, source),
+        match_floats(model, files, layers, source, submodel),
         transposed_weights(model),
+        special_tokens(path, config, tokenizer),
     )
 
 

@@ -13,29 +13,34 @@ from awq_trt.checkpoint import persistent_buffers
 from awq_trt.errors import AwqTrtError
 from awq_trt.packed_formats import OPTIONAL_PARTS, PARTS
 from awq_trt.quantization_methods import START_AGAIN
+from awq_trt.stored_names import Place, StoredNames
+from awq_trt.submodels import Submodel
 
 
 def match_layers(
-    model: transformers.PreTrainedModel, files: Mapping[str, Path], format: str, source: str
+    model: transformers.PreTrainedModel, files: Mapping[str, Path], format: str, source: str, submodel: Submodel
 ) -> dict[str, str]:
     """Quantized layer of the model -> its name in the file.
 
     Args:
         model: empty. files: tensor name -> file. format: a key of packed_formats.PARTS. source: for messages.
+        submodel: what of the file the model is.
 
     Raises:
         AwqTrtError: there is none; one is no linear layer of the model, or shares its weight with another parameter, or
             has tensors that the format does not know.
     """
     marker = PARTS[format][1 if format == "modelopt" else 0]
+    files = {name: file for name, file in files.items() if submodel.name(name) is not None}
     stored = [name.removesuffix(f".{marker}") for name in files if name.endswith(f".{marker}")]
     if not stored:
         raise AwqTrtError(f"{source}: says it is quantized, but no tensor is called *.{marker}; download it again.")
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = StoredNames(model, submodel)
     layers: dict[str, str] = {}
     for name in stored:
-        found = next((n for n in _aliases(model, name) if n in linears), None)
-        if found is None:
+        found = (names.parameter(f"{name}.weight") or "").removesuffix(".weight")
+        if found not in linears:
             raise AwqTrtError(
                 f"{source}: the quantized layer {name} is no linear layer of {type(model).__name__} as transformers "
                 f"{transformers.__version__} builds it (fused projections or experts, or another model). {START_AGAIN}"
@@ -73,9 +78,13 @@ def _refuse_unknown(files: Mapping[str, Path], layers: set[str], format: str, so
 
 
 def match_floats(
-    model: transformers.PreTrainedModel, files: Mapping[str, Path], layers: Mapping[str, str], source: str
-) -> dict[str, str]:
-    """Parameter or buffer that is stored in float -> its name in the file.
+    model: transformers.PreTrainedModel,
+    files: Mapping[str, Path],
+    layers: Mapping[str, str],
+    source: str,
+    submodel: Submodel,
+) -> dict[str, Place]:
+    """Parameter or buffer that is stored in float -> where it is in the file.
 
     Args:
         layers: what `match_layers` gave.
@@ -85,8 +94,8 @@ def match_floats(
             AutoGPTQ writes for every layer.
     """
     parameters = [n for n, _ in model.named_parameters() if n.removesuffix(".weight") not in layers]
-    wanted = parameters + persistent_buffers(model)
-    found = {n: key for n in wanted for key in reversed(_aliases(model, n)) if key in files}
+    wanted = {*parameters, *persistent_buffers(model)}
+    found = {n: place for n, place in StoredNames(model, submodel).find(files).items() if n in wanted}
     if missing := [n for n in parameters if n not in found]:
         raise AwqTrtError(f"{source}: the tensor {missing[0]} is missing; download the checkpoint again.")
     for layer, stored in layers.items():
@@ -102,9 +111,3 @@ def match_floats(
 def _is_zero(file: Path, name: str) -> bool:
     with safe_open(str(file), framework="pt") as handle:
         return not bool(handle.get_tensor(name).any())
-
-
-def _aliases(model: transformers.PreTrainedModel, name: str) -> tuple[str, ...]:
-    """The name, and how it reads with and without the prefix of the base model, in both directions."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name

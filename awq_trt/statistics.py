@@ -137,18 +137,18 @@ def observe_lanes(
     *,
     name: str = "",
     folder: Path | None = None,
+    device: torch.device | None = None,
 ) -> list[Observed]:
     """`observe`, for the windows of one process of many.
 
     Args:
         lanes: lane -> number of its windows; `runs` are those windows, lane after lane.
-        folder: where large sums wait.
+        folder: where large sums wait. device: where sums are made; None for where each layer's weight is.
     """
     first = min(lanes, default=0)
 
     def new_sums(linear: nn.Linear) -> LaneSums:
-        device = linear.weight.device
-        return LaneSums(linear.in_features, device, folder, first)
+        return LaneSums(linear.in_features, device or linear.weight.device, folder, first)
 
     observer = _Observer(block, name, new_sums)
 

@@ -17,6 +17,8 @@ import types
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 CACHE = Path(__file__).parents[1] / "build" / "peers"
 
 SOURCES = {  # unpacked, not installed: their setup wants a GPU or a compiler
@@ -46,6 +48,8 @@ PACKAGES = {  # installed without what they depend on: the environment has the r
         "scipy==1.17.1",
         "setuptools==84.2.1",
     ],
+    "pytriton": ["nvidia-pytriton==0.7.0"],
+    "numpy-1": ["numpy==1.26.4", "--only-binary=:all:"],
 }
 
 
@@ -53,9 +57,11 @@ def folder(name: str) -> Path:
     """Where the sources and packages of a tool lie, for PYTHONPATH; downloaded once."""
     wanted = [SOURCES.get(name, []), PACKAGES.get(name, [])]
     place = CACHE / f"{name}-{hashlib.sha256(repr((wanted, sys.version_info[:2])).encode()).hexdigest()[:12]}"
-    if not place.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+    if place.exists():
+        return place
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"), tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        if not place.exists():  # else another test process was first
             target = Path(temporary) / "target"
             target.mkdir()
             if wanted[0]:

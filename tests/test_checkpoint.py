@@ -66,18 +66,6 @@ def test_names_of_older_checkpoints(models: Path, tmp_path: Path) -> None:
     assert torch.equal(open_checkpoint(old).tensor(name), tensors[name])
 
 
-def test_fused_experts_are_converted(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=2, vocab_size=64,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
-    model.save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(checkpoint.tensor(name), parameter), name
-
-
 def test_dtype_of_activations(llama: Path) -> None:
     assert open_checkpoint(llama).dtype == torch.float16  # the file is fp32
     tensors = {n: t.bfloat16() for n, t in load_file(llama / "model.safetensors").items()}

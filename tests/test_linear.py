@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from awq_trt import linear
 from awq_trt.linear import quantize_weight
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_pieces_are_the_whole(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = quantize_weight(torch.randn(23, 64), 32, symmetric, torch.float16)
+    whole = layer.dequantize()
+    monkeypatch.setattr(linear, "PIECE", 5 * 64)
+    assert torch.equal(layer.dequantize(), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

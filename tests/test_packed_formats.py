@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantized_models import auto_gptq_linear, autoawq, autoawq_gemv, autoawq_gemv_fast, linear_of, zeros_of
 
+from awq_trt import packed_formats
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
 from awq_trt.packed_formats import AWQ_ORDER, IN_ORDER, Parts, from_parts, pack_nibbles, to_parts, unpack_nibbles
@@ -37,9 +38,16 @@ def same(a: QuantizedLinear, b: QuantizedLinear) -> bool:
 
 
 @pytest.mark.parametrize("order", [IN_ORDER, AWQ_ORDER])
-def test_nibbles_round_trip(order: tuple[int, ...]) -> None:
+def test_nibbles_round_trip(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in pieces, and with columns that 8 does not divide."""
     values = np.random.default_rng(0).integers(0, 16, (5, 48), dtype=np.uint8)
-    np.testing.assert_array_equal(unpack_nibbles(pack_nibbles(values, order), order), values)
+    words = pack_nibbles(values, order)
+    np.testing.assert_array_equal(unpack_nibbles(words, order), values)
+    monkeypatch.setattr(packed_formats, "PIECE", 100)
+    np.testing.assert_array_equal(pack_nibbles(values, order), words)
+    np.testing.assert_array_equal(unpack_nibbles(words, order), values)
+    padded = np.pad(values[:, :45], ((0, 0), (0, 3)))
+    np.testing.assert_array_equal(pack_nibbles(values[:, :45], order), pack_nibbles(padded, order))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
