@@ -16,7 +16,9 @@ from torch import nn
 from awq_trt.awq import Settings
 from awq_trt.blocks import BlockStream, Inputs, Weights, quantizable_linears
 from awq_trt.checkpoint import Checkpoint, empty_model
+from awq_trt.head import head_of, untied
 from awq_trt.linear import quantize_weight
+from awq_trt.rounding import row_chunks
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,33 @@ class Predictions:
 
 
 class RoundedWeights:
-    """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would."""
+    """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would.
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    Args:
+        head: whether the layer that makes logits is rounded too, as `quantize` does with lm_head="int4".
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
+        checkpoint = untied(checkpoint) if head else checkpoint
         self.source, self.config = checkpoint.source, checkpoint.config
         self._checkpoint, self._settings = checkpoint, settings
-        linears = quantizable_linears(empty_model(checkpoint.config))
-        self._rounded = {f"{name}.weight" for name, linear in linears.items() if settings.why_float(linear) is None}
+        model = empty_model(checkpoint.config)
+        rounded = [n for n, linear in quantizable_linears(model).items() if settings.why_float(linear) is None]
+        if head and (found := head_of(model)) is not None:
+            rounded.append(found[0])
+        self._rounded = {f"{name}.weight" for name in rounded}
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter; a rounded weight as its dequantized value."""
         weight = self._checkpoint.tensor(name)
         if name not in self._rounded:
             return weight
-        group = self._settings.group(weight.shape[1])
-        return quantize_weight(weight, group, self._settings.symmetric, self._settings.dtype).dequantize()
+        settings, (n, k) = self._settings, weight.shape
+        rounded = torch.empty(n, k, dtype=settings.dtype)
+        for rows in row_chunks(n, k):
+            layer = quantize_weight(weight[rows], settings.group(k), settings.symmetric, settings.dtype)
+            rounded[rows] = layer.dequantize()
+        return rounded
 
 
 def is_causal_lm(config: transformers.PretrainedConfig) -> bool:

@@ -17,8 +17,9 @@ from awq_trt.accuracy import Predictions, RoundedWeights, eager_predictions, is_
 from awq_trt.awq import Settings
 from awq_trt.blocks import Inputs, Weights
 from awq_trt.calibration import HELD_OUT_TEXT, calibration_inputs
-from awq_trt.checkpoint import Checkpoint, open_checkpoint
+from awq_trt.checkpoint import Checkpoint, empty_model, open_checkpoint
 from awq_trt.errors import AwqTrtError
+from awq_trt.head import head_of
 from awq_trt.lm_eval_tasks import run_tasks
 from awq_trt.quantized_checkpoint import QuantizedCheckpoint, is_quantized, open_quantized
 from awq_trt.verify import onnx_session, run_onnx
@@ -66,7 +67,7 @@ def evaluate(
     if original is not None:
         todo["float"] = original
         if isinstance(original, Checkpoint) and (settings := first_settings(opened)) is not None:
-            todo["rounding"] = RoundedWeights(original, settings)
+            todo["rounding"] = RoundedWeights(original, settings, head=first_head(opened))
     todo |= {p: opened.get(p) or Path(p) for p in paths}
 
     rows: dict[str, Row] = {}
@@ -98,6 +99,13 @@ def first_settings(opened: dict[str, Opened]) -> Settings | None:
     return None
 
 
+def first_head(opened: dict[str, Opened]) -> bool:
+    """Whether the layer that makes logits is quantized in the first quantized checkpoint."""
+    checkpoint = next(c for c in opened.values() if isinstance(c, QuantizedCheckpoint))
+    head = head_of(empty_model(checkpoint.config))
+    return head is not None and head[0] in checkpoint.linears
+
+
 def predict(model: Weights | Path, inputs: Sequence[Inputs], causal: bool) -> Predictions:
     """Predictions of weights in fp32, or of an ONNX file in ONNX Runtime."""
     if isinstance(model, Path):
@@ -111,7 +119,7 @@ def onnx_outputs(path: Path, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]
     Raises:
         AwqTrtError: ONNX Runtime cannot load it, or its output is not finite.
     """
-    session = onnx_session(path)
+    session = onnx_session(path, all_logits=True)
     for sample in inputs:
         first = next(iter(run_onnx(session, {n: t.numpy() for n, t in sample.items()}).values()))
         output = torch.from_numpy(first).float()

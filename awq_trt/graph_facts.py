@@ -14,6 +14,9 @@ from awq_trt.onnx_functions import OP_TYPE
 
 METADATA_KEY = "awq_trt"
 
+MAX_SEQ = 2048
+"""Default for graphs that do not say it themselves."""
+
 Shape = tuple[int, ...]
 
 
@@ -86,7 +89,7 @@ def read_graph(path: Path) -> GraphFacts:
         opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
         inputs=tuple(_tensor(v) for v in graph.input if v.name not in sizes),
         outputs=tuple(_tensor(v) for v in graph.output),
-        metadata=_metadata(model, path),
+        metadata=graph_metadata(model, path),
         plugin_nodes=sum(n.op_type == OP_TYPE for n in graph.node),
         quantized_bytes=sum(sizes[name] for name in quantized),
         float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
@@ -95,21 +98,51 @@ def read_graph(path: Path) -> GraphFacts:
     )
 
 
-def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int) -> tuple[Profile, ...]:
-    """The profiles of a graph, made from the names of its dynamic dimensions alone.
+def external_files(path: Path) -> list[Path]:
+    """The files that hold an ONNX file's external data."""
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    names = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+    return [path.parent / name for name in sorted(names)]
 
-    A graph with `past_sequence_length` is a decoder and gets two: "decode" (one new token, 1..max_seq-1 cached ones)
-    and "prefill" (1..max_seq new tokens, empty cache). Any other gets one, "default". TensorRT times its kernels at
-    the tuned shape only; it is the full batch with half of the longest sequence, because that is where time is spent
-    and both ends are within a factor of two of it.
+
+def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None) -> tuple[Profile, ...]:
+    """The profiles of a graph, made from its metadata and the names of its dynamic dimensions.
+
+    A decoder gets two: "decode" for one new token and "prefill" for many. Where its KV cache is fixed, prefill is for
+    up to a chunk, and the cache has its one size. Where it is dynamic (a dimension `past_sequence_length`), decode is
+    for 1..max_seq-1 cached tokens, prefill for 1..max_seq new ones and an empty cache. Any other graph gets one,
+    "default". TensorRT times its kernels at the tuned shape only; it is the full batch with half of the longest
+    sequence, because that is where time is spent and both ends are within a factor of two of it. A fixed cache is
+    tuned for a whole chunk: long prompts come in whole chunks.
+
+    Args:
+        max_seq: tokens, cached ones too; None is what the cache was exported for, or `MAX_SEQ`, or as many as there are
+            learned positions for.
 
     Raises:
-        AwqTrtError: a limit below 1, a decoder with max_seq below 2, or a dimension of unknown meaning.
+        AwqTrtError: a limit below 1 or beyond the learned positions, a decoder with max_seq below 2 or not that of its
+            fixed cache, or a dimension of unknown meaning.
     """
+    cache = graph.metadata.get("kv_cache") or {}
+    fixed = cache.get("kind") == "fixed"
+    if max_seq is None:
+        max_seq = cache["capacity"] if fixed else min(MAX_SEQ, graph.metadata.get("max_positions") or MAX_SEQ)
     for name, value in (("max_batch", max_batch), ("max_seq", max_seq)):
         if value < 1:
             raise AwqTrtError(f"{name} is {value}; it must be at least 1.")
+    if max_seq > (longest := graph.metadata.get("max_positions") or max_seq):
+        raise AwqTrtError(f"max_seq is {max_seq}, and the model of {graph.path} has positions for {longest} tokens.")
     batch, sequence = (1, max_batch, max_batch), (1, -(-max_seq // 2), max_seq)
+    if fixed:
+        if max_seq != cache["capacity"]:
+            raise AwqTrtError(
+                f"{graph.path} was exported with a KV cache for {cache['capacity']} tokens, and max_seq is {max_seq}: "
+                "export it again with this max_seq, or leave it out."
+            )
+        chunk = cache["prefill_chunk"]
+        decode = {"batch_size": batch, "sequence_length": (1, 1, 1)}
+        prefill = {"batch_size": batch, "sequence_length": (1, chunk, chunk)}
+        return (_profile(graph, "decode", decode), _profile(graph, "prefill", prefill))
     if not any("past_sequence_length" in t.shape for t in graph.inputs):
         ranges = {"batch_size": batch, "sequence_length": sequence}
         return (_profile(graph, "default", ranges),)
@@ -165,7 +198,12 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def _metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """What the exporter noted in an ONNX file, {} for a foreign one; `path` is for messages.
+
+    Raises:
+        AwqTrtError: not readable.
+    """
     text = {p.key: p.value for p in model.metadata_props}.get(METADATA_KEY, "{}")
     try:
         facts = json.loads(text)

@@ -7,6 +7,8 @@ weights are read, one tensor at a time, and written once. The fp16 form of a qua
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -17,15 +19,17 @@ import onnx
 import torch
 import transformers
 
-from awq_trt.checkpoint import empty_model, persistent_buffers
+from awq_trt.checkpoint import empty_model, local_path, persistent_buffers
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
 from awq_trt.graph_facts import METADATA_KEY
+from awq_trt.kv_cache import KvCache
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
 from awq_trt.onnx_data import ELEM_TYPES, DataFile, Read, values
-from awq_trt.onnx_trace import Trace, trace
+from awq_trt.onnx_trace import DecoderOptions, Trace, trace
 from awq_trt.rewrite import FusedNode, QuantizedNode, rewrite
+from awq_trt.rope import settled
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -40,6 +44,8 @@ class Quantized(Protocol):
     def linears(self) -> Mapping[str, QuantizedLinear]: ...
     @property
     def left_in_float(self) -> Mapping[str, str]: ...
+    @property
+    def generation(self) -> Mapping[str, Any]: ...
     def tensor(self, name: str) -> torch.Tensor: ...
 
 
@@ -51,7 +57,7 @@ class OnnxReport:
         path, data_path: the graph, and its weights beside it. onnx_bytes, data_bytes: their sizes.
         format: "plugin" or "qdq". dtype: "float16" or "bfloat16".
         quantized: the layers of the graph that are INT4. fused: the nodes that are several of them.
-        left_in_float: module name -> why it is not.
+        left_in_float: module name -> why it is not. cache: the fixed KV cache of a decoder, else None.
     """
 
     path: Path
@@ -63,6 +69,7 @@ class OnnxReport:
     left_in_float: dict[str, str]
     onnx_bytes: int
     data_bytes: int
+    cache: KvCache | None = None
 
 
 def export_onnx(
@@ -72,6 +79,7 @@ def export_onnx(
     format: str = "plugin",
     dtype: str | None = None,
     fuse: bool = True,
+    decoder: DecoderOptions | None = None,
     progress: Progress | None = None,
 ) -> OnnxReport:
     """Export a quantized checkpoint to ONNX.
@@ -81,6 +89,7 @@ def export_onnx(
         format: "plugin" (W4A16Gemm nodes, for TensorRT and, through their functions, ONNX Runtime) or "qdq"
             (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
         fuse: in format "plugin", one node for quantized layers that read the same tensor (see rewrite.py).
+        decoder: form and size of the KV cache, and of which tokens there are logits; None takes the defaults.
         progress: called now and then.
 
     Raises:
@@ -90,7 +99,17 @@ def export_onnx(
     from awq_trt.quantized_checkpoint import open_quantized
 
     source = open_quantized(quantized_dir)
-    return export_quantized(source, onnx_path, format=format, dtype=dtype, fuse=fuse, progress=progress)
+    tokenizer = None if source.tokenizer is None else local_path(quantized_dir)
+    return export_quantized(
+        source,
+        onnx_path,
+        format=format,
+        dtype=dtype,
+        fuse=fuse,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
 
 
 def export_quantized(
@@ -100,19 +119,22 @@ def export_quantized(
     format: str = "plugin",
     dtype: str | None = None,
     fuse: bool = True,
+    decoder: DecoderOptions | None = None,
+    tokenizer: Path | None = None,
     progress: Progress | None = None,
 ) -> OnnxReport:
-    """`export_onnx` of an open checkpoint."""
+    """`export_onnx` of an open checkpoint; `tokenizer` is the directory to note for those who run the file."""
     path = Path(onnx_path)
     data_path = path.with_name(path.name + ".data")
     say = progress or (lambda what, done, total: None)
     dtype = dtype or _dtype_of(source)
     if dtype not in DTYPES:
         raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    model = empty_model(source.config, attn_implementation="eager")
+    options = decoder or DecoderOptions()
+    model = empty_model(settled(source.config, options.longest), attn_implementation="eager")
     _load_buffers(model, source, DTYPES[dtype])
     say("Tracing the model", 0, 1)
-    traced = trace(model, DTYPES[dtype])
+    traced = trace(model, DTYPES[dtype], options)
     say("Tracing the model", 1, 1)
     layers, unused = _layers_of(source, traced, model)
     with replacing(data_path, path) as (data_tmp, path_tmp):
@@ -123,10 +145,23 @@ def export_quantized(
             proto, quantized, fused = rewrite(traced.model, lazy, format=format, fuse=fuse, store=data.store, read=read)
             _store_weights(proto, traced, read, data, say)
         left = {**source.left_in_float, **unused}
-        _write_facts(proto, format, dtype, source.config, quantized, fused, left)
+        facts = {
+            "version": metadata.version("awq_trt"),
+            "format": format,
+            "dtype": dtype,
+            "model_type": source.config.model_type,
+            "max_positions": _positions(model) if model.main_input_name == "input_ids" else None,
+            **(_decoder_facts(source, traced, options, dtype) if traced.decoder else {}),
+            "tokenizer": None if tokenizer is None else os.path.relpath(tokenizer.resolve(), path.parent.resolve()),
+            "quantized": [asdict(node) for node in quantized],
+            "fused": [asdict(node) for node in fused],
+            "left_in_float": left,
+        }
+        proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
+        proto.producer_name, proto.producer_version = "awq_trt", facts["version"]
         path_tmp.write_bytes(proto.SerializeToString())
         sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
-    return OnnxReport(path, data_path, format, dtype, tuple(quantized), tuple(fused), left, *sizes)
+    return OnnxReport(path, data_path, format, dtype, tuple(quantized), tuple(fused), left, *sizes, traced.cache)
 
 
 class _Linears(Mapping[str, QuantizedLinear]):
@@ -155,6 +190,13 @@ def _dtype_of(source: Quantized) -> str:
     """The dtype of the first quantized layer's scales; float16 where there is none."""
     first = next(iter(source.linears.values()), None)
     return "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
+
+
+def _positions(model: torch.nn.Module) -> int | None:
+    """Tokens that a table of learned positions has room for, the first rows that some models leave unused taken off."""
+    tables = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and re.search("pos|wpe", n)]
+    unused = [getattr(m, "offset", 0) if m.padding_idx is None else m.padding_idx + 1 for m in tables]
+    return min((m.num_embeddings - rows for m, rows in zip(tables, unused, strict=True)), default=None)
 
 
 def _load_buffers(model: torch.nn.Module, source: Quantized, dtype: torch.dtype) -> None:
@@ -213,23 +255,13 @@ def _store_weights(proto: onnx.ModelProto, traced: Trace, read: Read, data: Data
         say("Writing the other weights", i + 1, len(empty))
 
 
-def _write_facts(
-    proto: onnx.ModelProto,
-    format: str,
-    dtype: str,
-    config: transformers.PretrainedConfig,
-    quantized: list[QuantizedNode],
-    fused: list[FusedNode],
-    left_in_float: Mapping[str, str],
-) -> None:
-    facts: dict[str, Any] = {
-        "version": metadata.version("awq_trt"),
-        "format": format,
-        "dtype": dtype,
-        "model_type": config.model_type,
-        "quantized": [asdict(node) for node in quantized],
-        "fused": [asdict(node) for node in fused],
-        "left_in_float": dict(left_in_float),
+def _decoder_facts(source: Quantized, traced: Trace, options: DecoderOptions, dtype: str) -> dict[str, Any]:
+    """What a runtime must know to generate with a decoder."""
+    logits = next(output for output in traced.model.graph.output if output.name == "logits")
+    cache = {"kind": "dynamic"} if traced.cache is None else {"kind": "fixed", "dtype": dtype, **asdict(traced.cache)}
+    return {
+        "kv_cache": cache,
+        "logits": "all" if traced.cache is None or options.all_logits else "last",
+        "vocab_size": logits.type.tensor_type.shape.dim[-1].dim_value,
+        "generation": dict(source.generation),
     }
-    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
-    proto.producer_name, proto.producer_version = "awq_trt", facts["version"]

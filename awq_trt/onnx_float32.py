@@ -13,50 +13,54 @@ from pathlib import Path
 import onnx
 import torch
 
-from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
-from awq_trt.onnx_data import DataFile
+from awq_trt.onnx_data import DataFile, inline
 from awq_trt.onnx_functions import OP_TYPE
+from awq_trt.onnx_nbits import matmul_nbits
 
 NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 FLOAT = onnx.TensorProto.FLOAT
 
 
-def float32_copy(onnx_path: str | Path, copy_path: str | Path) -> None:
+def float32_copy(onnx_path: str | Path, copy_path: str | Path, *, nbits: bool = False) -> None:
     """Write a copy of an ONNX file whose inputs, outputs and activations are fp32 instead of fp16 or bf16.
 
     Args:
         onnx_path: a file of export_onnx. copy_path: file to write; its weights go to `<copy_path>.data`.
+        nbits: with quantized layers as MatMulNBits (onnx_nbits.py), to be run many times.
 
     Raises:
-        AwqTrtError: the file has 16-bit constants inside its operators, or the disk is full.
+        AwqTrtError: the file or its data cannot be read, or the disk is full.
     """
     source, target = Path(onnx_path), Path(copy_path)
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
-    kept = {node.input[2] for node in graph.node if node.op_type == OP_TYPE}
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW:
-                attribute.i = FLOAT
-            elif attribute.t.data_type in NARROW:
-                raise AwqTrtError(
-                    f"{source}: node {node.name} holds a 16-bit constant; only initializers can be widened."
-                )
-    _widen(graph.input)
-    _widen(graph.output)
-    _widen(graph.value_info)
     data_path = target.with_name(target.name + ".data")
     with replacing(data_path, target) as (data_tmp, tmp), data_tmp.open("wb") as file:
         data = DataFile(file, data_path.name)
+        new = matmul_nbits(model, lambda tensor: _data(tensor, source.parent), data.store) if nbits else []
+        kept = {node.input[2] for node in graph.node if node.op_type == OP_TYPE}
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW:
+                    attribute.i = FLOAT
+                elif attribute.t.data_type in NARROW:
+                    attribute.t.CopyFrom(inline(attribute.t.name, _float32(attribute.t, source.parent)))
+        _widen(graph.input)
+        _widen(graph.output)
+        _widen(graph.value_info)
         for tensor in graph.initializer:
-            raw = _data(tensor, source.parent)
             if tensor.data_type in NARROW and tensor.name not in kept:
-                values = torch.frombuffer(raw, dtype=NARROW[tensor.data_type]).reshape(list(tensor.dims))
-                tensor.CopyFrom(data.store(tensor.name, values.float()))
+                tensor.CopyFrom(data.store(tensor.name, _float32(tensor, source.parent)))
             elif tensor.data_location == onnx.TensorProto.EXTERNAL:
-                data.place(tensor, raw)
+                data.place(tensor, _data(tensor, source.parent))
+        graph.initializer.extend(new)
         tmp.write_bytes(model.SerializeToString())
+
+
+def _float32(tensor: onnx.TensorProto, folder: Path) -> torch.Tensor:
+    dtype = next(dtype for elem_type, dtype in NARROW.items() if elem_type == tensor.data_type)
+    return torch.frombuffer(_data(tensor, folder), dtype=dtype).reshape(list(tensor.dims)).float()
 
 
 def _widen(values: Iterable[onnx.ValueInfoProto]) -> None:
@@ -68,7 +72,7 @@ def _widen(values: Iterable[onnx.ValueInfoProto]) -> None:
 def _data(tensor: onnx.TensorProto, folder: Path) -> memoryview:
     """The bytes of an initializer, mapped from its external file or copied from the proto."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return memoryview(bytearray(tensor.raw_data))
+        return memoryview(bytearray(tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()))
     place = {entry.key: entry.value for entry in tensor.external_data}
     with (folder / place["location"]).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

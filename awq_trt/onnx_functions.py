@@ -168,12 +168,14 @@ def function(*, zeros: bool, bias: bool, pre_scale: bool, outputs: int = 1) -> o
 def add_functions(model: onnx.ModelProto) -> None:
     """Give a model the functions that its W4A16Gemm nodes need, each once, and name them in the nodes (in place)."""
     found: dict[str, onnx.FunctionProto] = {}
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     for node in model.graph.node:
         if node.op_type == OP_TYPE and node.domain == DOMAIN:
             flags = {a.name.removeprefix("has_"): bool(a.i) for a in node.attribute if a.name.startswith("has_")}
             node.overload = overload(**flags, outputs=len(node.output))
             if node.overload not in found:
                 found[node.overload] = function(**flags, outputs=len(node.output))
+                found[node.overload].opset_import[0].version = opset  # onnx.checker wants that of the model
     if found:
         model.functions.extend(found.values())
         model.ir_version = max(model.ir_version, IR_VERSION)

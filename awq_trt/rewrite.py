@@ -6,17 +6,23 @@
 
 and the same for MatMul(x, w) and Gemm(x, w[, b]) with or without transB. A layer is found by the name of its weight's
 initializer; what the model is does not matter. Everything else stays as it is.
+
+W4A16Gemm computes features by eights: a layer of another number (a head: 50257 tokens) gets rows of zeros, and a Slice
+behind it takes their outputs away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+import torch.nn.functional as F
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from awq_trt import layout, onnx_functions
 from awq_trt.errors import AwqTrtError
@@ -25,6 +31,7 @@ from awq_trt.linear import QuantizedLinear
 from awq_trt.onnx_data import ELEM_TYPES, Read, Store, inline, values
 
 FORMATS = ("plugin", "qdq")
+G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which NumPy does not have and which it leaves as it is
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def rewrite(
     else:
         for names in same_input(graph, nodes) if fuse else [[name] for name in nodes]:
             for group in agreeing(layers(names)):
-                node = _emit_plugin(group, store, lambda bias: read(initializers[bias.name]))
+                node = _emit_plugin(graph, group, store, lambda bias: read(initializers[bias.name]))
                 if len(group) > 1:
                     fused.append(node)
                 del group  # its layers go before others are read
@@ -179,7 +186,7 @@ def _check(weight: gs.Constant, node: gs.Node, transposed: bool, linear: Quantiz
         raise AwqTrtError(
             f"weight {weight.name} is {in_graph} in the graph and {wanted} in the scales; export in {dtype}."
         )
-    if reason := layout.why_not(n, k, linear.group_size, str(dtype).removeprefix("torch.")):
+    if reason := layout.why_not(layout.padded_features(n), k, linear.group_size, str(dtype).removeprefix("torch.")):
         raise AwqTrtError(f"layer {weight.name}: {reason}. Leave this layer out of the quantization.")
 
 
@@ -194,12 +201,16 @@ def _described(weight: str, linear: QuantizedLinear, bias: bool) -> QuantizedNod
     return QuantizedNode(weight.removesuffix(".weight"), n, k, linear.group_size, *optional)
 
 
-def _emit_plugin(group: list[Layer], store: Store, read: Callable[[gs.Constant], torch.Tensor]) -> FusedNode:
+def _emit_plugin(
+    graph: gs.Graph, group: list[Layer], store: Store, read: Callable[[gs.Constant], torch.Tensor]
+) -> FusedNode:
     """Make a W4A16Gemm of several layers, or of each product of one; their biases are detached already.
 
     The node of several stands where the first of them stood: it needs nothing but what they read, and constants.
     """
     linear = stacked([layer.linear for layer in group])
+    missing = -len(linear.q) % layout.STORED
+    linear = _padded(linear, missing)
     n, k = linear.q.shape
     first, *others = [module_path(layer.name) for layer in group]
     path = "+".join([first, *(other.rpartition("/")[2] for other in others)])
@@ -219,6 +230,10 @@ def _emit_plugin(group: list[Layer], store: Store, read: Callable[[gs.Constant],
         if any(biases):
             bias = torch.cat([read(layer.biases[0][0]) for layer in group]).to(linear.scales.dtype)
             biases = [[_constant(f"{path}/bias", bias, store)]]
+    if missing:
+        _cut(graph, path, nodes, n, missing)
+        padded = [[F.pad(read(b).to(linear.scales.dtype), (0, missing)) for b in addend] for addend in biases]
+        biases = [[_constant(f"{path}/bias.{i}", b, store) for b in addend] for i, addend in enumerate(padded)]
     for i, (node, addend) in enumerate(zip(nodes, biases, strict=True)):
         node.op, node.domain = onnx_functions.OP_TYPE, onnx_functions.DOMAIN
         node.name = path if i == 0 else f"{path}.{i}"
@@ -234,6 +249,27 @@ def _emit_plugin(group: list[Layer], store: Store, read: Callable[[gs.Constant],
             **onnx_functions.PLUGIN_ATTRIBUTES,
         }
     return FusedNode(path, tuple(layer.name for layer in group), tuple(splits))
+
+
+def _padded(linear: QuantizedLinear, missing: int) -> QuantizedLinear:
+    """A layer with some more rows, all zeros."""
+    if not missing:
+        return linear
+    rows = (0, 0, 0, missing)
+    zeros = None if linear.zeros is None else F.pad(linear.zeros, rows)
+    return replace(linear, q=F.pad(linear.q, rows), scales=F.pad(linear.scales, rows), zeros=zeros)
+
+
+def _cut(graph: gs.Graph, path: str, nodes: list[gs.Node], n: int, missing: int) -> None:
+    """Put a Slice behind nodes that are about to compute n features, `missing` of them for nothing."""
+    ends = {"starts": [0], "ends": [n - missing], "axes": [-1]}
+    operands = [gs.Constant(f"{path}/{name}", np.array(value)) for name, value in ends.items()]
+    for i, node in enumerate(nodes):
+        y = node.outputs[0]
+        whole = gs.Variable(f"{path}/padded.{i}", y.dtype, y.shape and [*y.shape[:-1], n])
+        node.outputs = [whole]
+        after = next(j for j, other in enumerate(graph.nodes) if other is node) + 1
+        graph.nodes.insert(after, gs.Node("Slice", f"{path}/Slice.{i}", None, [whole, *operands], [y]))
 
 
 def _take_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Constant]:

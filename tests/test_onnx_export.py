@@ -6,7 +6,6 @@ many roundings as the ONNX file, so the file may be off by no more than three ti
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 from collections.abc import Callable, Iterator
@@ -20,99 +19,29 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from random_models import Model
 
 from awq_trt import onnx_export, onnx_trace
 from awq_trt.checkpoint import empty_model
 from awq_trt.errors import AwqTrtError
 from awq_trt.graph_facts import read_graph
-from awq_trt.linear import QuantizedLinear, quantize_weight
+from awq_trt.linear import quantize_weight
 from awq_trt.onnx_data import DataFile
 from awq_trt.onnx_export import OnnxReport, export_quantized
 from awq_trt.onnx_float32 import float32_copy
+from awq_trt.onnx_trace import DecoderOptions
 from awq_trt.verify import onnx_session, run_onnx
-
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.2}
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(
-        **SMALL, num_hidden_layers=2, num_key_value_heads=2, vocab_size=96, tie_word_embeddings=True
-    ),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_hidden_layers=1, num_key_value_heads=2, vocab_size=96),
-    "mistral": lambda: transformers.MistralConfig(
-        **SMALL, num_hidden_layers=1, num_key_value_heads=2, vocab_size=96, sliding_window=4
-    ),
-    "gpt2": lambda: transformers.GPT2Config(
-        n_embd=64, n_layer=1, n_head=4, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.2,
-    ),
-    "bert": lambda: transformers.BertConfig(**SMALL, num_hidden_layers=1, vocab_size=96, max_position_embeddings=64),
-    "vit": lambda: transformers.ViTConfig(**SMALL, num_hidden_layers=1, image_size=32, patch_size=8, num_labels=10),
-}  # fmt: skip
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "bert": "BertForMaskedLM",
-    "vit": "ViTForImageClassification",
-}
-GROUPS = {"llama": 32, "qwen2": 64, "mistral": 32, "gpt2": None, "bert": 32, "vit": 64}
-
-
-class Model:
-    """A random model in memory, quantized; what export_quantized reads, and the eager reference."""
-
-    def __init__(self, kind: str) -> None:
-        torch.manual_seed(0)
-        self.config = CONFIGS[kind]()
-        self.config.architectures = [CLASSES[kind]]
-        self.eager = empty_model(self.config, attn_implementation="eager")
-        real: dict[int, torch.nn.Parameter] = {}
-        for module in self.eager.modules():
-            for name, empty in module._parameters.items():
-                if empty is not None and id(empty) not in real:  # tied ones stay tied
-                    value = torch.randn(empty.shape) * 0.2 + float(empty.dim() == 1 and name == "weight")
-                    real[id(empty)] = torch.nn.Parameter(value.half().float(), requires_grad=False)
-                module._parameters[name] = None if empty is None else real[id(empty)]
-        self.left_in_float = {"lm_head": "reads the last hidden state"}
-        self.linears: dict[str, QuantizedLinear] = {}
-        for i, (name, layer) in enumerate(self._layers()):
-            group = GROUPS[kind] or layer.in_features
-            linear = quantize_weight(layer.weight.data, group, symmetric=i % 3 == 1, dtype=torch.float16)
-            scale = (torch.rand(layer.in_features) + 0.5).half() if i % 4 == 3 else None
-            self.linears[name] = QuantizedLinear(linear.q, linear.scales, linear.zeros, group, scale)
-        self.unquantized = copy.deepcopy(self.eager)
-        for name, linear in self.linears.items():
-            layer = self.eager.get_submodule(name)
-            layer.weight.data = linear.dequantize().float()
-            if linear.pre_scale is not None:
-                layer.register_forward_pre_hook(lambda _, x, s=linear.pre_scale: (x[0] * s.to(x[0].dtype),))
-        self.state = {name: p.data.half() for name, p in self.unquantized.named_parameters()}
-        self.asked: list[str] = []
-
-    def _layers(self) -> Iterator[tuple[str, torch.nn.Linear]]:
-        for name, module in self.eager.named_modules():
-            if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "classifier") and "decoder" not in name:
-                yield name, module
-
-    def tensor(self, name: str) -> torch.Tensor:
-        self.asked.append(name)
-        return self.state[name]
-
-    def logits(self, dtype: torch.dtype = torch.float32, **inputs: torch.Tensor) -> torch.Tensor:
-        model = self.eager if dtype == torch.float32 else copy.deepcopy(self.eager).to(dtype)
-        with torch.no_grad():
-            return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}).logits.float()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traces() -> Iterator[None]:
     """Tracing takes seconds and depends on nothing but configuration and dtype: do it once for each."""
-    known: dict[tuple[str, torch.dtype], Any] = {}
+    known: dict[tuple[str, torch.dtype, DecoderOptions], Any] = {}
 
-    def trace(model: transformers.PreTrainedModel, dtype: torch.dtype) -> onnx_trace.Trace:
-        key = (model.config.to_json_string(), dtype)
+    def trace(model: transformers.PreTrainedModel, dtype: torch.dtype, options: DecoderOptions) -> onnx_trace.Trace:
+        key = (model.config.to_json_string(), dtype, options)
         if key not in known:
-            known[key] = onnx_trace.trace(model, dtype)
+            known[key] = onnx_trace.trace(model, dtype, options)
         return known[key]
 
     patch = pytest.MonkeyPatch()
@@ -129,13 +58,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
         if (kind, format) not in known:
             model = Model(kind)
             path = tmp_path_factory.mktemp(f"{kind}_{format}") / "model.onnx"
-            known[kind, format] = model, export_quantized(model, path, format=format)
+            known[kind, format] = model, export_dynamic(model, path, format=format)
         return known[kind, format]
 
     return export
 
 
 Exported = Callable[[str, str], tuple[Model, OnnxReport]]
+
+
+def export_dynamic(model: Model, path: Path, **options: Any) -> OnnxReport:
+    """With the growing cache; the fixed one has its own tests (test_kv_cache.py)."""
+    return export_quantized(model, path, decoder=DecoderOptions("dynamic"), **options)
 
 
 def session(report: OnnxReport) -> onnxruntime.InferenceSession:
@@ -317,8 +251,8 @@ def test_layers_on_one_tensor_are_one_node_with_the_same_bits(tmp_path: Path, ki
         if kind == "llama" and i < 7:  # the first block has scales that were not folded, one for each input
             scale = torch.linspace(0.5, 1.5, weight.shape[1]).half()
             model.linears[name] = replace(model.linears[name], pre_scale=scale)
-    fused = export_quantized(model, tmp_path / "fused.onnx")
-    alone = export_quantized(model, tmp_path / "alone.onnx", fuse=False)
+    fused = export_dynamic(model, tmp_path / "fused.onnx")
+    alone = export_dynamic(model, tmp_path / "alone.onnx", fuse=False)
     wide = 64 if kind == "bert" else 32
     pairs = {"q_proj+k_proj+v_proj": (64, wide, wide), "query+key+value": (64, 64, 64), "gate_proj+up_proj": (128, 128)}
     assert len(fused.fused) == (1 if kind == "bert" else 2 * model.config.num_hidden_layers)
@@ -371,7 +305,7 @@ def test_files_hold_the_packed_weights_and_nothing_twice(exported: Exported, for
 
 def test_bfloat16_file_is_the_float16_one_in_another_dtype(tmp_path: Path, exported: Exported) -> None:
     model, report = exported("qwen2", "plugin")
-    other = export_quantized(model, tmp_path / "b.onnx", dtype="bfloat16")
+    other = export_dynamic(model, tmp_path / "b.onnx", dtype="bfloat16")
     onnx.checker.check_model(str(other.path), full_check=True)
     half, brain = graph_of(report), graph_of(other)
     assert [(n.op_type, n.name) for n in half.node] == [(n.op_type, n.name) for n in brain.node]
@@ -396,7 +330,7 @@ def test_bfloat16_file_runs_as_a_float32_copy(tmp_path: Path, format: str) -> No
     for name, value in model.state.items():
         if name.removesuffix(".weight") not in model.linears:
             model.eager.get_parameter(name).data = value.bfloat16().float()
-    report = export_quantized(model, tmp_path / "b.onnx", format=format)
+    report = export_dynamic(model, tmp_path / "b.onnx", format=format)
     assert report.dtype == "bfloat16"
     float32_copy(report.path, tmp_path / "f.onnx")
     ids = torch.randint(0, 96, (2, 9))
@@ -415,7 +349,7 @@ def test_layer_outside_the_graph_is_listed(tmp_path: Path) -> None:
     model.linears = {n.removeprefix("bert."): q for n, q in model.linears.items() if n.startswith("bert.")}
     model.linears["pooler.dense"] = next(iter(model.linears.values()))
     model.state = {n.removeprefix("bert."): t for n, t in model.state.items()}
-    report = export_quantized(model, tmp_path / "m.onnx")
+    report = export_dynamic(model, tmp_path / "m.onnx")
     assert report.left_in_float["pooler.dense"] == "no output of the exported graph depends on it"
     assert [o.name for o in graph_of(report).output] == ["last_hidden_state"]
     assert len(report.quantized) == len(model.linears) - 1
@@ -441,7 +375,7 @@ def test_failure_while_writing_leaves_the_old_files(
 
     monkeypatch.setattr(DataFile, "store", failing)
     with pytest.raises((AwqTrtError, Stop)) as caught:
-        export_quantized(Model("llama"), tmp_path / "model.onnx")
+        export_dynamic(Model("llama"), tmp_path / "model.onnx")
     if isinstance(error, OSError):
         assert "No space left on device" in str(caught.value)
         assert "unchanged" in str(caught.value)
@@ -453,13 +387,13 @@ def test_failure_while_writing_leaves_the_old_files(
 def test_checkpoint_that_does_not_fit_its_config_is_an_error(tmp_path: Path) -> None:
     model = Model("llama")
     with pytest.raises(AwqTrtError, match="dtype 'float64' is not one of float16, bfloat16"):
-        export_quantized(model, tmp_path / "m.onnx", dtype="float64")
+        export_dynamic(model, tmp_path / "m.onnx", dtype="float64")
     model.state["model.norm.weight"] = torch.ones(32).half()
     with pytest.raises(AwqTrtError, match=r"model\.norm\.weight is \[32\] in the checkpoint and \[64\]"):
-        export_quantized(model, tmp_path / "m.onnx")
+        export_dynamic(model, tmp_path / "m.onnx")
     model.linears["model.layers.7.mlp.up_proj"] = model.linears["model.layers.0.mlp.up_proj"]
     with pytest.raises(AwqTrtError, match=r"model\.layers\.7\.mlp\.up_proj is not a layer of LlamaForCausalLM"):
-        export_quantized(model, tmp_path / "m.onnx")
+        export_dynamic(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -116,6 +116,63 @@ FORMS = {
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("n", [1, 39, 41])
+@pytest.mark.parametrize("form", ["transposed", "bias after", "gemm transB"])
+def test_features_that_8_does_not_divide(form: str, n: int, format: str) -> None:
+    """As the head of a GPT-2 has them: the node computes up to 7 more, and a Slice takes them away."""
+    nodes, _, rank, biased = FORMS[form]
+    linear = random_linear(n, K, 32, zeros=form != "bias after", pre_scale=True)
+    bias = torch.linspace(-2, 2, n).half() if biased else None
+    constants = {WEIGHT: torch.zeros(n, K).half(), **({"bias": bias} if bias is not None else {})}
+    model, done, fused = rewrite(graph_of(nodes, constants, rank=rank, n=n), {WEIGHT: linear}, format=format)
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(*[2, 3][: rank - 1], K, generator=torch.Generator().manual_seed(1)).half()
+    check_close(run(model, x), expected(linear, x, bias))
+    assert (done[0].n, done[0].k, done[0].bias, fused) == (n, K, biased, [])
+    if format == "plugin":
+        assert [node.op_type for node in model.graph.node] == ["W4A16Gemm", "Slice"]
+        gemm = model.graph.node[0]
+        (features,) = [a.i for a in gemm.attribute if a.name == "out_features"]
+        assert features == layout.padded_features(n) == -(-n // 8) * 8
+        packed = next(t for t in model.graph.initializer if t.name == gemm.input[1])
+        q = torch.from_numpy(onnx.numpy_helper.to_array(packed).copy())
+        assert torch.equal(layout.unpack_qweight(q, n, K), linear.q)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_padded_layer_applied_twice(format: str) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["X", WEIGHT], ["a"]),
+        helper.make_node("MatMul", ["X", WEIGHT], ["b"]),
+        helper.make_node("Add", ["b", "bias"], ["c"]),
+        helper.make_node("Concat", ["a", "c"], ["Y"], axis=-1),
+    ]
+    linear, bias = random_linear(12, K, 32, zeros=True), torch.linspace(-2, 2, 12).half()
+    constants = {WEIGHT: torch.zeros(K, 12).half(), "bias": bias}
+    model, _, _ = rewrite(graph_of(nodes, constants, n=24), {WEIGHT: linear}, format=format)
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(1)).half()
+    check_close(run(model, x), torch.cat([expected(linear, x), expected(linear, x, bias)], -1))
+
+
+def test_rows_that_8_does_not_divide_keep_layers_apart() -> None:
+    """12 and 4 rows would make 16, but the kernels store the rows of each by eights."""
+    model = graph_of(
+        [
+            helper.make_node("MatMul", ["X", WEIGHT], ["a"]),
+            helper.make_node("MatMul", ["X", "other.weight"], ["b"]),
+            helper.make_node("Concat", ["a", "b"], ["Y"], axis=-1),
+        ],
+        {WEIGHT: torch.zeros(K, 12).half(), "other.weight": torch.zeros(K, 4).half()},
+        n=16,
+    )
+    linears = {WEIGHT: random_linear(12, K, 32, zeros=True), "other.weight": random_linear(4, K, 32, zeros=True)}
+    result, _, fused = rewrite(model, linears)
+    assert fused == []
+    assert [node.op_type for node in result.graph.node].count("W4A16Gemm") == 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("pre_scale", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_linear_layer(form: str, pre_scale: bool, format: str) -> None:
@@ -469,10 +526,8 @@ def test_wrong_inputs_are_errors_that_say_what_is_wrong() -> None:
         rewrite(graph_of(matmul, {WEIGHT: torch.zeros(K, N)}), {WEIGHT: linear})
     with pytest.raises(AwqTrtError, match="opset 17; INT4 needs 21"):
         rewrite(graph_of(matmul, {WEIGHT: torch.zeros(K, N).half()}, opset=17), {WEIGHT: linear})
-    with pytest.raises(AwqTrtError, match="out_features 12 is not a multiple of 8"):
-        rewrite(
-            graph_of(matmul, {WEIGHT: torch.zeros(K, 12).half()}, n=12), {WEIGHT: random_linear(12, K, 32, zeros=True)}
-        )
+    with pytest.raises(AwqTrtError, match="group size 24 is not 32, 64, 128 or the whole row"):
+        rewrite(good, {WEIGHT: random_linear(N, K, 24, zeros=True)})
     unused = graph_of([helper.make_node("Relu", ["X"], ["Y"])], {WEIGHT: torch.zeros(K, N).half()}, n=K)
     with pytest.raises(AwqTrtError, match="is not"):
         rewrite(unused, {WEIGHT: linear})

@@ -16,6 +16,7 @@ from awq_trt.awq import Settings
 from awq_trt.checkpoint import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.onnx_export import export_onnx
+from awq_trt.onnx_trace import DecoderOptions
 from awq_trt.quantization import quantize
 from awq_trt.quantized_checkpoint import open_quantized
 from awq_trt.verify import agreement, onnx_session, random_inputs, verify
@@ -59,8 +60,18 @@ def test_a_right_file_agrees(exported: Path, models: Path) -> None:
     assert found["onnx"]["top1"] > 0.98
     assert found["onnx"]["tokens"] == 32
     assert found["onnx"]["tokens_equal"] >= 30
+    assert (found["onnx"]["gap"] == 0) == (found["onnx"]["tokens_equal"] == 32)
+    assert found["onnx"]["gap"] < 2e-3
     assert list(found["held_out"]) == ["float", "rounding", "awq"]
     assert found["held_out"]["awq"]["top1"] > found["held_out"]["rounding"]["top1"]
+
+
+def test_a_cache_smaller_than_what_is_read_otherwise(exported: Path, tmp_path: Path) -> None:
+    export_onnx(exported / "llama.awq", tmp_path / "m.onnx", decoder=DecoderOptions(capacity=24))
+    found = verify(tmp_path / "m.onnx", exported / "llama.awq", None)["onnx"]
+    assert found["logits"] == 24 * 384
+    assert (found["tokens"], found["tokens_equal"]) == (23, 23)
+    assert found["relative"] < 5e-3
 
 
 def test_a_wrong_weight_is_noticed(exported: Path, tmp_path: Path) -> None:
@@ -69,9 +80,12 @@ def test_a_wrong_weight_is_noticed(exported: Path, tmp_path: Path) -> None:
     scales = next(t for t in model.graph.initializer if "up_proj" in t.name and "scales" in t.name)
     scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales) * 1.5, scales.name))
     onnx.save(model, tmp_path / "wrong.onnx")
-    right = agreement(exported / "llama.onnx", open_quantized(exported / "llama.awq"), [{"input_ids": ids()}])
-    wrong = agreement(tmp_path / "wrong.onnx", open_quantized(exported / "llama.awq"), [{"input_ids": ids()}])
+    quantized = open_quantized(exported / "llama.awq")
+    right = agreement(exported / "llama.onnx", quantized, [{"input_ids": ids()}], quantized.tokenizer)
+    wrong = agreement(tmp_path / "wrong.onnx", quantized, [{"input_ids": ids()}], quantized.tokenizer)
     assert wrong.relative > 10 * right.relative
+    assert wrong.tokens_equal < right.tokens_equal
+    assert wrong.gap > 0.02
 
 
 def test_nan_is_an_error(exported: Path, tmp_path: Path) -> None:

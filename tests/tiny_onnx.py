@@ -90,6 +90,95 @@ def decoder(path: Path, **options: Any) -> Path:
     return save(path, nodes, inputs, outputs, weights, **options)
 
 
+def fixed_decoder(
+    path: Path, *, capacity: int = 64, chunk: int = 16, layers: int = 2, every_logit: bool = False, **facts: Any
+) -> Path:
+    """Attention layers with a KV cache of fixed capacity in fp16, positions embedded, and the exporter's metadata.
+
+    `facts` are put into the metadata.
+    """
+    fp16, int64, value = TensorProto.FLOAT16, TensorProto.INT64, helper.make_tensor_value_info
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return initializer(name, (rng.standard_normal(shape) / np.sqrt(shape[0]) * 1.5).astype(np.float16))
+
+    weights = [
+        initializer("embedding", rng.standard_normal((VOCAB, HIDDEN)).astype(np.float16)),
+        initializer("positions", rng.standard_normal((capacity, HIDDEN)).astype(np.float16)),
+        weight("head", HIDDEN, VOCAB),
+        *(initializer(f"c{i}", np.array(i)) for i in (0, 1)),
+        *(
+            initializer(name, np.array(axes))
+            for name, axes in (("axes_1", [1]), ("axes_12", [1, 2]), ("axes_13", [1, 3]))
+        ),
+        initializer("slot", np.arange(capacity)),
+        initializer("merged", np.array([0, 0, HEADS * HEAD_DIM])),
+    ]
+    lines: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Shape", ["input_ids"], "new", {"start": 1, "end": 2}),
+        ("Squeeze", ["new"], "new0", {}),
+        ("Range", ["c0", "new0", "c1"], "offset", {}),
+        ("Unsqueeze", ["past_length", "axes_1"], "past", {}),
+        ("Add", ["past", "offset"], "position", {}),  # [batch, new]
+        ("Unsqueeze", ["position", "axes_13"], "query_position", {}),
+        ("LessOrEqual", ["slot", "query_position"], "mask", {}),  # [batch, 1, new, slots]
+        ("Gather", ["embedding", "input_ids"], "token", {}),
+        ("Gather", ["positions", "position"], "place", {}),
+        ("Add", ["token", "place"], "x0", {}),
+    ]
+    inputs = [value("input_ids", int64, ["batch_size", "sequence_length"]), value("past_length", int64, ["batch_size"])]
+    outputs = [value("logits", fp16, ["batch_size", "sequence_length" if every_logit else 1, VOCAB])]
+    for i in range(layers):
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            weights.append(weight(f"w{name}{i}", HIDDEN, heads * HEAD_DIM))
+            weights.append(initializer(f"{name}{i}_shape", np.array([0, 0, heads, HEAD_DIM])))
+            lines.append(("MatMul", [f"x{i}", f"w{name}{i}"], f"{name}{i}_flat", {}))
+            lines.append(("Reshape", [f"{name}{i}_flat", f"{name}{i}_shape"], f"{name}{i}_split", {}))
+            lines.append(("Transpose", [f"{name}{i}_split"], f"{name}{i}", {"perm": [0, 2, 1, 3]}))
+        for name, part in (("k", "key"), ("v", "value")):
+            cache = ["batch_size", KV_HEADS, capacity, HEAD_DIM]
+            inputs.append(value(f"past_key_values.{i}.{part}", fp16, cache))
+            outputs.append(value(f"present.{i}.{part}", fp16, cache))
+            scattered = [f"past_key_values.{i}.{part}", f"{name}{i}", "past_length"]
+            lines.append(("TensorScatter", scattered, f"present.{i}.{part}", {"axis": 2}))
+        weights.append(weight(f"wo{i}", HEADS * HEAD_DIM, HIDDEN))
+        lines += [
+            ("Attention", [f"q{i}", f"present.{i}.key", f"present.{i}.value", "mask"], f"a{i}_heads", {}),
+            ("Transpose", [f"a{i}_heads"], f"a{i}_split", {"perm": [0, 2, 1, 3]}),
+            ("Reshape", [f"a{i}_split", "merged"], f"a{i}", {}),
+            ("MatMul", [f"a{i}", f"wo{i}"], f"o{i}", {}),
+            ("Add", [f"x{i}", f"o{i}"], f"x{i + 1}", {}),
+        ]
+    if every_logit:
+        lines.append(("MatMul", [f"x{layers}", "head"], "logits", {}))
+    else:
+        inputs.insert(2, value("input_length", int64, ["batch_size"]))
+        lines += [
+            ("Max", ["input_length", "c1"], "length", {}),
+            ("Sub", ["length", "c1"], "last", {}),
+            ("Unsqueeze", ["last", "axes_12"], "last_index", {}),
+            ("GatherND", [f"x{layers}", "last_index"], "last_x", {"batch_dims": 1}),
+            ("MatMul", ["last_x", "head"], "logits", {}),
+        ]
+    nodes = [helper.make_node(op, of, [to], name=to, **attributes) for op, of, to, attributes in lines]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    layer = {"kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "value_head_dim": HEAD_DIM, "slots": capacity, "window": None}
+    sizes = {"capacity": capacity, "prefill_chunk": chunk, "dtype": "float16", "layers": [layer] * layers}
+    known = {
+        "model_type": "tiny",
+        "kv_cache": {"kind": "fixed", **sizes},
+        "logits": "all" if every_logit else "last",
+        "vocab_size": VOCAB,
+        "generation": {"eos_token_id": [0], "bos_token_id": None, "pad_token_id": None},
+        "tokenizer": None,
+    }
+    helper.set_model_props(model, {"awq_trt": json.dumps(known | facts)})
+    onnx.save(model, str(path))
+    return path
+
+
 def quantized(
     path: Path,
     *,
