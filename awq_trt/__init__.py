@@ -6,6 +6,8 @@ The four stages, each starting from the file the one before it wrote:
     export_onnx         AWQ checkpoint        -> model.onnx + model.onnx.data
     build_engine        model.onnx            -> out.plan + out.plan.json
     write_triton_repo   out.plan              -> Triton model repository
+
+and `generate`, which continues prompts with model.onnx on a CPU or out.plan on a GPU.
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from awq_trt.engine import build_engine
     from awq_trt.errors import AwqTrtError
+    from awq_trt.generation import generate
     from awq_trt.onnx_export import export_onnx
     from awq_trt.quantization import quantize
+    from awq_trt.sampling import Sampling
     from awq_trt.triton import write_triton_repo
 
-__all__ = ["AwqTrtError", "build_engine", "export_onnx", "quantize", "write_triton_repo"]
+__all__ = ["AwqTrtError", "Sampling", "build_engine", "export_onnx", "generate", "quantize", "write_triton_repo"]
 
 _HOME = {
     "AwqTrtError": "awq_trt.errors",
+    "Sampling": "awq_trt.sampling",
     "build_engine": "awq_trt.engine",
     "export_onnx": "awq_trt.onnx_export",
+    "generate": "awq_trt.generation",
     "quantize": "awq_trt.quantization",
     "write_triton_repo": "awq_trt.triton",
 }
