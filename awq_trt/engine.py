@@ -1,7 +1,7 @@
 """ONNX file in, TensorRT plan and its sidecar out. One code path for `tensorrt` and `tensorrt_rtx`.
 
 The build runs in a child process (`engine_child.py`), because a failing build may abort the process it runs in. The
-plan and `<plan>.json` appear together at the end, or neither does.
+plan, `<plan>.json` and the script that times it (trtexec.py) appear together at the end, or none does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq_trt import sidecar
+from awq_trt import sidecar, trtexec
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
 from awq_trt.graph_facts import Profile, optimization_profiles, read_graph
@@ -52,7 +52,8 @@ class EngineReport:
         engine, sidecar: the two files written. runtime: Python module that built it. architectures: compute
         capabilities like "8.6". seconds, peak_bytes: of the build, peak resident memory of the child process.
         plugin_layers: W4A16Gemm layers of the engine, each one layer of the model or several.
-        warnings: TensorRT's, without the ones at every build.
+        warnings: TensorRT's, without the ones at every build. gpu: that it was tuned on; None for
+        TensorRT-RTX.
     """
 
     engine: Path
@@ -67,6 +68,7 @@ class EngineReport:
     seconds: float
     peak_bytes: int
     warnings: tuple[str, ...]
+    gpu: str | None = None
 
 
 def build_engine(
@@ -75,7 +77,7 @@ def build_engine(
     *,
     runtime: str = "auto",
     max_batch: int = 1,
-    max_seq: int = 2048,
+    max_seq: int | None = None,
     embed_plugin: bool = True,
     timing_cache: Path | None = None,
     architectures: Sequence[str] | None = None,
@@ -88,7 +90,8 @@ def build_engine(
     Args:
         onnx_path: the model; its dynamic dimensions carry the names that `graph_facts.optimization_profiles` knows.
         runtime: "tensorrt", "tensorrt_rtx", or "auto": TensorRT where it is installed and there is a GPU, else RTX.
-        max_batch, max_seq: largest batch, and largest number of tokens including the cached ones.
+        max_batch, max_seq: largest batch, and largest number of tokens including the cached ones; see
+            `graph_facts.optimization_profiles`.
         embed_plugin: put the plugin library into the plan, so that the plan loads without it.
         timing_cache: read if it exists, written back (TensorRT only; TensorRT-RTX times no kernels when it builds).
         architectures: compute capabilities to build for, like "8.6" (TensorRT-RTX only); None is `RTX_ARCHITECTURES`.
@@ -113,10 +116,11 @@ def build_engine(
     elif architectures:
         raise AwqTrtError("architectures can be chosen for tensorrt_rtx only; tensorrt builds for the GPU it runs on.")
 
-    targets = [sidecar.path_of(engine_path), engine_path]  # the sidecar first: no plan is ever without one
+    # the plan last: none is ever without the others
+    targets = [sidecar.path_of(engine_path), trtexec.path_of(engine_path), engine_path]
     if timing_cache is not None:
         targets.append(timing_cache)
-    with replacing(*targets) as (sidecar_file, plan_file, *cache_file):
+    with replacing(*targets) as (sidecar_file, script_file, plan_file, *cache_file):
         job = {
             "runtime": runtime,
             "onnx": str(onnx_path.resolve()),
@@ -143,8 +147,10 @@ def build_engine(
             seconds=done["seconds"],
             peak_bytes=done["peak_bytes"],
             warnings=(*notes, *warnings),
+            gpu=done["gpu"],
         )
         sidecar.write(sidecar_file, sidecar.describe(report, graph, plugin, accuracy))
+        trtexec.write(script_file, trtexec.script(report, graph, plugin))
     return report
 
 

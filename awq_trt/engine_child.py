@@ -79,6 +79,7 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
         "plugin_layers": plugin_layers,
         "layers": network.num_layers,
         "architectures": job["architectures"] or _gpu_architecture(),
+        "gpu": None if job["architectures"] else _gpu_name(),
         "peak_bytes": _peak_bytes(),
         "seconds": time.monotonic() - started,
     }
@@ -163,6 +164,16 @@ def _gpu_architecture() -> list[str]:
         return []
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, 0)
     return [f"{major.value}.{minor.value}"]
+
+
+def _gpu_name() -> str | None:
+    """Name of GPU 0; None where there is none."""
+    name = ctypes.create_string_buffer(256)
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return None if cuda.cuInit(0) or cuda.cuDeviceGetName(name, 256, 0) else name.value.decode(errors="replace")
 
 
 def _peak_bytes() -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq_trt import trtexec
+from awq_trt import memory, trtexec
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing, sha256
 from awq_trt.graph_facts import GraphFacts, Tensor
@@ -65,7 +66,7 @@ def describe(
             "onnx_opset": graph.opset,
         },
         "gpu_architectures": list(report.architectures),
-        "model": {"onnx": graph.path.name, **{k: facts[k] for k in ("model_type", "format", "dtype") if k in facts}},
+        "model": _model(report, graph),
         "profiles": [
             {
                 "name": profile.name,
@@ -98,16 +99,29 @@ def describe(
             "quantized_weights": graph.quantized_bytes,
             "other_weights": graph.float_bytes,
             "plugin": None if plugin is None else plugin.stat().st_size,
+            "activations": memory.activation_bytes(graph.path, report.profiles),  # estimate; see memory.py
         },
         "build": {
             "seconds": round(report.seconds, 1),
             "peak_bytes": report.peak_bytes,
             "strongly_typed": True,
+            "gpu": report.gpu,
             "warnings": list(report.warnings),
         },
         "accuracy": accuracy,
-        "launch": _launch(report, plugin),
+        "launch": _launch(report, graph, plugin),
     }
+
+
+MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
+"""What the exporter wrote into the ONNX file and whoever runs the plan needs."""
+
+
+def _model(report: EngineReport, graph: GraphFacts) -> dict[str, Any]:
+    facts = {key: graph.metadata[key] for key in MODEL_FACTS if key in graph.metadata}
+    if (tokenizer := facts.get("tokenizer")) is not None:  # relative to the ONNX file; here to the plan
+        facts["tokenizer"] = os.path.relpath(graph.path.resolve().parent / tokenizer, report.engine.resolve().parent)
+    return {"onnx": graph.path.name, **facts}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -152,22 +166,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     return content
 
 
-def _launch(report: EngineReport, plugin: Path | None) -> dict[str, Any]:
-    """Ready-made lines; every profile at its tuned shapes."""
+def _launch(report: EngineReport, graph: GraphFacts, plugin: Path | None) -> dict[str, Any]:
+    """Ready-made lines."""
     from awq_trt import triton
 
-    benchmark = {
-        profile.name: trtexec.command(
-            report.engine,
-            report.runtime,
-            index,
-            {name: best for name, (_, best, _) in profile.shapes.items()},
-            plugin,
-            report.plugin_embedded,
-        )
-        for index, profile in enumerate(report.profiles)
-    }
-    return {"benchmark": benchmark, "triton": triton.launch(report.runtime, plugin, report.plugin_embedded)}
+    benchmark = {profile.name: trtexec.command(report.engine, profile.name) for profile in report.profiles}
+    generates = triton.is_generating(graph.metadata)
+    served = triton.launch(report.runtime, report.runtime_version, plugin, report.plugin_embedded, generates)
+    return {"benchmark": benchmark, "triton": served}
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:

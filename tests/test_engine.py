@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_a_decoder_gets_two_profiles_and_a_sidecar(tmp_path: Path) -> None:
     assert report.peak_bytes > 100 << 20  # the builder's own libraries; the parent holds torch and has far more
     assert report.warnings == ()
     assert read_sidecar(report.sidecar)["sizes"]["plan"] == report.plan_bytes
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.onnx", "d.plan", "d.plan.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.onnx", "d.plan", "d.plan.json", "d.trtexec.sh"]
+    assert os.access(tmp_path / "d.trtexec.sh", os.X_OK)
 
     started = [e["phase"] for e in events if "phase" in e]
     assert started[0] == "Building engine"
@@ -376,6 +378,16 @@ def test_graph_facts(tmp_path: Path) -> None:
     assert graph.outputs[1].dims == (-1, -1, 64)
     assert graph.onnx_bytes == (tmp_path / "q.onnx").stat().st_size
     assert json.dumps(optimization_profiles(graph, 1, 1)[0].shapes) == '{"x": [[1, 1, 256], [1, 1, 256], [1, 1, 256]]}'
+
+
+def test_learned_positions_limit_the_sequence(tmp_path: Path) -> None:
+    graph = read_graph(tiny_onnx.quantized(tmp_path / "m.onnx"))
+    assert optimization_profiles(graph, 1, None)[0].shapes["x"][2] == (1, 2048, 256)
+    bert = replace(graph, metadata={"max_positions": 512})
+    assert optimization_profiles(bert, 1, None)[0].shapes["x"][2] == (1, 512, 256)
+    assert optimization_profiles(bert, 1, 100)[0].shapes["x"][2] == (1, 100, 256)
+    with pytest.raises(AwqTrtError, match="max_seq is 513, and the model of .* has positions for 512 tokens"):
+        optimization_profiles(bert, 1, 513)
 
 
 def test_metadata_that_is_not_json(tmp_path: Path) -> None:

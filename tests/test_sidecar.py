@@ -95,40 +95,34 @@ def test_content(plan: Path) -> None:
         "layers": 1,
     }
     assert content["sizes"]["quantized_weights"] == 64 * 256 // 2 + 64 * 4 * 2 + 64 * 4 // 2
-    assert content["build"] == {"seconds": 1.2, "peak_bytes": 1 << 30, "strongly_typed": True, "warnings": ["slow"]}
+    assert content["build"] == {
+        "seconds": 1.2,
+        "peak_bytes": 1 << 30,
+        "strongly_typed": True,
+        "gpu": None,
+        "warnings": ["slow"],
+    }
 
 
 def test_lines_stay_short_and_the_text_is_stable(plan: Path) -> None:
     path = sidecar.path_of(plan)
     text = path.read_text()
-    lines = [line for line in text.splitlines() if "--loadEngine" not in line]
+    lines = [line for line in text.splitlines() if "tritonserver" not in line and "trtexec.sh" not in line]
     assert max(len(line) for line in lines) <= 160
     assert '"x": {"min": [1, 1, 256], "opt": [2, 8, 256], "max": [2, 16, 256]}' in text
     sidecar.write(path, json.loads(text))
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize(
-    ("runtime", "embedded", "plugin", "flags"),
-    [
-        ("tensorrt", True, True, ["--versionCompatible"]),
-        ("tensorrt", False, True, ["--dynamicPlugins={}"]),
-        ("tensorrt", False, False, []),
-        ("tensorrt_rtx", True, True, ["--versionCompatible"]),
-    ],
-)
-def test_benchmark_lines(tmp_path: Path, runtime: str, embedded: bool, plugin: bool, flags: list[str]) -> None:
+def test_benchmark_lines(tmp_path: Path) -> None:
     engine = tmp_path / "a plan.plan"
     prefill = Profile("prefill", {"ids": ((1, 1), (4, 32), (4, 64)), "past": ((1, 2, 0, 8),) * 3})
     decode = Profile("decode", {"ids": ((1, 1), (4, 1), (4, 1)), "past": ((1, 2, 1, 8), (4, 2, 32, 8), (4, 2, 63, 8))})
     graph = read_graph(tiny_onnx.quantized(tmp_path / "q.onnx"))
-    report = report_of(engine, runtime, embedded, profiles=(decode, prefill))
-    lines = sidecar.describe(report, graph, library_path() if plugin else None, None)["launch"]["benchmark"]
-    words = [shlex.split(lines[name]) for name in ("decode", "prefill")]
-    tool = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}[runtime]
-    common = [tool, f"--loadEngine={engine}", *(flag.format(library_path().resolve()) for flag in flags)]
-    assert words[0] == [*common, "--useProfile=0", "--shapes=ids:4x1,past:4x2x32x8"]
-    assert words[1] == [*common, "--useProfile=1", "--shapes=ids:4x32,past:1x2x0x8"]
+    report = report_of(engine, profiles=(decode, prefill))
+    lines = sidecar.describe(report, graph, library_path(), None)["launch"]["benchmark"]
+    script = str(tmp_path / "a plan.trtexec.sh")
+    assert {name: shlex.split(line) for name, line in lines.items()} == {n: [script, n] for n in ("decode", "prefill")}
 
 
 def test_update_keeps_everything_else(plan: Path) -> None:
