@@ -34,10 +34,15 @@ def kind(name: str) -> str:
     return tail or head
 
 
-def block(name: str) -> int:
-    """The first number in the name of a layer: model.layers.3.mlp.up_proj -> 3."""
+def block(name: str, behind: int = 0) -> int:
+    """The first number in the name of a layer: model.layers.3.mlp.up_proj -> 3; `behind` for a head, which has none."""
     found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found else behind
+
+
+def blocks(layers: Sequence[Layer]) -> int:
+    """How many blocks the layers are of."""
+    return max((block(layer["name"]) for layer in layers), default=0) + 1
 
 
 def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
@@ -166,14 +171,15 @@ def plot(layers: Sequence[Layer], path: Path, title: str, dtype: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise AwqTrtError("plots need matplotlib: pip install 'awq_trt[plot]' (or matplotlib).") from error
+    behind = blocks(layers)
     figure = Figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(title)
     for axes, (label, field, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for i, (name, members) in enumerate(by_kind(layers).items()):
             style = {"color": f"C{i % 10}", "linewidth": 1}
-            axes.plot(*curve(members, field), ".-", label=name, **style)
+            axes.plot(*curve(members, field, behind), ".-", label=name, **style)
             if field == "error":
-                axes.plot(*curve(members, "error_rounding"), ":", **style)
+                axes.plot(*curve(members, "error_rounding", behind), ":", **style)
         if field == "largest_activation" and dtype == "float16":
             axes.axhline(LARGEST_FLOAT16, color="black", linewidth=1)
             axes.text(0, LARGEST_FLOAT16, "float16 ends", va="bottom", fontsize="small")
@@ -186,10 +192,13 @@ def plot(layers: Sequence[Layer], path: Path, title: str, dtype: str) -> None:
         raise AwqTrtError(f"{path}: the plot could not be written: {error}") from error
 
 
-def curve(layers: Sequence[Layer], field: str) -> tuple[list[int], list[float]]:
-    """Block numbers and a field of the layers of one kind: where a block has many (experts), their mean or largest."""
+def curve(layers: Sequence[Layer], field: str, behind: int = 0) -> tuple[list[int], list[float]]:
+    """Block numbers and a field of the layers of one kind: where a block has many (experts), their mean or largest.
+
+    A head stands at `behind`.
+    """
     values: dict[int, list[float]] = {}
     for layer in layers:
-        values.setdefault(block(layer["name"]), []).append(float(layer.get(field, 1.0)))
+        values.setdefault(block(layer["name"], behind), []).append(float(layer.get(field, 1.0)))
     reduce = max if field == "largest_activation" else statistics.fmean
     return list(values), [reduce(v) for v in values.values()]

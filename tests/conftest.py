@@ -14,13 +14,15 @@ import pytest
 import tiny_models
 import torch
 
+LONGEST = ("test_readme.py", "test_families.py", "test_export.py", "test_triton_server.py", "test_host_check.py")
+
 # A shell's `&` has SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file with the longest test first, or one process of `-n 2` would end on it alone."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The files that take longest first, or one process of `-n 2` would end on one of them alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ def test_checkpoint_to_plan(models: Path, out: Path, name: str, layers: int) -> 
     assert len(sidecar["quantized"]) == layers
     assert (out / "m.plan").stat().st_size == sidecar["sizes"]["plan"]
     assert sidecar["accuracy"]["onnx"]["relative"] < 5e-3
-    assert {"m.awq", "m.onnx", "m.onnx.data", "m.plan", "m.plan.json", "repo"} == {p.name for p in out.iterdir()}
+    files = {"m.awq", "m.onnx", "m.onnx.data", "m.plan", "m.plan.json", "m.trtexec.sh", "repo"}
+    assert files == {p.name for p in out.iterdir()}
     assert f"{layers} quantized layers" in result.stderr
     if name == "llama":
         assert re.search(r"(3[0-2]) of 32 greedy tokens equal", result.stderr)
@@ -106,8 +107,12 @@ def test_vision_model_to_plan(models: Path, out: Path) -> None:
 def test_every_stage_starts_from_the_file_before_it(models: Path, out: Path) -> None:
     first = export("--model", models / "llama", "--awq", out / "q", "--quiet", *SHORT)
     assert (first.returncode, first.stdout, first.stderr) == (0, "", "")
-    second = export("--model", out / "q", "--onnx", out / "q.onnx", "--no-verify")
+    second = export("--model", out / "q", "--onnx", out / "q.onnx", "--no-verify", "--max-seq", 64)
     assert second.returncode == 0, second.stderr
+    served = export("--model", out / "q.onnx", "--triton-repo", out / "repo")
+    assert served.returncode == 0, served.stderr
+    assert f"tritonserver --model-repository={out / 'repo'}" in served.stderr
+    assert (out / "repo" / "q" / "1" / "q.onnx.data").read_bytes() == (out / "q.onnx.data").read_bytes()
     third = export("--model", out / "q.onnx", "--engine", out / "q.plan", "--max-seq", 64, "--no-embed-plugin")
     assert third.returncode == 0, third.stderr
     assert json.loads((out / "q.plan.json").read_text())["plugin"]["embedded"] is False
@@ -116,7 +121,7 @@ def test_every_stage_starts_from_the_file_before_it(models: Path, out: Path) -> 
 def test_fusion_is_in_the_sidecar_and_can_be_left_out(models: Path, out: Path) -> None:
     assert export("--model", models / "llama", "--awq", out / "q", "--quiet", *SHORT).returncode == 0
     for name, flags, nodes in (("fused", (), 8), ("alone", ("--no-fuse",), 14)):
-        result = export("--model", out / "q", "--onnx", out / f"{name}.onnx", "--no-verify", *flags)
+        result = export("--model", out / "q", "--onnx", out / f"{name}.onnx", "--no-verify", "--max-seq", 64, *flags)
         assert f"14 quantized layers, {(14 - nodes) * 2 // 3} fused nodes" in result.stderr
         graph = read_graph(out / f"{name}.onnx")
         assert (len(graph.metadata["quantized"]), graph.plugin_nodes) == (14, nodes)
@@ -145,7 +150,7 @@ def test_bfloat16(models: Path, out: Path) -> None:
     result = export("--model", models / "llama", "--engine", out / "m.plan", "--dtype", "bfloat16", *SHORT)
     assert result.returncode == 0, result.stderr
     sidecar = json.loads((out / "m.plan.json").read_text())
-    assert {t["dtype"] for t in sidecar["inputs"] if t["name"].startswith("past")} == {"bfloat16"}
+    assert {t["dtype"] for t in sidecar["inputs"] if t["name"].startswith("past_key")} == {"bfloat16"}
     assert sidecar["accuracy"]["onnx"]["relative"] < 3e-2
 
 
@@ -184,7 +189,7 @@ def test_group_that_does_not_divide_leaves_layers_in_float(llama: Path, out: Pat
     result = export("--model", llama, "--onnx", out / "m.onnx", "--group-size", 128, "--no-verify", *SHORT)
     assert result.returncode == 0, result.stderr
     assert "2 quantized layers" in result.stderr
-    assert "model.layers.0.self_attn.q_proj (in_features 64 is not a multiple of the group size 128)" in result.stderr
+    assert "in float: 2 x self_attn.q_proj (in_features 64 is not a multiple of the group size 128)" in result.stderr
 
 
 def test_unknown_architecture(llama: Path, out: Path) -> None:
@@ -254,7 +259,7 @@ def test_onnx_node_with_wrong_field_types(llama: Path, out: Path) -> None:
     ("arguments", "message"),
     [
         ((), "nothing to write"),
-        (("--onnx", "x.onnx", "--triton-repo", "r"), "give --engine too"),
+        (("--awq", "x.awq", "--triton-repo", "r"), "give --engine or --onnx too"),
         (("--engine", "x.plan", "--format", "qdq"), "symmetric only"),
         (("--engine", "x.plan", "--max-batch", "0"), "--max-batch 0"),
     ],

@@ -120,6 +120,17 @@ def test_curves_are_means_and_maxima_over_experts() -> None:
     assert report.curve(experts, "largest_activation") == ([0, 3], [2.0, 2.0])
 
 
+def test_a_head_is_drawn_behind_the_last_block() -> None:
+    layers = [
+        layer("model.layers.0.up", error=1.0),
+        layer("model.layers.11.up", error=1.0),
+        layer("lm_head", error=2.0),
+    ]
+    assert report.blocks(layers) == 12
+    assert report.kind("lm_head") == "lm_head"
+    assert report.curve(layers[2:], "error", report.blocks(layers)) == ([12], [2.0])
+
+
 def test_plots_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AwqTrtError, match="nothing to plot"):
         report.plot([], tmp_path / "x.svg", "", "float16")

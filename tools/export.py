@@ -5,6 +5,7 @@
 writes  out.awq/              the quantized checkpoint, a Hugging Face directory
         out.onnx, .data       the network with W4A16Gemm nodes; runs in ONNX Runtime as it is
         out.plan, .plan.json  the TensorRT engine and its sidecar: profiles, layers, accuracy, launch lines
+        out.trtexec.sh        times the plan with trtexec
 
 `--model` may also name what an earlier run wrote: a quantized directory, or a .onnx file.
 """
@@ -36,13 +37,24 @@ def parser() -> argparse.ArgumentParser:
         "--model", required=True, help="directory with safetensors, .gguf file, hub id, quantized directory, .onnx file"
     )
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings along")
+    p.add_argument(
+        "--part",
+        choices=("text", "vision", "encoder"),
+        help="of a checkpoint that holds several models, such as CLIP (default: the one that can be exported)",
+    )
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     out = p.add_argument_group("output")
     out.add_argument("--engine", type=Path, metavar="PLAN", help="TensorRT plan to write")
     out.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX file to write (default: the plan's name, .onnx)")
     out.add_argument("--awq", type=Path, metavar="DIR", help="quantized checkpoint (default: the plan's name, .awq)")
-    out.add_argument("--triton-repo", type=Path, metavar="DIR", help="also write a Triton model repository")
+    out.add_argument(
+        "--triton-repo",
+        type=Path,
+        metavar="DIR",
+        help="also write a Triton model repository, for the plan, or without --engine for the ONNX file",
+    )
+    out.add_argument("--report", type=Path, metavar="HTML", help="also write a page about all of it, for a browser")
     out.add_argument(
         "--format",
         choices=("plugin", "qdq"),
@@ -50,6 +62,28 @@ def parser() -> argparse.ArgumentParser:
         help="ONNX flavour: W4A16Gemm nodes, or portable DequantizeLinear (default: %(default)s)",
     )
     out.add_argument("--no-fuse", action="store_true", help="a node for each layer, also where Q, K, V could share one")
+    out.add_argument(
+        "--kv-cache",
+        choices=("fixed", "dynamic"),
+        default="fixed",
+        help="of a decoder: room for --max-seq tokens, written in place, or past in and longer past out, as other "
+        "runtimes expect it (default: %(default)s)",
+    )
+    out.add_argument(
+        "--max-seq",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence, cached ones too (default: 2048, or what the model was made for if that is less)",
+    )
+    out.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="new tokens of a sequence in one call, with a fixed cache (default: 1024, or the model's sliding window)",
+    )
+    out.add_argument(
+        "--all-logits", action="store_true", help="logits of every new token, for scoring, not only of the last one"
+    )
 
     q = p.add_argument_group("quantization")
     q.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn only rounds (default: %(default)s)")
@@ -81,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         default="awq",
         help="of the quantized checkpoint: AutoAWQ's GEMM layout, or compressed-tensors' pack-quantized, which implies "
         "--no-pre-scale (default: %(default)s)",
+    )
+    q.add_argument(
+        "--lm-head",
+        choices=("float", "int4"),
+        default="float",
+        help="the layer that makes logits: in 16 bits, sharing the embedding's weight where the model does, or INT4 "
+        "(default: %(default)s)",
     )
     q.add_argument("--dtype", choices=("float16", "bfloat16"), help="of activations (default: the checkpoint's)")
     q.add_argument(
@@ -118,9 +159,6 @@ def parser() -> argparse.ArgumentParser:
         help="auto is TensorRT where it is installed and there is a GPU, else TensorRT-RTX (default: %(default)s)",
     )
     e.add_argument("--max-batch", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    e.add_argument(
-        "--max-seq", type=int, default=2048, metavar="N", help="tokens, cached ones too (default: %(default)s)"
-    )
     e.add_argument("--no-embed-plugin", action="store_true", help="leave the plugin library out of the plan")
     e.add_argument("--timing-cache", type=Path, metavar="FILE", help="read if there, written back (TensorRT only)")
     e.add_argument("--no-verify", action="store_true", help="skip accuracy and agreement of eager, ONNX and engine")
@@ -165,15 +203,18 @@ def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
     from awq_trt.checkpoint import local_path
 
-    named = args.engine or args.onnx or args.awq
+    is_onnx = args.model.endswith(".onnx")
+    named = args.engine or args.onnx or args.awq or (args.triton_repo if is_onnx else None)
     if named is None:
         raise AwqTrtError("nothing to write: give --engine out.plan (or --onnx, or --awq, to stop earlier).")
-    if args.triton_repo and not args.engine:
-        raise AwqTrtError("--triton-repo serves a plan: give --engine too.")
+    if args.triton_repo and not (args.engine or args.onnx or is_onnx):
+        raise AwqTrtError("--triton-repo serves a plan or an ONNX file: give --engine or --onnx too.")
     if args.engine:
         check_engine(args)
-    if args.model.endswith(".onnx"):
-        onnx_path, accuracy = Path(args.model), None
+    awq_dir: Path | None = None
+    accuracy = None
+    if is_onnx:
+        onnx_path = Path(args.model)
     else:
         original = open_model(args)
         if original is None:
@@ -181,11 +222,31 @@ def export(args: argparse.Namespace, console: Console) -> None:
         else:
             awq_dir = quantize_stage(args, original, named.with_suffix(".awq"), console)
         if not (args.engine or args.onnx) or not first_rank():
+            if first_rank():
+                report_stage(args, awq_dir, None, None, console)
             return
         onnx_path = args.onnx or args.engine.with_suffix(".onnx")
         accuracy = onnx_stage(args, original, awq_dir, onnx_path, console)
     if args.engine:
         engine_stage(args, onnx_path, accuracy, console)
+    if args.triton_repo:
+        triton_stage(args.engine or onnx_path, args.triton_repo, console)
+    report_stage(args, awq_dir, onnx_path, accuracy, console)
+
+
+def report_stage(
+    args: argparse.Namespace,
+    awq_dir: Path | None,
+    onnx_path: Path | None,
+    accuracy: dict[str, Any] | None,
+    console: Console,
+) -> None:
+    """The page, if asked for."""
+    from awq_trt.html_report import write_html_report
+
+    if args.report:
+        write_html_report(args.report, awq_dir=awq_dir, onnx=onnx_path, engine=args.engine, accuracy=accuracy)
+        console.print(f"[bold]{args.report}[/]  for a browser", highlight=False)
 
 
 def check_engine(args: argparse.Namespace) -> None:
@@ -194,7 +255,7 @@ def check_engine(args: argparse.Namespace) -> None:
     from awq_trt.plugin import library_path
 
     choose_runtime(args.runtime)
-    if args.max_batch < 1 or args.max_seq < 2:
+    if args.max_batch < 1 or (args.max_seq or 2) < 2:
         raise AwqTrtError(f"--max-batch {args.max_batch} --max-seq {args.max_seq}: at least 1 and 2, please.")
     if args.format == "plugin":
         library_path()
@@ -207,11 +268,15 @@ def check_engine(args: argparse.Namespace) -> None:
 
 def quantize_stage(args: argparse.Namespace, original: Any, default: Path, console: Console) -> Path:
     """The quantized checkpoint, made from an open one."""
+    from collections import Counter
+
     import torch
 
     from awq_trt.quantization import quantize
-    from awq_trt.report import warnings
+    from awq_trt.report import kind, warnings
 
+    if original.note:
+        console.print(f"{original.source}: {original.note}.", highlight=False)
     output: Path = args.awq or default
     report = quantize(
         original,
@@ -228,18 +293,25 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
         samples=args.calibration_samples,
         length=args.calibration_length,
         save_format=args.save_format,
+        lm_head=args.lm_head,
         memory=args.memory,
         resume=not args.no_resume,
         device=args.device,
         compute_dtype=getattr(torch, args.compute_dtype),
         console=console,
     )
-    left = "".join(f"\n  in float: {name} ({why})" for name, why in report.left_in_float.items())
+    alike = Counter((kind(name), why) for name, why in report.left_in_float.items())
+    left = "".join(f"\n  in float: {n} x {name} ({why})" for (name, why), n in alike.items())
     console.print(f"[bold]{output}[/]  {len(report.quantized)} layers in {report.seconds:.0f} s{left}", highlight=False)
     if report.pre_scales:
         console.print(
             f"{report.pre_scales} layers carry a pre-scale, which AutoAWQ's format cannot hold; other loaders will "
             "refuse the directory. --no-pre-scale avoids it."
+        )
+    if report.head and args.save_format == "awq":
+        console.print(
+            "The head is INT4, which loaders of AutoAWQ's format skip; they will refuse the directory. "
+            "--save-format compressed-tensors avoids it."
         )
     dtype = str(original.dtype).removeprefix("torch.")
     for warning in warnings([dataclasses.asdict(layer) for layer in report.layers], report.quantized, dtype):
@@ -257,8 +329,10 @@ def open_model(args: argparse.Namespace) -> Any:
 
     with join_ranks(args.device).together():
         if is_quantized(args.model):
+            if args.part:
+                raise AwqTrtError(f"{args.model}: quantized already; --part {args.part} is chosen before that.")
             return None
-        checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+        checkpoint = open_checkpoint(args.model, trust_remote_code=args.trust_remote_code, part=args.part)
     return dataclasses.replace(checkpoint, dtype=getattr(torch, args.dtype)) if args.dtype else checkpoint
 
 
@@ -267,10 +341,13 @@ def onnx_stage(
 ) -> dict[str, Any] | None:
     """ONNX file from the quantized checkpoint, and what the verification says of both and the original, if open."""
     from awq_trt.onnx_export import export_onnx
+    from awq_trt.onnx_trace import DecoderOptions
     from awq_trt.verify import verify
 
+    decoder = DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
+    fuse = not args.no_fuse
     with console.status("Exporting to ONNX"):
-        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype, fuse=not args.no_fuse)
+        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype, fuse=fuse, decoder=decoder)
     size = (report.onnx_bytes + report.data_bytes) / 2**20
     layers = f"{len(report.quantized)} quantized layers, {len(report.fused)} fused nodes"
     console.print(f"[bold]{onnx_path}[/]  {layers}, {size:.1f} MiB", highlight=False)
@@ -296,14 +373,15 @@ def show_accuracy(found: dict[str, Any], console: Console) -> None:
         f"{onnx['relative']:.1e}, largest {onnx['max_abs']:.3f}, same arg max {onnx['top1']:.1%}"
     )
     if onnx["tokens"]:
-        console.print(f"{onnx['tokens_equal']} of {onnx['tokens']} greedy tokens equal: ", end="")
+        tie = f", the rest within {onnx['gap']:.3f} of the best logit" if onnx["gap"] else ""
+        console.print(f"{onnx['tokens_equal']} of {onnx['tokens']} greedy tokens equal{tie}: ", end="")
         console.print(onnx["generated"], style="italic", markup=False, highlight=False)
 
 
 def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, Any] | None, console: Console) -> None:
-    """The plan, its sidecar, and a Triton repository if asked for."""
+    """The plan, its sidecar, and the script that times it."""
     from awq_trt.engine import build_engine
-    from awq_trt.triton import write_triton_repo
+    from awq_trt.trtexec import path_of
 
     report = build_engine(
         onnx_path,
@@ -323,11 +401,21 @@ def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, 
         f"{report.runtime} {report.runtime_version} for compute capability {', '.join(report.architectures)}",
         highlight=False,
     )
-    if args.triton_repo:
-        triton = write_triton_repo(args.engine, args.triton_repo)
-        for warning in triton.warnings:
-            console.print(f"[yellow]Triton:[/] {warning}", highlight=False)
+    words = "times it on a GPU; tools/check.py says whether it will run there"
+    console.print(f"[bold]{path_of(args.engine)}[/]  {words}", highlight=False)
     console.print(f'Lines to time and to serve it are under "launch" in [bold]{report.sidecar}[/]', highlight=False)
+
+
+def triton_stage(served: Path, repository: Path, console: Console) -> None:
+    """A model repository, and the lines that start a server with it."""
+    from awq_trt.triton import write_triton_repo
+
+    triton = write_triton_repo(served, repository)
+    console.print(f"[bold]{triton.model}[/]  for Triton", highlight=False)
+    for warning in triton.warnings:
+        console.print(f"[yellow]Triton:[/] {warning}", highlight=False)
+    for line in filter(None, (triton.command, triton.docker)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

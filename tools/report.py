@@ -1,8 +1,11 @@
 """Show what quantizing found for each layer: alpha, clipping, error before and after, tokens seen, largest activation.
 
     python tools/report.py out.awq --plot out.svg
+    python tools/report.py out.plan --html out.html      # a page about everything: layers, accuracy, memory, speed
+    python tools/report.py out.awq out.plan --html out.html --record decode.json prefill.json out.trtexec/*.json
 
-The same numbers as data are under "layers" in DIR/awq_trt.json.
+The same numbers as data are under "layers" in DIR/awq_trt.json and in the plan's sidecar. --record takes what was
+measured on a GPU, by bench_gemm.py or by the plan's trtexec.sh.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from rich.console import Console
 
 from awq_trt import report
 from awq_trt.errors import AwqTrtError
+from awq_trt.html_report import write_html_report
 from awq_trt.quantized_checkpoint import open_quantized
 
 FILE_WIDTH = 160
@@ -25,16 +29,45 @@ FILE_WIDTH = 160
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for an error the user can mend."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("directory", type=Path, help="quantized directory, as export.py writes it")
+    p.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="INPUT",
+        help="quantized directory as export.py writes it, plan, or both",
+    )
     p.add_argument("--full", action="store_true", help="one line per layer instead of one per kind of layer")
     p.add_argument("--plot", type=Path, metavar="FILE", help="also draw it: .svg, .png or .pdf (needs matplotlib)")
+    p.add_argument("--html", type=Path, metavar="FILE", help="also write a page for a browser")
+    p.add_argument("--record", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, for the page")
     args = p.parse_args(arguments)
     try:
-        show(args.directory, args.full, args.plot)
+        directory, engine = sort_out(args.inputs)
+        if args.record and not args.html:
+            raise AwqTrtError("--record is for the page: give --html FILE too.")
+        if directory is not None:
+            show(directory, args.full, args.plot)
+        elif not args.html or args.full or args.plot:
+            raise AwqTrtError(f"{engine}: a plan alone has no layers to show: give --html FILE, or the directory too.")
+        if args.html:
+            write_html_report(args.html, awq_dir=directory, engine=engine, records=args.record)
+            print(args.html)
     except AwqTrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def sort_out(inputs: Sequence[Path]) -> tuple[Path | None, Path | None]:
+    """The directory and the plan among the inputs, at most one of each."""
+    directories = [path for path in inputs if path.is_dir()]
+    files = [path for path in inputs if not path.is_dir()]
+    if len(directories) > 1 or len(files) > 1:
+        raise AwqTrtError("give one quantized directory, one plan, or one of each.")
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise AwqTrtError(f"{missing[0]}: no such file or directory.")
+    return next(iter(directories), None), next(iter(files), None)
 
 
 def show(directory: Path, full: bool, plot: Path | None) -> None:
