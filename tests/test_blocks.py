@@ -107,7 +107,8 @@ def test_computing_in_bfloat16_is_near_float32(models: Path, tmp_path: Path) -> 
     near = quantize(models / "llama", tmp_path / "b", compute_dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
     for a, b in zip(exact.layers, near.layers, strict=True):
         assert a.name == b.name
-        assert b.error == pytest.approx(a.error, rel=0.2)
+        assert b.error == pytest.approx(a.error, rel=0.5)  # where another scale was chosen
+    assert sum(b.error for b in near.layers) == pytest.approx(sum(a.error for a in exact.layers), rel=0.1)
     assert any(a.error != b.error for a, b in zip(exact.layers, near.layers, strict=True))
 
 

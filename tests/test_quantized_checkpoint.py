@@ -305,8 +305,11 @@ def test_modelopt(modelopt: Path, float_model: Path) -> None:
     expected = integers * stored[f"{name}.weight_scale"].half()  # one group a row
     assert torch.equal(quantized.tensor(f"{name}.weight"), expected.float())
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
-        expected = theirs[name].float()  # fake quantization with the pre-scale, before scales were rounded to 16 bits
-        assert float((quantized.tensor(f"{name}.weight") - expected).norm() / expected.norm()) < 1e-3
+        # fake quantization with the pre-scale, before scales were rounded to 16 bits: a weight between two integers may
+        # since have become the other one
+        ours, expected = quantized.tensor(f"{name}.weight"), theirs[name].float()
+        assert float(torch.isclose(ours, expected, rtol=2e-3, atol=1e-6).float().mean()) > 0.999
+        assert float((ours - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_modelopt_with_its_own_file_alone(modelopt: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ class Table:
         return touched / gpu.bandwidth * 1e6, shape.flops(tokens) / gpu.peak * 1e6
 
     def fitted(self, keys: Sequence[tuple[Shape, int]]) -> Law:
-        """The law of some cells."""
+        """The law of some cells; the same in whichever order they were measured."""
+        keys = sorted(keys, key=lambda key: (astuple(key[0]), key[1]))  # sums of another order round otherwise
         floors: Array = np.array([self.floors(shape, m, self.gpu) for shape, m in keys])
         return fit(floors[:, 0], floors[:, 1], np.array([self.cells[key] for key in keys]))
 
