@@ -17,8 +17,7 @@ from awq_trt.awq import Settings
 from awq_trt.blocks import BlockStream, Inputs, Weights, quantizable_linears
 from awq_trt.checkpoint import Checkpoint, empty_model
 from awq_trt.head import head_of, untied
-from awq_trt.linear import quantize_weight
-from awq_trt.rounding import row_chunks
+from awq_trt.linear import quantize_weight, row_chunks
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from torch import nn
 from awq_trt.experts import expert_of
 from awq_trt.fold import Fold, find_fold, is_reached
 from awq_trt.layout import padded_features, why_not
-from awq_trt.linear import QuantizedLinear, quantize_weight
-from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit, row_chunks
+from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
+from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
 from awq_trt.statistics import Calls, Group
 
 COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -25,8 +25,7 @@ from awq_trt.checkpoint import Checkpoint, empty_model
 from awq_trt.errors import AwqTrtError
 from awq_trt.estimate import Clock
 from awq_trt.fold import find_fold
-from awq_trt.linear import QuantizedLinear, quantize_weight
-from awq_trt.rounding import row_chunks
+from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
 from awq_trt.states import States
 from awq_trt.statistics import Group, observe_lanes, scaled_weight
 

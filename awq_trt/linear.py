@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,17 @@ import torch
 SYMMETRIC_ZERO = 8
 """Zero point of a layer stored without zeros: q = 8 is the weight 0."""
 
-PIECE = 1 << 22
-"""Weights that are dequantized at a time, so that a head takes little more memory than its result."""
+CHUNK = 1 << 22
+"""Weights that are worked on at a time: bounds the memory of whoever rounds, packs or unpacks to a few times 16 MiB."""
 
 SMALLEST_SCALE = 2.0**-20
 """Scales stay above it: a group of zeros must not divide by zero, and fp16 subnormals keep 4 bits of precision here."""
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cut [rows, columns] into pieces of about CHUNK weights."""
+    step = max(1, CHUNK // columns)
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,7 @@ class QuantizedLinear:
         """W as [N, K] in the dtype of `scales`: the exact product in fp32, rounded once. `pre_scale` is not applied."""
         n, k = self.q.shape
         weight = torch.empty(n, k, dtype=self.scales.dtype, device=self.q.device)
-        step = max(1, PIECE // k)
-        for rows in (slice(i, i + step) for i in range(0, n, step)):
+        for rows in row_chunks(n, k):
             zeros = SYMMETRIC_ZERO if self.zeros is None else self.zeros[rows].unsqueeze(-1).float()
             grouped = self.q[rows].reshape(-1, k // self.group_size, self.group_size).float() - zeros
             weight[rows] = (grouped * self.scales[rows].unsqueeze(-1).float()).reshape(-1, k)

@@ -36,13 +36,10 @@ import torch
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.layout import DTYPES, padded_features, why_not
-from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear
+from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear, row_chunks
 
 Parts = Mapping[str, torch.Tensor]
 """The tensors of one layer, by the last component of their names."""
-
-PIECE = 1 << 22
-"""Values that are packed or unpacked at a time."""
 
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -72,9 +69,8 @@ def pack_nibbles(values: np.ndarray, order: Sequence[int] = IN_ORDER) -> np.ndar
     """uint8 [R, C], values 0..15 -> int32 [R, ceil(C/8)]; nibble i of a word is value order[i] of its eight."""
     rows, columns = values.shape
     words = np.zeros((rows, -(-columns // 8)), np.uint32)
-    step = max(1, PIECE // max(columns, 1))
-    for begin in range(0, rows, step):
-        piece, packed = values[begin : begin + step], words[begin : begin + step]
+    for some in row_chunks(rows, max(columns, 1)):
+        piece, packed = values[some], words[some]
         for i, column in enumerate(order):
             nibble = piece[:, column::8].astype(np.uint32)
             packed[:, : nibble.shape[1]] |= nibble << np.uint32(4 * i)
@@ -85,11 +81,10 @@ def unpack_nibbles(words: np.ndarray, order: Sequence[int] = IN_ORDER) -> np.nda
     """Inverse of `pack_nibbles`: int32 [R, C/8] -> uint8 [R, C]."""
     rows, columns = words.shape
     values = np.empty((rows, columns * 8), np.uint8)
-    step = max(1, PIECE // max(columns * 8, 1))
-    for begin in range(0, rows, step):
-        piece = words[begin : begin + step].view(np.uint32)
+    for some in row_chunks(rows, max(columns * 8, 1)):
+        piece = words[some].view(np.uint32)
         for i, column in enumerate(order):
-            values[begin : begin + step, column::8] = piece >> np.uint32(4 * i) & np.uint32(15)
+            values[some, column::8] = piece >> np.uint32(4 * i) & np.uint32(15)
     return values
 
 

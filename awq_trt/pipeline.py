@@ -20,12 +20,11 @@ from awq_trt.estimate import Budget, Clock, Took, extrapolate, resident_bytes, t
 from awq_trt.experts import expert_of
 from awq_trt.files import remove
 from awq_trt.head import Tail, nearest_head
-from awq_trt.linear import QuantizedLinear
+from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
 from awq_trt.plan import Plan
 from awq_trt.quantized_checkpoint import Writer
 from awq_trt.ranks import Ranks
 from awq_trt.resume import Folds, WorkDirectory, read_json_or_none, write_json
-from awq_trt.rounding import CHUNK, row_chunks
 from awq_trt.states import States, StatesWriter
 
 LARGE = 1 << 24

@@ -15,19 +15,15 @@ Quantization", 2025). The order of columns is free, as the grids are fixed befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.linear import Grid, grid_between, range_of
+from awq_trt.linear import Grid, grid_between, range_of, row_chunks
 
 RATIOS = tuple(1 - i / 20 for i in range(9))
 """Parts of a group's range that `clip` tries: 1, 0.95 ... 0.6."""
-
-CHUNK = 1 << 22
-"""Weights that are worked on at a time: bounds the memory of everything here to a few times 16 MiB."""
 
 SHRINKAGE = 0.2
 """Part of H off its diagonal that `factor` does not believe."""
@@ -40,12 +36,6 @@ WIDEST = 128
 
 COLUMNS = 64
 """Columns whose feedback goes one by one; between such blocks it is one matrix product."""
-
-
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut [rows, columns] into pieces of about CHUNK weights."""
-    step = max(1, CHUNK // columns)
-    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 def diagonal_blocks(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -138,11 +128,10 @@ def factor(hessian: torch.Tensor, shrinkage: float = SHRINKAGE, damping: float =
     order = torch.argsort(diagonal, stable=True)
     mean = float(diagonal.mean())
     added = shrinkage * diagonal[order] + (damping * mean if mean > 0 else 1.0)
-    step = max(1, CHUNK // len(diagonal))
-    for i in range(0, len(diagonal), step):
-        hessian[i : i + step] = hessian[i : i + step, order]
-    for i in range(0, len(diagonal), step):
-        hessian[:, i : i + step] = hessian[order, i : i + step]
+    for rows in row_chunks(*hessian.shape):
+        hessian[rows] = hessian[rows, order]
+    for columns in row_chunks(*hessian.shape):
+        hessian[:, columns] = hessian[order, columns]
     hessian.mul_(1 - shrinkage).diagonal().add_(added)
     info = torch.zeros((), dtype=torch.int32, device=hessian.device)
     lower = hessian.mT  # symmetric, so the same; LAPACK wants columns in a row, and would get them in a copy
@@ -203,9 +192,7 @@ def refit(weight: torch.Tensor, q: torch.Tensor, grid: Grid, factored: Factor) -
     group_of = order // grid.group_size(weight.shape[1])
     members = [(group_of == g).nonzero().squeeze(1) for g in range(groups)]
     scales = grid.scales.clone()
-    step = max(1, CHUNK // weight.shape[1] // groups)
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    for rows in row_chunks(len(weight), weight.shape[1] * groups):
         zeros, old = grid.zero_points()[rows], grid.scales[rows]
         steps = q[rows].float()[:, order] - zeros[:, group_of]  # [n, K], in the order of L
         parts = torch.stack([steps[:, m] @ lower[m] for m in members], dim=1)  # [n, G, K]

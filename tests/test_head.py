@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from test_ranks import start
 
-from awq_trt import head, pipeline, rounding
+from awq_trt import head, linear, pipeline
 from awq_trt.accuracy import RoundedWeights, accuracy, eager_outputs
 from awq_trt.awq import Settings
 from awq_trt.blocks import Weights
@@ -180,7 +180,7 @@ def test_the_head_is_read_in_pieces(models: Path, tmp_path: Path, monkeypatch: p
     quantize(checkpoint, tmp_path / "whole", method=method, **OPTIONS)  # type: ignore[arg-type]
     asked: list[int] = []
     readers = {**checkpoint.readers, "lm_head.weight": RowsOnly(checkpoint.readers["lm_head.weight"], asked)}
-    monkeypatch.setattr(rounding, "CHUNK", 100 * 64)
+    monkeypatch.setattr(linear, "CHUNK", 100 * 64)
     monkeypatch.setattr(head, "SAMPLE", 100 * 64)
     quantize(dataclasses.replace(checkpoint, readers=readers), tmp_path / "pieces", method=method, **OPTIONS)  # type: ignore[arg-type]
     assert max(asked) == 100

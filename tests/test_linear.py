@@ -13,7 +13,7 @@ from awq_trt.linear import quantize_weight
 def test_pieces_are_the_whole(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = quantize_weight(torch.randn(23, 64), 32, symmetric, torch.float16)
     whole = layer.dequantize()
-    monkeypatch.setattr(linear, "PIECE", 5 * 64)
+    monkeypatch.setattr(linear, "CHUNK", 5 * 64)
     assert torch.equal(layer.dequantize(), whole)
 
 

@@ -11,7 +11,7 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantized_models import auto_gptq_linear, autoawq, autoawq_gemv, autoawq_gemv_fast, linear_of, zeros_of
 
-from awq_trt import packed_formats
+from awq_trt import linear
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
 from awq_trt.packed_formats import AWQ_ORDER, IN_ORDER, Parts, from_parts, pack_nibbles, to_parts, unpack_nibbles
@@ -43,7 +43,7 @@ def test_nibbles_round_trip(order: tuple[int, ...], monkeypatch: pytest.MonkeyPa
     values = np.random.default_rng(0).integers(0, 16, (5, 48), dtype=np.uint8)
     words = pack_nibbles(values, order)
     np.testing.assert_array_equal(unpack_nibbles(words, order), values)
-    monkeypatch.setattr(packed_formats, "PIECE", 100)
+    monkeypatch.setattr(linear, "CHUNK", 100)
     np.testing.assert_array_equal(pack_nibbles(values, order), words)
     np.testing.assert_array_equal(unpack_nibbles(words, order), values)
     padded = np.pad(values[:, :45], ((0, 0), (0, 3)))

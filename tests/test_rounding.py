@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq_trt import rounding
+from awq_trt import linear, rounding
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import Grid
 from awq_trt.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
@@ -113,7 +113,7 @@ def textbook_gptq(weight: torch.Tensor, grid: Grid, hessian: torch.Tensor, order
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("k", "group_size"), [(64, 32), (192, 64), (200, 200)])
 def test_feedback_is_gptq(symmetric: bool, k: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "CHUNK", 7 * k)  # several pieces of rows, the last one short
+    monkeypatch.setattr(linear, "CHUNK", 7 * k)  # several pieces of rows, the last one short
     weight, hessian = problem(24, k, 3 * k, 3)
     grid = full_range(weight, group_size, symmetric, FP16)
     shrunk = 0.75 * hessian + torch.diag(0.25 * hessian.diagonal() + 0.05 * hessian.diagonal().mean())
