@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,17 +124,16 @@ def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None
         AwqTrtError: a limit below 1 or beyond the learned positions, a decoder with max_seq below 2 or not that of its
             fixed cache, or a dimension of unknown meaning.
     """
-    cache = graph.metadata.get("kv_cache") or {}
-    fixed = cache.get("kind") == "fixed"
+    cache = fixed_cache_facts(graph.metadata)
     if max_seq is None:
-        max_seq = cache["capacity"] if fixed else min(MAX_SEQ, graph.metadata.get("max_positions") or MAX_SEQ)
+        max_seq = cache["capacity"] if cache else min(MAX_SEQ, graph.metadata.get("max_positions") or MAX_SEQ)
     for name, value in (("max_batch", max_batch), ("max_seq", max_seq)):
         if value < 1:
             raise AwqTrtError(f"{name} is {value}; it must be at least 1.")
     if max_seq > (longest := graph.metadata.get("max_positions") or max_seq):
         raise AwqTrtError(f"max_seq is {max_seq}, and the model of {graph.path} has positions for {longest} tokens.")
     batch, sequence = (1, max_batch, max_batch), (1, -(-max_seq // 2), max_seq)
-    if fixed:
+    if cache:
         if max_seq != cache["capacity"]:
             raise AwqTrtError(
                 f"{graph.path} was exported with a KV cache for {cache['capacity']} tokens, and max_seq is {max_seq}: "
@@ -196,6 +196,16 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
         return -(-count // 2)
     return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a decoder with a fixed KV cache, what is known of that ("capacity", "prefill_chunk", "layers"); else {}.
+
+    Args:
+        facts: of the model: the metadata of an ONNX file, or "model" of a plan's sidecar.
+    """
+    cache = facts.get("kv_cache") or {}
+    return cache if cache.get("kind") == "fixed" else {}
 
 
 def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ import jinja2
 from awq_trt import memory, report, sidecar, svg_chart
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
-from awq_trt.speed_tables import Cell, Speed, Table, read_speeds
+from awq_trt.quantized_checkpoint import REPORT
+from awq_trt.speed_tables import Cell, Speed, Table, number_cell, read_speeds
 from awq_trt.svg_chart import Chart, Series, chart
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html.j2"
-AWQ_REPORT = "awq_trt.json"
 
 
 def write_html_report(
@@ -52,7 +52,7 @@ def write_html_report(
         awq_dir = awq_dir or _awq_dir(engine, content)
     if content is None and awq_dir is None:
         raise AwqTrtError("nothing to report on: give a quantized directory, or a plan.")
-    foreign = engine is not None and awq_dir is not None and not (awq_dir / AWQ_REPORT).is_file()
+    foreign = engine is not None and awq_dir is not None and not (awq_dir / REPORT).is_file()
     quantized = None if awq_dir is None or foreign else read_awq_report(awq_dir)
     speeds = read_speeds(records)
     text = render(quantized, awq_dir, onnx, content, engine, accuracy, speeds)
@@ -66,12 +66,12 @@ def read_awq_report(directory: Path) -> dict[str, Any]:
     Raises:
         AwqTrtError: it is missing or damaged.
     """
-    path = directory / AWQ_REPORT
+    path = directory / REPORT
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise AwqTrtError(
-            f"{directory}: no {AWQ_REPORT} here: another tool quantized it, or it is no such directory."
+            f"{directory}: no {REPORT} here: another tool quantized it, or it is no such directory."
         ) from error
     except (OSError, ValueError) as error:
         raise AwqTrtError(f"{path}: cannot be read ({error}). Quantize again.") from error
@@ -127,7 +127,7 @@ def _awq_dir(engine: Path, content: Mapping[str, Any]) -> Path | None:
     if not isinstance(tokenizer, str):
         return None
     found = engine.parent / tokenizer
-    return found if (found / AWQ_REPORT).is_file() else None
+    return found if (found / REPORT).is_file() else None
 
 
 def _dtype(awq_dir: Path | None) -> str:
@@ -236,7 +236,7 @@ def _accuracy(accuracy: Mapping[str, Any] | None) -> Table | None:
     if not held_out:
         return None
     rows = tuple(
-        (Cell(str(name)), _number(row.get("perplexity"), ".2f"), _number(row.get("top1"), ".1%"))
+        (Cell(str(name)), number_cell(row.get("perplexity"), ".2f"), number_cell(row.get("top1"), ".1%"))
         for name, row in held_out.items()
     )
     caption = f"On held-out text ({(accuracy or {}).get('text', '?')})"
@@ -363,10 +363,6 @@ def _launch(content: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("-", -1.0) if value is None else Cell(format(value, form), value)
 
 
 def _yes(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 
-from awq_trt.graph_facts import Profile
+from awq_trt.graph_facts import Profile, fixed_cache_facts
 from awq_trt.onnx_functions import OP_TYPE
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")
@@ -119,7 +119,7 @@ def cache_and_io(sidecar: Mapping[str, Any]) -> tuple[int, int]:
     Args:
         sidecar: content of a plan's sidecar.
     """
-    cache = sidecar["model"].get("kv_cache") or {}
+    fixed = bool(fixed_cache_facts(sidecar["model"]))
     pasts, others = 0, 0
     for profile in sidecar["profiles"]:
         dims: dict[str, int] = {}
@@ -129,7 +129,7 @@ def cache_and_io(sidecar: Mapping[str, Any]) -> tuple[int, int]:
         for tensor in (*sidecar["inputs"], *sidecar["outputs"]):
             sizes = [d if isinstance(d, int) else dims.get(d, 1) for d in tensor["dims"]]
             size = math.prod(sizes) * ITEM_BYTES.get(tensor["dtype"], 4)
-            if tensor["name"].startswith("present.") and cache.get("kind") == "fixed":
+            if tensor["name"].startswith("present.") and fixed:
                 continue  # the buffer of its past
             if tensor["name"].startswith(("past_key_values.", "present.")):
                 past += size

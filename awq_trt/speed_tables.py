@@ -109,7 +109,7 @@ def _gemm_rows(
         if times == [None, None]:
             continue
         ratio = times[0] / times[1] if times[0] is not None and times[1] is not None else None
-        yield Cell(str(m), m), *(_number(t, 1) for t in times), _number(ratio, 2)
+        yield Cell(str(m), m), *(number_cell(t, ".1f") for t in times), number_cell(ratio, ".2f")
 
 
 def _best(rows: Sequence[dict[str, Any]], method: str) -> dict[tuple[int, ...], float]:
@@ -128,7 +128,7 @@ def _times(path: Path, runs: Sequence[dict[str, float]]) -> Speed:
     for name, key in (("on the GPU", "computeMs"), ("with transfers", "latencyMs")):
         values = sorted(run[key] for run in runs)
         cuts = [values[math.ceil(q * len(values)) - 1] for q in (0.5, 0.9, 0.99)]
-        rows.append((Cell(name), *(_number(v, 3) for v in (values[0], *cuts, statistics.fmean(values)))))
+        rows.append((Cell(name), *(number_cell(v, ".3f") for v in (values[0], *cuts, statistics.fmean(values)))))
     columns = ("ms of a call", "smallest", "median", "90 %", "99 %", "mean")
     return Speed(path.name, (f"{len(runs)} calls by trtexec.",), (Table("Times of a call", columns, tuple(rows)),))
 
@@ -140,9 +140,9 @@ def _layers(path: Path, layers: Sequence[dict[str, Any]]) -> Speed:
     rows = tuple(
         (
             Cell(str(x["name"])),
-            _number(x["averageMs"], 4),
-            _number(x["medianMs"], 4),
-            _number(100 * x["averageMs"] / total, 1),
+            number_cell(x["averageMs"], ".4f"),
+            number_cell(x["medianMs"], ".4f"),
+            number_cell(100 * x["averageMs"] / total, ".1f"),
         )
         for x in slowest
     )
@@ -151,5 +151,6 @@ def _layers(path: Path, layers: Sequence[dict[str, Any]]) -> Speed:
     return Speed(path.name, notes, (Table(f"The {len(rows)} slowest layers", columns, rows),))
 
 
-def _number(value: float | None, digits: int) -> Cell:
-    return Cell("-", -1.0) if value is None else Cell(f"{value:.{digits}f}", float(value))
+def number_cell(value: float | None, form: str) -> Cell:
+    """The cell of a number in a form like ".2f", or of one that is not known."""
+    return Cell("-", -1.0) if value is None else Cell(format(value, form), float(value))

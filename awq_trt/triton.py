@@ -41,6 +41,7 @@ from typing import Any
 from awq_trt import sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import replacing
+from awq_trt.graph_facts import external_files, fixed_cache_facts, read_graph
 from awq_trt.triton_model import FIELDS, LIMITS, OUTPUTS
 
 DATA_TYPES = {
@@ -173,7 +174,6 @@ def write_triton_repo(
 
 def _write_onnx(path: Path, model: Path, tokenizer: Path | None, parameters: dict[str, str]) -> TritonReport:
     from awq_trt.decoder import fixed_cache
-    from awq_trt.graph_facts import external_files, read_graph
 
     facts = read_graph(path).metadata
     fixed_cache(path, facts)
@@ -191,7 +191,7 @@ def _write_onnx(path: Path, model: Path, tokenizer: Path | None, parameters: dic
 
 def is_generating(facts: dict[str, Any]) -> bool:
     """Whether a model's facts (of a sidecar's "model", or an ONNX file) are those of a decoder with a fixed cache."""
-    return (facts.get("kv_cache") or {}).get("kind") == "fixed"
+    return bool(fixed_cache_facts(facts))
 
 
 def config(name: str, content: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from awq_trt.graph_facts import GraphFacts, Profile
+from awq_trt.graph_facts import GraphFacts, Profile, fixed_cache_facts
 
 if TYPE_CHECKING:
     from awq_trt.engine import EngineReport
@@ -113,12 +113,6 @@ def write(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def _fixed_cache(graph: GraphFacts) -> Mapping[str, Any]:
-    """{"capacity", "prefill_chunk", ...} of a decoder with a fixed KV cache, else {}."""
-    cache = graph.metadata.get("kv_cache") or {}
-    return cache if cache.get("kind") == "fixed" else {}
-
-
 def _ranges(graph: GraphFacts, profile: Profile) -> Ranges:
     """Options of one profile: smallest, default, largest. The default is the shape that the plan was tuned for."""
     found: Ranges = {}
@@ -127,7 +121,7 @@ def _ranges(graph: GraphFacts, profile: Profile) -> Ranges:
         for i, dim in enumerate(tensor.shape):
             if dim in NUMBERS:
                 found[NUMBERS[str(dim)][0]] = (low[i], best[i], high[i])
-    if cache := _fixed_cache(graph):
+    if cache := fixed_cache_facts(graph.metadata):
         capacity, decodes = int(cache["capacity"]), found["tokens"][2] == 1
         found["past"] = (0, capacity // 2 if decodes else 0, capacity - 1)
     return found
@@ -151,7 +145,7 @@ def _profile(graph: GraphFacts, index: int, profile: Profile, ranges: Ranges) ->
     yield f"index={index}"
     for option, (low, best, high) in ranges.items():
         yield f"number {option} {low} {high} {best}"
-    if cache := _fixed_cache(graph):
+    if cache := fixed_cache_facts(graph.metadata):
         yield f"fits {cache['capacity']} {cache['prefill_chunk']}"
     tuned = profile.shapes
     sizes = {t.name: [_size(d, tuned[t.name][1][i]) for i, d in enumerate(t.shape)] for t in graph.inputs}

@@ -24,7 +24,7 @@ from awq_trt.blocks import Inputs, Weights
 from awq_trt.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.checkpoint import Checkpoint
 from awq_trt.errors import AwqTrtError
-from awq_trt.graph_facts import METADATA_KEY, graph_metadata, read_graph
+from awq_trt.graph_facts import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
 from awq_trt.kv_cache import give_all_logits
 from awq_trt.onnx_float32 import float32_copy
 from awq_trt.quantized_checkpoint import open_quantized
@@ -240,7 +240,7 @@ def agreement(
 
 def capacity(onnx_path: Path) -> int | None:
     """Tokens that the fixed cache of an ONNX file holds; None for a file without one."""
-    return (read_graph(onnx_path).metadata.get("kv_cache") or {}).get("capacity")
+    return fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity")
 
 
 def verify(
