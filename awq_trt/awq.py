@@ -160,6 +160,11 @@ class Found:
     errors: dict[str, tuple[float, float]]
     clips: dict[str, float]
 
+    @property
+    def scaled(self) -> bool:
+        """Whether s does anything."""
+        return bool((self.s != 1).any())
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -319,30 +324,36 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
         fold = known_fold(block, group, groups, calls, folds, shape)
         result = search(group, settings, constrain(block, fold, settings))
         group.statistics.hessian = result.s.new_empty(0)  # used up
-        scaled = bool((result.s != 1).any())
-        if fold is not None and scaled:
+        if fold is not None and result.scaled:
             for name, linear in zip(group.names, group.linears, strict=True):
                 if name not in result.layers:
                     linear.weight.data = linear.weight * result.s
             fold.apply(block, result.s)
         for name, layer in result.layers.items():
-            if fold is None and scaled:
+            if fold is None and result.scaled:
                 layer = replace(layer, pre_scale=(1 / result.s).to(settings.dtype))
             quantized[name] = layer
-            reports[name] = LayerReport(
-                name=f"{calls.name}.{name}",
-                alpha=result.alpha,
-                weights=result.weights,
-                folded_into=f"{calls.name}.{fold.into}" if fold and scaled else None,
-                error_rounding=result.errors[name][0],
-                error=result.errors[name][1],
-                clip=result.clips[name],
-                feedback=settings.feedback,
-                tokens=group.statistics.tokens,
-                largest_activation=group.statistics.largest,
-            )
+            reports[name] = layer_report(f"{calls.name}.", name, group, result, fold, settings)
     unseen = round_block(block, settings, but=quantized)  # experts no token chose
     return BlockResult(quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports])
+
+
+def layer_report(
+    prefix: str, name: str, group: Group, found: Found, fold: Fold | None, settings: Settings
+) -> LayerReport:
+    """The report of a layer of a group; `prefix` makes names of the model of names in the block."""
+    return LayerReport(
+        name=prefix + name,
+        alpha=found.alpha,
+        weights=found.weights,
+        folded_into=prefix + fold.into if fold and found.scaled else None,
+        error_rounding=found.errors[name][0],
+        error=found.errors[name][1],
+        clip=found.clips[name],
+        feedback=settings.feedback,
+        tokens=group.statistics.tokens,
+        largest_activation=group.statistics.largest,
+    )
 
 
 def known_fold(

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from awq_trt.awq import LayerReport, Settings, constrain, search_and_keep
+from awq_trt.awq import LayerReport, Settings, constrain, layer_report, search_and_keep
 from awq_trt.blocks import BlockStream
 from awq_trt.calls import Share
 from awq_trt.checkpoint import Checkpoint, empty_model
@@ -198,30 +198,18 @@ class Tail:
         with clock.stage("search"):
             group.linears[0].to(device)
             found, rounder = search_and_keep(group, settings, constrain(model, fold, settings))
-        s, scaled = found.s, bool((found.s != 1).any())
+        s = found.s
         with clock.stage("round"):
             layer = round_rows(
                 lambda index: self.checkpoint.rows(f"{self.name}.weight", index).to(device),
                 (rows or self.shape[0], self.shape[1]),
                 lambda weight: rounder.round(weight.mul_(s))[0],
             )
-        if scaled and fold is not None:
+        if found.scaled and fold is not None:
             fold.apply(model, s.cpu())
-        elif scaled:
+        elif found.scaled:
             layer = replace(layer, pre_scale=(1 / s).to(settings.dtype).cpu())
-        report = LayerReport(
-            name=self.name,
-            alpha=found.alpha,
-            weights=found.weights,
-            folded_into=fold.into if fold and scaled else None,
-            error_rounding=found.errors[self.name][0],
-            error=found.errors[self.name][1],
-            clip=found.clips[self.name],
-            feedback=settings.feedback,
-            tokens=group.statistics.tokens,
-            largest_activation=group.statistics.largest,
-        )
-        return HeadResult(layer, self._norms(), report)
+        return HeadResult(layer, self._norms(), layer_report("", self.name, group, found, fold, settings))
 
     def _norms(self) -> dict[str, torch.Tensor]:
         """The norms outside the blocks as they are now; those that were not run, from the checkpoint."""
