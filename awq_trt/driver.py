@@ -7,6 +7,7 @@ libnvidia-ml.so.1 (NVML, nvml.h) knows how much of their memory is free, and the
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ def query() -> Driver:
     finally:
         if nvml is not None:
             nvml.nvmlShutdown()
+
+
+def visible(device: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for one of the GPUs that are visible now to be the only one."""
+    now = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return now[device] if device < len(now) else str(device)
 
 
 def _query(cuda: Any, nvml: Any) -> Driver:

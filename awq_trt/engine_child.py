@@ -7,7 +7,7 @@ at `job["plan"]`, and on file descriptor FD one JSON object a line:
     {"phase": name, "parent": name|null, "steps": n} a phase begins;  {"step": name, "at": i}  {"end": name}
     {"done": {...}}  or  {"failed": text, "errno": number|null}
 
-Nothing of this package is imported: the less is loaded, the less memory a build takes.
+Of this package only driver.py is imported: the less is loaded, the less memory a build takes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from awq_trt.driver import query
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -74,12 +76,13 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
         os.fsync(file.fileno())
     if cache is not None:
         Path(job["timing_cache_out"]).write_bytes(memoryview(cache.serialize()))
+    gpus = [] if job["architectures"] else query().gpus[:1]  # TensorRT has built for this one
     return {
         "runtime_version": trt.__version__,
         "plugin_layers": plugin_layers,
         "layers": network.num_layers,
-        "architectures": job["architectures"] or _gpu_architecture(),
-        "gpu": None if job["architectures"] else _gpu_name(),
+        "architectures": job["architectures"] or [gpu.capability for gpu in gpus],
+        "gpu": gpus[0].name if gpus else None,
         "peak_bytes": _peak_bytes(),
         "seconds": time.monotonic() - started,
     }
@@ -151,29 +154,6 @@ def _timing_cache(config: Any, path: str | None) -> Any:
             f"{path} is no timing cache of this TensorRT version and GPU. Delete it, or give another path."
         )
     return cache
-
-
-def _gpu_architecture() -> list[str]:
-    """Compute capability of GPU 0 from the CUDA driver, as ["9.0"]; [] where there is none."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, 0):
-        return []
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, 0)
-    return [f"{major.value}.{minor.value}"]
-
-
-def _gpu_name() -> str | None:
-    """Name of GPU 0; None where there is none."""
-    name = ctypes.create_string_buffer(256)
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    return None if cuda.cuInit(0) or cuda.cuDeviceGetName(name, 256, 0) else name.value.decode(errors="replace")
 
 
 def _peak_bytes() -> int:

@@ -7,7 +7,7 @@ Started by `awq_trt.check` as `python -m awq_trt.engine_probe FD`. In: one JSON 
 Out, on file descriptor FD: {"validity": "VALID"|..., "reasons": [...]} where the runtime can judge a plan by its header
 (TensorRT-RTX: IRuntime.get_engine_validity), and with `load` {"loaded": bool, "device_memory": bytes} (ICudaEngine.
 device_memory_size_v2: activations of the largest profile); {"log": [...]}, warnings and worse, in both cases.
-Nothing of this package is imported.
+Of this package only driver.py is imported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import json
 import os
 import signal
 import sys
+from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
+
+from awq_trt.driver import visible
 
 
 def probe(job: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +30,6 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible(job["device"])
     trt = importlib.import_module(job["runtime"])
     words: list[str] = []
-
     logger = collecting_logger(trt, words)
     runtime = trt.Runtime(logger)
     answer: dict[str, Any] = {"log": words}
@@ -48,7 +50,7 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def collecting_logger(trt: Any, words: list[str]) -> Any:
+def collecting_logger(trt: Any, words: MutableSequence[str]) -> Any:
     """An ILogger that appends warnings and worse to `words`."""
 
     class Logger(trt.ILogger):
@@ -60,11 +62,6 @@ def collecting_logger(trt: Any, words: list[str]) -> Any:
                 words.append(text.strip())
 
     return Logger()
-
-
-def visible(device: int) -> str:
-    """What CUDA_VISIBLE_DEVICES must be, so that one of the devices that are visible now is the only one."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(device + 1)))).split(",")[device]
 
 
 def main() -> int:

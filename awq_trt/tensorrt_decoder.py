@@ -26,6 +26,7 @@ import torch
 
 from awq_trt.decoder import Decoder
 from awq_trt.engine import RUNTIMES
+from awq_trt.engine_probe import collecting_logger
 from awq_trt.errors import AwqTrtError
 
 DECODE, PREFILL = 0, 1
@@ -59,7 +60,9 @@ class TensorRtDecoder(Decoder):
             )
         self._trt = _module(sidecar["versions"]["runtime"])
         self._gpu = Gpu()
-        self._logger, self._runtime, self._engine = self._load(sidecar)
+        self._words: deque[str] = deque(maxlen=4)  # TensorRT's last warnings and errors
+        self._logger = collecting_logger(self._trt, self._words)
+        self._runtime, self._engine = self._load(sidecar)
         self._dtypes = {
             self._trt.DataType.HALF: torch.float16,
             self._trt.DataType.BF16: torch.bfloat16,
@@ -186,7 +189,7 @@ class TensorRtDecoder(Decoder):
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
-            raise AwqTrtError(f"{self.path}: TensorRT refused {what}. {' '.join(self._logger.words)}")
+            raise AwqTrtError(f"{self.path}: TensorRT refused {what}. {' '.join(self._words)}")
 
     def _context(self, profile: int) -> Any:
         """A new execution context for a profile, on the shared memory."""
@@ -208,10 +211,9 @@ class TensorRtDecoder(Decoder):
         config.set_runtime_cache(config.create_runtime_cache())  # a kernel that both contexts need is compiled once
         return config
 
-    def _load(self, sidecar: dict[str, Any]) -> tuple[Any, Any, Any]:
-        """(logger, runtime, engine); the first two must outlive the third."""
-        logger = _logger(self._trt)
-        runtime = self._trt.Runtime(logger)
+    def _load(self, sidecar: dict[str, Any]) -> tuple[Any, Any]:
+        """(runtime, engine); the logger and the runtime must outlive the engine."""
+        runtime = self._trt.Runtime(self._logger)
         runtime.engine_host_code_allowed = True  # the plan brings its plugin
         plugin = sidecar["plugin"]
         if plugin is not None and not plugin["embedded"]:
@@ -220,13 +222,13 @@ class TensorRtDecoder(Decoder):
         if engine is None:
             raise AwqTrtError(
                 f"{self.path}: {self._trt.__name__} {self._trt.__version__} does not load this plan. "
-                f"{' '.join(logger.words)} It was built by {sidecar['versions'].get('runtime_version')} for "
+                f"{' '.join(self._words)} It was built by {sidecar['versions'].get('runtime_version')} for "
                 f"compute capability {', '.join(sidecar['gpu_architectures'])}; build it again for this machine."
             )
         alias = getattr(engine, "get_aliased_input_tensor", None)
         if alias is not None and any(alias(f"present.{n}") != f"past_key_values.{n}" for n in self.cache_shapes):
             warnings.warn(f"{self.path}: this engine does not write its cache in place.", stacklevel=2)
-        return logger, runtime, engine
+        return runtime, engine
 
 
 @dataclass
@@ -291,21 +293,6 @@ def _module(runtime: str) -> Any:
         return importlib.import_module(runtime)
     except ImportError as error:
         raise AwqTrtError(f"the plan needs {runtime}: {error}. Run:\n    {RUNTIMES.get(runtime, '')}") from error
-
-
-def _logger(trt: Any) -> Any:
-    """An ILogger that keeps the last warnings and errors in `words`."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.words: deque[str] = deque(maxlen=4)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                self.words.append(text)
-
-    return Logger()
 
 
 def _aligned(size: int) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from awq_trt.driver import visible
+
 RETRY_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Before the engine is started again; the last for every further time. They begin anew when one has become ready."""
 
@@ -146,8 +148,7 @@ def environment(folder: Path, device: str | None) -> dict[str, str]:
     paths = [str(folder / "awq_trt.zip"), *filter(None, [variables.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     if device is not None:
-        visible = [d for d in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        variables["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if int(device) < len(visible) else device
+        variables["CUDA_VISIBLE_DEVICES"] = visible(int(device))
     return variables
 
 

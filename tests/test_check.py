@@ -447,7 +447,7 @@ def test_loading(
 
 
 def test_one_gpu_of_several_is_the_only_one_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    from awq_trt.engine_probe import visible
+    from awq_trt.driver import visible
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible(2) == "2"

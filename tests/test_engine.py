@@ -19,6 +19,7 @@ import pytest
 import tiny_onnx
 import torch
 from onnx import TensorProto, helper
+from test_driver import TWO, fake_driver
 
 from awq_trt.engine import RTX_ARCHITECTURES, EngineReport, build_engine, choose_runtime
 from awq_trt.errors import AwqTrtError
@@ -165,6 +166,17 @@ def test_tensorrt_takes_the_same_path_and_keeps_a_timing_cache(tmp_path: Path, s
     assert "is no timing cache" in refusal(model, runtime="tensorrt", timing_cache=cache)
     assert cache.read_bytes().startswith(b"not a cache")
     assert "tensorrt_rtx only" in refusal(model, runtime="tensorrt", architectures=["8.9"])
+
+
+def test_tensorrt_names_the_gpu_that_it_built_on(
+    tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(RTX_IN_DISGUISE)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(fake_driver(tmp_path / "driver")))
+    monkeypatch.setenv("FAKE_GPUS", TWO)
+    report = build(tiny_onnx.quantized(tmp_path / "q.onnx"), runtime="tensorrt")
+    assert (report.gpu, report.architectures) == ("NVIDIA GeForce RTX 4090", ("8.9",))
+    assert build(tmp_path / "q.onnx").gpu is None, "TensorRT-RTX builds for many"
 
 
 def test_tensorrt_rtx_says_that_it_has_no_timing_cache(tmp_path: Path) -> None:
