@@ -16,24 +16,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awq_trt.engine import build_engine
+    from awq_trt.awq.quantize import quantize
+    from awq_trt.engine.build import build_engine
     from awq_trt.errors import AwqTrtError
-    from awq_trt.generation import generate
-    from awq_trt.onnx_export import export_onnx
-    from awq_trt.quantization import quantize
-    from awq_trt.sampling import Sampling
-    from awq_trt.triton import write_triton_repo
+    from awq_trt.export.export import export_onnx
+    from awq_trt.serve.generator import generate
+    from awq_trt.serve.sampling import Sampling
+    from awq_trt.serve.triton.repository import write_triton_repo
 
 __all__ = ["AwqTrtError", "Sampling", "build_engine", "export_onnx", "generate", "quantize", "write_triton_repo"]
 
 _HOME = {
     "AwqTrtError": "awq_trt.errors",
-    "Sampling": "awq_trt.sampling",
-    "build_engine": "awq_trt.engine",
-    "export_onnx": "awq_trt.onnx_export",
-    "generate": "awq_trt.generation",
-    "quantize": "awq_trt.quantization",
-    "write_triton_repo": "awq_trt.triton",
+    "Sampling": "awq_trt.serve.sampling",
+    "build_engine": "awq_trt.engine.build",
+    "export_onnx": "awq_trt.export.export",
+    "generate": "awq_trt.serve.generator",
+    "quantize": "awq_trt.awq.quantize",
+    "write_triton_repo": "awq_trt.serve.triton.repository",
 }
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from awq_trt.errors import AwqTrtError
 
+PACKAGE = Path(__file__).resolve().parent
+"""The folder of this package: its sources, and `data/`."""
+
 
 @contextmanager
 def replacing(*targets: Path) -> Iterator[list[Path]]:

@@ -1,4 +1,4 @@
-"""One quantized linear layer as plain data, and rounding to INT4 (nothing searched here; see awq.py)."""
+"""One quantized linear layer as plain data, and rounding to INT4 (nothing searched here; see search.py)."""
 
 from __future__ import annotations
 

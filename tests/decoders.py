@@ -13,9 +13,9 @@ import tokenizers
 import torch
 import transformers
 
-from awq_trt.decoder import Decoder
-from awq_trt.quantized_checkpoint import open_quantized
-from awq_trt.sampling import Sampler, Sampling
+from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.serve.decoder import Decoder
+from awq_trt.serve.sampling import Sampler, Sampling
 
 VOCABULARY = 61
 

@@ -21,11 +21,11 @@ import torch
 import transformers as t
 from test_export import export
 
-from awq_trt.blocks import main_output
-from awq_trt.decoder import open_decoder
-from awq_trt.generation import Generator
-from awq_trt.sampling import Sampling
-from awq_trt.verify import onnx_session
+from awq_trt.awq.blocks import main_output
+from awq_trt.evaluate.verify import onnx_session
+from awq_trt.serve.decoder import open_decoder
+from awq_trt.serve.generator import Generator
+from awq_trt.serve.sampling import Sampling
 
 CAPACITY, TOKENS = 96, 64
 LENGTHS = (3, 9, 17, 30)

@@ -15,12 +15,12 @@ import pytest
 import torch
 import triton_server
 
-from awq_trt.accuracy import eager_outputs
-from awq_trt.generation import Prompt, encode, generate
-from awq_trt.graph_facts import read_graph
-from awq_trt.quantized_checkpoint import open_quantized
-from awq_trt.sampling import Sampling
-from awq_trt.triton import write_triton_repo
+from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.evaluate.accuracy import eager_outputs
+from awq_trt.export.metadata import read_graph
+from awq_trt.serve.generator import Prompt, encode, generate
+from awq_trt.serve.sampling import Sampling
+from awq_trt.serve.triton.repository import write_triton_repo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

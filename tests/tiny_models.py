@@ -8,7 +8,7 @@ import tokenizers
 import torch
 import transformers
 
-from awq_trt.calibration import DEFAULT_TEXT
+from awq_trt.awq.calibration import DEFAULT_TEXT
 
 VOCABULARY = 384
 

@@ -135,7 +135,7 @@ class Server:
 
     def engine(self) -> psutil.Process:
         """The process of the engine."""
-        (process,) = [p for p in self.stub().children() if "awq_trt.triton_engine" in p.cmdline()]
+        (process,) = [p for p in self.stub().children() if "awq_trt.serve.triton.engine_process" in p.cmdline()]
         return process
 
     def stop(self) -> int:

@@ -33,8 +33,8 @@ from bench.prepare import float_directory, linear_shapes, model_path
 from bench.runner import Bench, Row, float_predictions, run_method
 from bench.texts import CALIBRATION, HELD_OUT, Text, digest, fetch
 
-from awq_trt.calibration import windows
-from awq_trt.checkpoint import open_checkpoint
+from awq_trt.awq.calibration import windows
+from awq_trt.checkpoint.reader import open_checkpoint
 
 PACKAGES = ("awq_trt", "torch", "transformers", "numpy", "safetensors")
 console = Console(stderr=True, width=max(Console().width, 130))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from awq_trt.check import FAILS, OK, WARNING, Finding, check
+from awq_trt.engine.check import FAILS, OK, WARNING, Finding, check
 from awq_trt.errors import AwqTrtError
 
 FILE_WIDTH = 160

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, write the JSON."""
-    from awq_trt.evaluation import evaluate
+    from awq_trt.evaluate.evaluate import evaluate
 
     if args.windows < 1 or args.length < 2:
         raise AwqTrtError(f"--windows {args.windows} --length {args.length}: at least 1 and 2, please.")

@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
-    from awq_trt.checkpoint import local_path
+    from awq_trt.checkpoint.reader import local_path
 
     is_onnx = args.model.endswith(".onnx")
     named = args.engine or args.onnx or args.awq or (args.triton_repo if is_onnx else None)
@@ -242,7 +242,7 @@ def report_stage(
     console: Console,
 ) -> None:
     """The page, if asked for."""
-    from awq_trt.html_report import write_html_report
+    from awq_trt.evaluate.html_report import write_html_report
 
     if args.report:
         write_html_report(args.report, awq_dir=awq_dir, onnx=onnx_path, engine=args.engine, accuracy=accuracy)
@@ -251,8 +251,8 @@ def report_stage(
 
 def check_engine(args: argparse.Namespace) -> None:
     """Find out now, not after the calibration, that no engine can be built."""
-    from awq_trt.engine import choose_runtime
-    from awq_trt.plugin import library_path
+    from awq_trt.engine.build import choose_runtime
+    from awq_trt.engine.plugin import library_path
 
     choose_runtime(args.runtime)
     if args.max_batch < 1 or (args.max_seq or 2) < 2:
@@ -272,8 +272,8 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
 
     import torch
 
-    from awq_trt.quantization import quantize
-    from awq_trt.report import kind, warnings
+    from awq_trt.awq.quantize import quantize
+    from awq_trt.awq.report import kind, warnings
 
     if original.note:
         console.print(f"{original.source}: {original.note}.", highlight=False)
@@ -323,9 +323,9 @@ def open_model(args: argparse.Namespace) -> Any:
     """`--model` as a Checkpoint, with `--dtype` applied; None where it is quantized already."""
     import torch
 
-    from awq_trt.checkpoint import open_checkpoint
-    from awq_trt.quantized_checkpoint import is_quantized
-    from awq_trt.ranks import join_ranks
+    from awq_trt.awq.distributed import join_ranks
+    from awq_trt.checkpoint.quantized import is_quantized
+    from awq_trt.checkpoint.reader import open_checkpoint
 
     with join_ranks(args.device).together():
         if is_quantized(args.model):
@@ -340,9 +340,9 @@ def onnx_stage(
     args: argparse.Namespace, original: Any, awq_dir: Path, onnx_path: Path, console: Console
 ) -> dict[str, Any] | None:
     """ONNX file from the quantized checkpoint, and what the verification says of both and the original, if open."""
-    from awq_trt.onnx_export import export_onnx
-    from awq_trt.onnx_trace import DecoderOptions
-    from awq_trt.verify import verify
+    from awq_trt.evaluate.verify import verify
+    from awq_trt.export.export import export_onnx
+    from awq_trt.export.trace import DecoderOptions
 
     decoder = DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
     fuse = not args.no_fuse
@@ -380,8 +380,8 @@ def show_accuracy(found: dict[str, Any], console: Console) -> None:
 
 def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, Any] | None, console: Console) -> None:
     """The plan, its sidecar, and the script that times it."""
-    from awq_trt.engine import build_engine
-    from awq_trt.trtexec import path_of
+    from awq_trt.engine.build import build_engine
+    from awq_trt.engine.trtexec import path_of
 
     report = build_engine(
         onnx_path,
@@ -408,7 +408,7 @@ def engine_stage(args: argparse.Namespace, onnx_path: Path, accuracy: dict[str, 
 
 def triton_stage(served: Path, repository: Path, console: Console) -> None:
     """A model repository, and the lines that start a server with it."""
-    from awq_trt.triton import write_triton_repo
+    from awq_trt.serve.triton.repository import write_triton_repo
 
     triton = write_triton_repo(served, repository)
     console.print(f"[bold]{triton.model}[/]  for Triton", highlight=False)

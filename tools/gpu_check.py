@@ -4,10 +4,10 @@
     python tools/gpu_check.py --output result.json --engine out.plan   # and a plan against its ONNX file
     python tools/gpu_check.py --output result.json --sanitizer         # and few of the layers under compute-sanitizer
 
-Needs the standard library only; the plugin library and its test program come from the installed
-package, from `--library DIR` (a folder carried along), or from `--build` (nvcc and the TensorRT headers of
-TENSORRT_ROOT, this machine's GPU only). Without a GPU it says so, counts what was skipped, and exits with 0.
-`--engine` also needs a TensorRT module, ONNX Runtime and NumPy; where something refuses, its words are recorded.
+Needs the standard library only; the plugin library comes from the installed package and its test program from
+build/, where `pip install` left it, or both from `--library DIR` (a folder carried along), or from `--build` (nvcc and
+the TensorRT headers of TENSORRT_ROOT, this machine's GPU only). Without a GPU it says so, counts what was skipped, and
+exits with 0. `--engine` also needs a TensorRT module, ONNX Runtime and NumPy; what they refuse is recorded.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def find_files(args: argparse.Namespace, gpus: list[dict[str, str]], *names: str
     Raises:
         UsageError: one is not there.
     """
+    built: Path | None = None  # the test program is not installed: it is where `pip install .` built it
     if args.build:
         folder = build(args.build, gpus)
     elif args.library:
@@ -92,7 +93,10 @@ def find_files(args: argparse.Namespace, gpus: list[dict[str, str]], *names: str
             folder = Path(str(metadata.distribution("awq_trt").locate_file("awq_trt/lib")))
         except metadata.PackageNotFoundError as error:
             raise UsageError("awq_trt is not installed here: give --library DIR or --build DIR") from error
-    paths = [folder / name for name in names]
+        built = max(
+            ROOT.glob(f"build/*/{HOST_CHECK}"), key=lambda path: path.stat().st_mtime, default=folder / HOST_CHECK
+        )
+    paths = [built if name == HOST_CHECK and built else folder / name for name in names]
     for path in paths:
         if not path.is_file():
             raise UsageError(f"{path} is missing: build it with `pip install .` or --build DIR")

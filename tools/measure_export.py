@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 EXPORT = Path(__file__).with_name("export.py")
-IMPORTS = "import torch, transformers, onnxruntime, onnx_graphsurgeon, awq_trt.verify, awq_trt.onnx_export"
+IMPORTS = "import torch, transformers, onnxruntime, onnx_graphsurgeon, awq_trt.evaluate.verify, awq_trt.export.export"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "tensorrt-rtx-cu13", "awq_trt")
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         command = [sys.executable, str(EXPORT), "--model", args.model, "--engine", str(plan), *args.options]
         seconds, export, build, text = watch(command)
         sidecar = json.loads(Path(f"{plan}.json").read_text())
-    from awq_trt.checkpoint import empty_model, open_checkpoint
+    from awq_trt.checkpoint.reader import empty_model, open_checkpoint
 
     config = open_checkpoint(args.model).config
     fp16_bytes = 2 * sum(p.numel() for p in empty_model(config).parameters())

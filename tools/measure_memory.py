@@ -91,7 +91,7 @@ def child(options: dict[str, Any]) -> None:
     import torch
     from rich.console import Console
 
-    from awq_trt.quantization import quantize
+    from awq_trt.awq.quantize import quantize
 
     options["compute_dtype"] = getattr(torch, options["compute_dtype"])
     report = quantize(options.pop("model"), Path(options.pop("output")), console=Console(stderr=True), **options)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from awq_trt import report
+from awq_trt.awq import report
+from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
-from awq_trt.html_report import write_html_report
-from awq_trt.quantized_checkpoint import open_quantized
+from awq_trt.evaluate.html_report import write_html_report
 
 FILE_WIDTH = 160
 """Columns where the output goes to a file or a pipe."""

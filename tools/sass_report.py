@@ -32,7 +32,7 @@ from bench.sass.listing import ARCHITECTURES, PIPES, Kernel, count, read_library
 from bench.sass.paths import Steady, steady, steady_unit, strip_tiles
 from bench.sass.prediction import DEFAULT_TACTIC, GPUS, TACTICS, Cell, Gpu, Plan, Prediction, ask_planner, predict
 
-from awq_trt.plugin import library_version
+from awq_trt.engine.plugin import library_version
 
 NOT_MEASURED = "predicted, not measured"
 GROUP_SIZE = {4: 32, 2: 64, 1: 128}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from bench.sass import listing
 
-from awq_trt.plugin import HOST_CHECK, installed_file, library_path
+from awq_trt.engine.plugin import library_path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +21,10 @@ def library() -> Path:
 
 @pytest.fixture(scope="session")
 def host_check() -> Path:
-    """The test program that is built with the library."""
-    return installed_file(HOST_CHECK)
+    """The test program that is built with the library: of several build folders, the newest."""
+    found = sorted(ROOT.glob("build/*/awq_trt_host_check"), key=lambda path: path.stat().st_mtime)
+    assert found, f"{ROOT}/build: no test program; pip install -e . builds it"
+    return found[-1]
 
 
 @pytest.fixture(scope="session")

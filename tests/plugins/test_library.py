@@ -6,13 +6,10 @@ import ctypes
 import itertools
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from bench.sass.listing import ARCHITECTURES, Kernel
 
 EVERYWHERE = {f"DecodeKernel<{dtype}, {tiles}>" for dtype in ("Half", "Bfloat16") for tiles in (1, 2, 3, 4)}
@@ -102,7 +99,7 @@ def _threads_and_registers(kernel: Kernel) -> tuple[int, int]:
     if kernel.family == "WgmmaKernel":
         return 384, 168  # at the start; setmaxnreg gives to the warps that multiply what the others do not need
     if kernel.family == "GemmKernel":
-        blocks = 2 if kernel.numbers == (4, 8) else 1  # resident: plugins/gemm_plan.h
+        blocks = 2 if kernel.numbers == (4, 8) else 1  # resident: plugins/plan/gemm_plan.h
         return 32 * kernel.numbers[0], min(255, 65536 // (32 * kernel.numbers[0] * blocks))
     if kernel.family == "DequantizeKernel":
         return 256, 65536 // (256 * 4)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import sass_report
 from bench.gemm.shapes import HEADLINE, PREFILL, TOKENS, Shape, shapes
 from bench.sass import listing, paths, prediction, prefill
@@ -318,7 +316,7 @@ def test_resources(kernels: list[listing.Kernel]) -> None:
         assert row["STG.128"] > 0, row
         if family == "Decode":  # what plans take for granted: 16 warps in one block or two, half with larger strips
             assert row["warps"] >= 16 // paths.strip_tiles(int(numbers[0])), row
-        if family == "Gemm":  # resident: plugins/gemm_plan.h
+        if family == "Gemm":  # resident: plugins/plan/gemm_plan.h
             assert row["warps"] >= 8 if numbers != ["4", "16"] else 4, row
 
 

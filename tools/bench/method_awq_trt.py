@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from awq_trt.checkpoint import Checkpoint, empty_model, open_checkpoint
-from awq_trt.quantization import quantize as quantize_directory
+from awq_trt.awq.quantize import quantize as quantize_directory
+from awq_trt.checkpoint.reader import Checkpoint, empty_model, open_checkpoint
 
 REMARKS = ["seconds include reading the weights and writing the quantized directory"]
 

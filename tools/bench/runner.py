@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from awq_trt.accuracy import Predictions, eager_predictions
-from awq_trt.blocks import Inputs
-from awq_trt.checkpoint import open_checkpoint
+from awq_trt.awq.blocks import Inputs
+from awq_trt.checkpoint.reader import open_checkpoint
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluation import open_weights
+from awq_trt.evaluate.accuracy import Predictions, eager_predictions
+from awq_trt.evaluate.evaluate import open_weights
 from bench.environments import NotInstalledError, interpreter
 from bench.methods import Method
 from bench.prepare import save_ids

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from awq_trt.packed_formats import AWQ_ORDER
+from awq_trt.checkpoint.formats import AWQ_ORDER
 from bench.gemm.methods import Pack, Packed, Tensors
 from bench.gemm.problem import Problem, pack_words
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from bench.sass.listing import Instruction
 
 UNIT_TILES = 2
-"""Turns of a loop inside the main loop: it goes over the tiles of a unit (plugins/decode_plan.h)."""
+"""Turns of a loop inside the main loop: it goes over the tiles of a unit (plugins/plan/decode_plan.h)."""
 
 HMMA_PER_UNIT, FFMA_PER_PART = 8, 4
 """Of 16 features of a unit and a tile of tokens: one HMMA for 16 columns; one FFMA for each of a lane's sums of a
@@ -151,7 +151,7 @@ def paths(graph: Graph, header: int, hmma: int) -> list[list[int]]:
 
 
 def strip_tiles(token_tiles: int) -> int:
-    """Rows of 16 output features in a strip, and so in a unit: StripTiles of plugins/decode_plan.h."""
+    """Rows of 16 output features in a strip, and so in a unit: StripTiles of plugins/plan/decode_plan.h."""
     return 2 if token_tiles > 2 else 1
 
 

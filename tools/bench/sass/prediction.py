@@ -26,11 +26,11 @@ LAUNCH_US = 1.2
 FIRST_BYTE_US = 0.8
 """Until the first weights arrive from a memory that was idle; assumed."""
 SPLIT_US = 1.1
-"""Fence, atomic addition, one more trip to L2: kSplitNanoseconds of plugins/decode_plan.cpp."""
+"""Fence, atomic addition, one more trip to L2: kSplitNanoseconds of plugins/plan/decode_plan.cpp."""
 LOADED_NS = 1000
-"""Latency of a busy memory: what is under way arrives within it. As plugins/decode_plan.cpp assumes."""
+"""Latency of a busy memory: what is under way arrives within it. As plugins/plan/decode_plan.cpp assumes."""
 L2_RATIO = 2
-"""Bandwidth of L2, where X and partial sums come from, over that of memory: kL2Ratio of plugins/decode_plan.cpp."""
+"""Bandwidth of L2, where X and partial sums come from, over that of memory: kL2Ratio of decode_plan.cpp."""
 L2_BYTES_PER_CLOCK = 64
 """That one multiprocessor can read from L2 while others do not, as the last arrivers of a reduction do; assumed."""
 SCHEDULERS = 4
@@ -43,7 +43,7 @@ WGMMA_PER_CLOCK = 1.0
 (H100 whitepaper; 989.4 TFLOPS = 132 x 2048 x 2 x 1.83 GHz, so 949 at the 1.755 GHz below)."""
 WAVEFRONT_BYTES = 128
 WAVE_US = 1.0
-"""Until the rings of the next wave of blocks are full: kWaveNanoseconds of plugins/decode_plan.cpp."""
+"""Until the rings of the next wave of blocks are full: kWaveNanoseconds of plugins/plan/decode_plan.cpp."""
 TACTICS = (1, 2, 3, 4)
 DEFAULT_TACTIC = TACTICS[0]
 
@@ -90,7 +90,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What `awq_trt_host_check plan` answers for few tokens: plugins/decode_plan.h."""
+    """What `awq_trt_host_check plan` answers for few tokens: plugins/plan/decode_plan.h."""
 
     token_tiles: int
     blocks_per_multiprocessor: int  # planned for; fewer where there are fewer blocks
@@ -126,7 +126,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """The same for many tokens: plugins/gemm_plan.h."""
+    """The same for many tokens: plugins/plan/gemm_plan.h."""
 
     kernel: str  # gemm, wgmma
     rows: int  # of a tile: output features

@@ -1,6 +1,6 @@
 """Many tokens: what binds the main loops of the gemm and wgmma kernels, and what the plugin's planner makes of a call.
 
-The times here are the planner's own: it compares tiles with them (EstimateNanoseconds of plugins/gemm_plan.cpp, where
+The times here are the planner's own: it compares tiles with them (EstimateNanoseconds of gemm_plan.cpp, where
 its assumptions are). **None is measured.**
 """
 
@@ -42,7 +42,7 @@ def warps(kernel: Kernel) -> int:
 
 
 def tile(kernel: Kernel) -> tuple[int, int]:
-    """Rows (output features) and tokens of a block's tile: GemmTile of plugins/gemm_plan.h."""
+    """Rows (output features) and tokens of a block's tile: GemmTile of plugins/plan/gemm_plan.h."""
     strips = 2 if kernel.family == "GemmKernel" else kernel.numbers[0]
     return warps(kernel) * strips * 16, kernel.numbers[-1] * 8
 

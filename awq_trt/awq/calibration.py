@@ -1,0 +1,109 @@
+"""Calibration inputs: text cut into windows of tokens, or arrays of model inputs for models that read no text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from awq_trt.errors import AwqTrtError
+from awq_trt.files import PACKAGE
+
+DATA = PACKAGE / "data"
+DEFAULT_TEXT = DATA / "calibration.txt"
+HELD_OUT_TEXT = DATA / "heldout.txt"
+MAX_CHARACTERS = 4_000_000
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+def read_text(source: str | Path) -> str:
+    """The text of a file, of every text file of a directory, or of a `datasets` id (its column `text`).
+
+    A dataset id is `name` or `name:configuration`; its train split is streamed until 4 million characters are there.
+
+    Raises:
+        AwqTrtError: nothing readable there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES)
+        if not files:
+            raise AwqTrtError(f"{source}: no {', '.join(TEXT_SUFFIXES)} file in this directory to calibrate on.")
+        return "\n\n".join(f.read_text(errors="replace") for f in files)
+    if path.is_file():
+        return path.read_text(errors="replace")
+    return _dataset_text(str(source))
+
+
+def _dataset_text(name: str) -> str:
+    missing = f"{name}: no such file or directory, and not a dataset that could be read"
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise AwqTrtError(f"{missing}: for hub datasets run `pip install datasets` first.") from error
+    identifier, _, configuration = name.partition(":")
+    try:
+        stream = load_dataset(identifier, configuration or None, split="train", streaming=True)
+        parts: list[str] = []
+        characters = 0
+        for row in stream:
+            parts.append(row["text"])
+            characters += len(parts[-1])
+            if characters > MAX_CHARACTERS:
+                break
+    except Exception as error:
+        raise AwqTrtError(f"{missing}: {type(error).__name__}: {error}") from error
+    return "\n\n".join(parts)
+
+
+def windows(source: str | Path, tokenizer: Any, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """Cut a text into at most `samples` windows of `length` tokens, spread evenly over the text.
+
+    Returns:
+        One dict per window: {"input_ids": int64 [1, length]}.
+
+    Raises:
+        AwqTrtError: no tokenizer, or a text shorter than one window.
+    """
+    if tokenizer is None:
+        raise AwqTrtError(
+            f"{source}: this model has no tokenizer to read a text with. Give its inputs with --calibration INPUTS.npz "
+            "(one array per model input, samples first), or round without searching: --method rtn."
+        )
+    text = read_text(source)
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"] if text.strip() else []
+    if len(ids) < length:
+        raise AwqTrtError(
+            f"{source}: {len(ids)} tokens of text, but one calibration window needs {length}. "
+            "Give more text, or shorter windows with --calibration-length."
+        )
+    count = min(samples, len(ids) // length)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return [{"input_ids": torch.tensor(ids[s : s + length]).unsqueeze(0)} for s in starts]
+
+
+def arrays(source: str | Path, samples: int) -> list[dict[str, torch.Tensor]]:
+    """Model inputs from a .npz: one array per argument of the model's forward, samples along the first axis.
+
+    Raises:
+        AwqTrtError: not a .npz of arrays (pickled objects are refused), or arrays of different lengths.
+    """
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            inputs = {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:
+        raise AwqTrtError(f"{source}: not a .npz of plain arrays: {error}") from error
+    counts = {name: len(array) for name, array in inputs.items()}
+    if not counts or len(set(counts.values())) != 1 or 0 in counts.values():
+        raise AwqTrtError(f"{source}: every array needs the same, non-zero number of samples; there are {counts}.")
+    count = min(samples, next(iter(counts.values())))
+    return [{name: array[i : i + 1] for name, array in inputs.items()} for i in range(count)]
+
+
+def calibration_inputs(source: str | Path, tokenizer: Any, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """Calibration inputs of either kind: `arrays` for a .npz, else `windows` of text."""
+    if str(source).endswith(".npz"):
+        return arrays(source, samples)
+    return windows(source, tokenizer, samples, length)

@@ -1,0 +1,273 @@
+"""The work directory of a quantization: whatever instant a run is killed at, the next one goes on from there.
+
+    .NAME.partial/                 beside the output NAME; locked while a run works in it
+        key.json                   what the result depends on; another key makes the directory worthless
+        result/                    the shards that are finished
+        states/00007.r0.safetensors    hidden states that go into block 7 (of rank 0's windows)
+        blocks/00006.json          report of block 6, written last: block 6 is finished
+        finished.json              the result is complete, and about to replace the output
+        scratch/                   sums that wait on disk
+
+Every file is written under a temporary name and renamed, in the order states, shard, report.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from awq_trt.awq.fold import Fold
+from awq_trt.engine.plugin import package_version
+from awq_trt.errors import AwqTrtError
+from awq_trt.files import PACKAGE, remove
+
+CHUNK = 1 << 22
+Key = dict[str, Any]
+
+
+def file_digest(path: Path) -> str:
+    """Hex BLAKE2b of a file's content."""
+    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(CHUNK)
+    with path.open("rb") as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """One digest of the whole content of several files, read side by side."""
+    with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+        return hashlib.blake2b(" ".join(pool.map(file_digest, files)).encode(), digest_size=16).hexdigest()
+
+
+def tensors_digest(inputs: list[dict[str, torch.Tensor]]) -> str:
+    """One digest of calibration inputs: token ids, pixels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in inputs:
+        for name, value in sample.items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def environment() -> Key:
+    """What the bits of a result depend on besides checkpoint, settings and calibration inputs."""
+    return {
+        "awq_trt": package_version(),
+        "program": content_digest(sorted(PACKAGE.rglob("*.py"))),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def read_json_or_none(path: Path) -> Any:
+    """A JSON file's value; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Folds(dict[Any, Fold | None]):
+    """Where scales can be folded, per structure of block, under keys that can be written to a file."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(repr(key))
+
+    def __getitem__(self, key: Any) -> Fold | None:
+        return super().__getitem__(repr(key))
+
+    def __setitem__(self, key: Any, value: Fold | None) -> None:
+        super().__setitem__(repr(key), value)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {key: None if fold is None else asdict(fold) for key, fold in self.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Folds:
+        """Inverse of `to_json`."""
+        folds = cls()
+        for key, fold in data.items():
+            dict.__setitem__(folds, key, None if fold is None else Fold(**fold))
+        return folds
+
+
+class KeepError(AwqTrtError):
+    """An error that may be mended without changing the key: what is finished is kept. Others would come again."""
+
+
+class WorkDirectory:
+    """A context manager for the one process that writes; see the head of this file.
+
+    Attributes:
+        path: the directory. result: what becomes the output. finished: how many blocks are.
+    """
+
+    def __init__(self, output: Path, key: Key, *, resume: bool = True, console: Console | None = None) -> None:
+        self.output = output
+        self.path = output.with_name(f".{output.name}.partial")
+        self.result, self.scratch = self.path / "result", self.path / "scratch"
+        self._key, self._resume, self._console = key, resume, console
+
+    def __enter__(self) -> WorkDirectory:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        except OSError as error:
+            raise AwqTrtError(f"could not write {self.path}: {error.strerror or error}.") from error
+        try:
+            remove(self._done)
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    @property
+    def _done(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.done")
+
+    def _locked(self) -> int:
+        while True:
+            self.path.mkdir(exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(handle), self.path.stat()):
+                    return handle
+            except FileNotFoundError:
+                pass  # the run before has just finished and removed it
+            except BlockingIOError as error:
+                os.close(handle)
+                raise AwqTrtError(
+                    f"{self.path}: another run is quantizing to {self.output} right now. Wait for it, or name another "
+                    "output."
+                ) from error
+            os.close(handle)
+
+    def _open(self) -> None:
+        known = read_json_or_none(self.path / "key.json")
+        if known != self._key or not self._resume:
+            if known is not None and self._console:
+                changed = ", ".join(k for k in self._key if not isinstance(known, dict) or known.get(k) != self._key[k])
+                why = f"not the same: {changed}" if self._resume and changed else "as asked"
+                self._console.print(f"{self.path}: the work of an earlier run is thrown away ({why}).", highlight=False)
+            self.clear()
+            write_json(self.path / "key.json", self._key)
+        self.make_folders()
+        for folder in (self.result, self.scratch, self.path / "states", self.path / "blocks"):
+            for temporary in folder.glob("*.tmp"):
+                remove(temporary)
+
+    def make_folders(self) -> None:
+        """Folders for whatever this process writes; on ranks other than 0 there may be none yet."""
+        folders = [self.scratch, self.path / "states", self.path / "blocks"]
+        for folder in folders if self.report() else [*folders, self.result]:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Throw away everything but the key, the key first, so that no instant leaves a wrong one."""
+        (self.path / "key.json").unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            remove(entry)
+
+    def restart(self) -> None:
+        """Throw away what is finished; the key stays."""
+        self.clear()
+        write_json(self.path / "key.json", self._key)
+        self._open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Keep what is worth keeping, and say so."""
+        try:
+            if error is None:
+                return
+            kept = self.finished
+            same_again = isinstance(error, AwqTrtError) and not isinstance(error, KeepError)
+            if (not kept or same_again) and self.report() is None:
+                remove(self.path)
+                note = "nothing half-written is left"
+            else:
+                note = f"{kept} finished blocks are kept in {self.path}: the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"interrupted; {note}") from None
+            if isinstance(error, OSError):
+                raise AwqTrtError(
+                    f"could not write {self.output}: {error.strerror or error}. What was there before is unchanged; "
+                    f"free some space or choose another place, then run again ({note})."
+                ) from error
+        finally:
+            os.close(self._lock)
+
+    def states(self, block: int) -> list[Path]:
+        """The files with the states that go into a block."""
+        return sorted((self.path / "states").glob(f"{block:05}.r*.safetensors"))
+
+    def new_states(self, block: int, rank: int) -> Path:
+        """Where a rank writes them."""
+        return self.path / "states" / f"{block:05}.r{rank}.safetensors"
+
+    def _block(self, i: int) -> Path:
+        return self.path / "blocks" / f"{i:05}.json"
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished, from the first on without a gap."""
+        count = 0
+        while self._block(count).exists():
+            count += 1
+        return count
+
+    def block_reports(self) -> list[dict[str, Any]]:
+        """The reports of the finished blocks."""
+        return [json.loads(self._block(i).read_text()) for i in range(self.finished)]
+
+    def finish_block(self, i: int, report: dict[str, Any]) -> None:
+        """Block i is finished: its shard and the states behind it are in their places."""
+        write_json(self._block(i), report)
+
+    def forget_states(self, before: int) -> None:
+        """Delete the states that go into the blocks before this one."""
+        for file in (self.path / "states").glob("*.safetensors"):
+            if int(file.name.split(".")[0]) < before:
+                file.unlink(missing_ok=True)
+
+    def report(self) -> dict[str, Any] | None:
+        """What an earlier run that was killed while it replaced the output has to say; None where there is none."""
+        found: dict[str, Any] | None = read_json_or_none(self.path / "finished.json")
+        return found
+
+    def publish(self, report: dict[str, Any]) -> None:
+        """Replace the output as a whole by the result, then remove the directory. Goes on where a killed run ended."""
+        write_json(self.path / "finished.json", report)
+        if self.result.exists():
+            replaced = self.path / "replaced"
+            remove(replaced)
+            if self.output.is_dir() and not self.output.is_symlink():
+                self.output.rename(replaced)
+            self.result.rename(self.output)
+        for entry in self.path.iterdir():
+            if entry.name not in ("key.json", "finished.json"):
+                remove(entry)
+        self.path.rename(self._done)
+        remove(self._done)

@@ -1,0 +1,132 @@
+"""Which tensor of a file is which parameter of the model (`checkpoint.empty_model`), and what to call one in a file.
+
+transformers renames tensors while it loads (`block_sparse_moe` -> `mlp`, a base model's prefix, `LayerNorm.gamma`) and
+stacks those of experts. Its own table of conversions, which has a row per family, says how; here the renamings are
+followed and the stacking is undone, because `experts.py` has every expert's layers apart. Conversions that compute
+something else (transpose, permute) are not followed: such a file is left to transformers (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
+
+from awq_trt.checkpoint.experts import Part, parts_of
+from awq_trt.checkpoint.submodels import Submodel
+
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+"""A fused parameter of experts -> the layers that are stacked in it, in the order of a conversion's sources."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is: the whole tensor `key`, or a part of it."""
+
+    key: str
+    part: Part | None = None
+
+
+class StoredNames:
+    """Both directions, for one model, or one of several that a file holds."""
+
+    def __init__(self, model: transformers.PreTrainedModel, submodel: Submodel | None = None) -> None:
+        self._submodel = submodel or Submodel(model.config)
+        self._prefix = f"{model.base_model_prefix}."
+        self._names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        self._names |= {n for n, _ in model.named_buffers()}
+        self._parts = parts_of(model)
+        self._fused: dict[str, dict[str, Part]] = {}
+        for name, part in self._parts.items():
+            self._fused.setdefault(part.fused, {})[name] = part
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        kept = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+        back = [c.reverse_transform() for c in reversed(kept) if not isinstance(c, WeightConverter) or _is_stacking(c)]
+        self._renamings_back = [c for c in back if isinstance(c, WeightRenaming)]
+        self._converters_back = [c for c in back if isinstance(c, WeightConverter)]
+
+    def find(self, keys: Iterable[str]) -> dict[str, Place]:
+        """Parameter (or buffer) -> where it is in a file with these keys; those that must be computed are left out."""
+        found: dict[str, Place] = {}
+        for key in keys:
+            own = self._submodel.name(key)
+            for name, part in self._places(own) if own is not None else ():
+                if name not in found or name == own:
+                    found[name] = Place(key, part)
+        return found
+
+    def find_loaded(self, keys: Iterable[str]) -> dict[str, Place]:
+        """`find` for names that transformers' own model has, where experts are fused and nothing else is renamed."""
+        return {name: Place(key, part) for key in keys for name, part in self._exact(key)}
+
+    def parameter(self, key: str) -> str | None:
+        """The parameter that a tensor called `key` is as a whole; None where it is none."""
+        own = self._submodel.name(key)
+        return None if own is None else self._whole(own)
+
+    def _whole(self, name: str) -> str | None:
+        return next((found for found, part in self._places(name) if part is None), None)
+
+    def key(self, name: str) -> str:
+        """What transformers would call a parameter in a file of this model alone, and other tools expect."""
+        key = name
+        if part := self._parts.get(name):
+            source, layer = part.fused.rpartition(".")[2], name.split(".")[-2]
+            for converter in self._converters_back:
+                fused, pattern = converter.rename_source_key(part.fused)
+                if pattern is not None:
+                    first, own = converter.target_patterns[0], PROJECTIONS[source].index(layer)
+                    key = fused.replace(first, converter.target_patterns[own]).replace("*", str(part.expert))
+                    break
+        key = apply_renamings(key, self._renamings_back)
+        return key if self._whole(key) == name else name
+
+    @property
+    def other_keys(self) -> dict[str, str]:
+        """Parameter -> `key`, for those whose name is another."""
+        return {name: key for name in sorted(self._names) if (key := self.key(name)) != name}
+
+    def _places(self, key: str) -> list[tuple[str, Part | None]]:
+        """The parameters that a tensor is, or has parts of."""
+        renamed = apply_renamings(key, self._renamings)
+        for converter in self._converters:
+            fused, pattern = converter.rename_source_key(renamed)
+            if pattern is not None:
+                name = self._expert_layer(renamed, fused, converter, pattern)
+                return [] if name is None else [(name, None)]
+        names = dict.fromkeys((key, *self._with_and_without_prefix(renamed)))
+        return next((places for name in names if (places := self._exact(name))), [])
+
+    def _exact(self, name: str) -> list[tuple[str, Part | None]]:
+        """The parameters that have this name, or have parts of the fused one that has it."""
+        return [(name, None)] if name in self._names else list(self._fused.get(name, {}).items())
+
+    def _expert_layer(self, key: str, fused: str, converter: WeightConverter, pattern: str) -> str | None:
+        """The parameter that one tensor is of those that a converter stacks; None where it does something else."""
+        parent, _, source = fused.rpartition(".")
+        expert = re.findall(r"\.(\d+)\.", key)[-1:]
+        if not _is_stacking(converter) or source not in PROJECTIONS or not expert:
+            return None
+        layer = PROJECTIONS[source][converter.source_patterns.index(pattern)]
+        names = self._with_and_without_prefix(f"{parent}.{expert[0]}.{layer}.weight")
+        name = next((n for n in names if n in self._parts), None)
+        plain = name is not None and not self._parts[name].transposed and self._parts[name].rows.step is None
+        return name if plain else None
+
+    def _with_and_without_prefix(self, name: str) -> tuple[str, str, str]:
+        return name, name.removeprefix(self._prefix), self._prefix + name
+
+
+def _is_stacking(converter: WeightConverter) -> bool:
+    """Whether a conversion only stacks the weights of experts: lists along axis 0, gate on up along axis 1."""
+    operations = [(type(o).__name__, getattr(o, "dim", None)) for o in converter.operations]
+    known = [("MergeModulelist", 0), ("Concatenate", 1)]
+    targets = [target.rpartition(".")[2] for target in converter.target_patterns]
+    sources = len(PROJECTIONS.get(targets[0], ()))
+    return len(targets) == 1 and sources == len(converter.source_patterns) and operations == known[:sources]

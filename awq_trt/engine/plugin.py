@@ -1,0 +1,87 @@
+"""Find the plugin library and check, without loading it, that it belongs to this version of the package."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+
+from awq_trt.errors import AwqTrtError
+
+LIBRARY = "awq_trt/lib/libawq_trt_plugins.so"
+ENVIRONMENT_VARIABLE = "AWQ_TRT_PLUGIN"
+_MARKER = re.compile(rb"AWQ_TRT_PLUGIN_VERSION=([0-9A-Za-z.+-]{1,64});")
+
+
+def package_version() -> str:
+    """Version of the installed package, as pyproject.toml says it."""
+    try:
+        return metadata.version("awq_trt")
+    except metadata.PackageNotFoundError as error:
+        raise AwqTrtError(
+            "awq_trt is not installed, so its plugin library has not been built. Run `pip install .` in the source "
+            "folder (`pip install -e .` to keep editing it)."
+        ) from error
+
+
+def library_path() -> Path:
+    """Absolute path of libawq_trt_plugins.so: AWQ_TRT_PLUGIN, else the one installed with the package.
+
+    Raises:
+        AwqTrtError: the file is missing, unreadable, not a plugin library, or of another version than this package.
+    """
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if override:
+        path = Path(override).expanduser().absolute()
+        if not path.is_file():
+            raise AwqTrtError(
+                f"{ENVIRONMENT_VARIABLE} is {override}, which is not a file. Correct it, or unset it to use the "
+                "library that was installed with the package."
+            )
+    else:
+        path = installed_file(LIBRARY)
+    version, expected = library_version(path), package_version()
+    if version != expected:
+        raise AwqTrtError(
+            f"the plugin library {path} is version {version}, this is awq_trt {expected}. Install the package again "
+            f"with `pip install .` in its source folder, or unset {ENVIRONMENT_VARIABLE} if it points to another one."
+        )
+    return path
+
+
+def installed_file(name: str) -> Path:
+    """Absolute path of a file that the build installed, in a normal and in an editable installation.
+
+    Args:
+        name: path inside site-packages, `LIBRARY` say.
+    """
+    version = package_version()
+    path = Path(str(metadata.distribution("awq_trt").locate_file(name))).absolute()
+    if not path.is_file():
+        raise AwqTrtError(
+            f"{path} is missing from the installation of awq_trt {version}. Install it again with "
+            "`pip install --force-reinstall --no-deps .` in the source folder."
+        )
+    return path
+
+
+def library_version(path: Path) -> str:
+    """Version written into a plugin library, read from the file without loading it.
+
+    Raises:
+        AwqTrtError: the file cannot be read, or is not an awq_trt plugin library.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = _MARKER.search(data)
+            version = found.group(1).decode() if found else ""
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise AwqTrtError(f"could not read the plugin library {path}: {error}. Install awq_trt again.") from error
+    if not version:
+        raise AwqTrtError(
+            f"{path} is not an awq_trt plugin library: it carries no version mark. Install awq_trt again, or correct "
+            f"{ENVIRONMENT_VARIABLE}."
+        )
+    return version

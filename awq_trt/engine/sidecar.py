@@ -1,0 +1,199 @@
+"""`out.plan.json`, the file beside every plan that says what is in it, where it runs, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awq_trt.engine import memory, trtexec
+from awq_trt.engine.plugin import library_version, package_version
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.metadata import GraphFacts, Tensor
+from awq_trt.files import replacing, sha256
+
+if TYPE_CHECKING:
+    from awq_trt.engine.build import EngineReport
+
+SCHEMA = 1
+"""Raised when a key changes its meaning or goes away; new keys do not raise it."""
+
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "schema": int,
+    "created": str,
+    "versions": dict,
+    "gpu_architectures": list,
+    "model": dict,
+    "profiles": list,
+    "inputs": list,
+    "outputs": list,
+    "quantized": list,
+    "fused": list,
+    "left_in_float": dict,
+    "plugin": (dict, type(None)),
+    "sizes": dict,
+    "build": dict,
+    "accuracy": (dict, type(None)),
+    "launch": dict,
+}
+"""Every key of the file, in its order, with the JSON type of its value."""
+
+
+def path_of(engine_path: Path) -> Path:
+    """Where the sidecar of a plan lies."""
+    return engine_path.with_name(engine_path.name + ".json")
+
+
+def describe(
+    report: EngineReport, graph: GraphFacts, plugin: Path | None, accuracy: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The sidecar's content: plain data, ready for JSON.
+
+    Args:
+        report: of the build. graph: the ONNX file it was built from. plugin: the library it was built with, or None.
+        accuracy: what the verification measured, or None where it did not run.
+    """
+    facts = graph.metadata
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "awq_trt": package_version(),
+            "runtime": report.runtime,
+            "runtime_version": report.runtime_version,
+            "onnx_opset": graph.opset,
+        },
+        "gpu_architectures": list(report.architectures),
+        "model": _model(report, graph),
+        "profiles": [
+            {
+                "name": profile.name,
+                "inputs": {
+                    name: {"min": list(low), "opt": list(best), "max": list(high)}
+                    for name, (low, best, high) in profile.shapes.items()
+                },
+            }
+            for profile in report.profiles
+        ],
+        "inputs": [_tensor(t) for t in graph.inputs],
+        "outputs": [_tensor(t) for t in graph.outputs],
+        "quantized": facts.get("quantized", []),
+        "fused": facts.get("fused", []),
+        "left_in_float": facts.get("left_in_float", {}),
+        "plugin": None
+        if plugin is None
+        else {
+            "file": plugin.name,
+            "path": str(plugin.resolve()),
+            "sha256": sha256(plugin),
+            "version": library_version(plugin),
+            "embedded": report.plugin_embedded,
+            "layers": report.plugin_layers,
+        },
+        "sizes": {
+            "plan": report.plan_bytes,
+            "onnx": graph.onnx_bytes,
+            "onnx_data": graph.data_bytes,
+            "quantized_weights": graph.quantized_bytes,
+            "other_weights": graph.float_bytes,
+            "plugin": None if plugin is None else plugin.stat().st_size,
+            "activations": memory.activation_bytes(graph.path, report.profiles),  # estimate; see memory.py
+        },
+        "build": {
+            "seconds": round(report.seconds, 1),
+            "peak_bytes": report.peak_bytes,
+            "strongly_typed": True,
+            "gpu": report.gpu,
+            "warnings": list(report.warnings),
+        },
+        "accuracy": accuracy,
+        "launch": _launch(report, graph, plugin),
+    }
+
+
+MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
+"""What the exporter wrote into the ONNX file and whoever runs the plan needs."""
+
+
+def _model(report: EngineReport, graph: GraphFacts) -> dict[str, Any]:
+    facts = {key: graph.metadata[key] for key in MODEL_FACTS if key in graph.metadata}
+    if (tokenizer := facts.get("tokenizer")) is not None:  # relative to the ONNX file; here to the plan
+        facts["tokenizer"] = os.path.relpath(graph.path.resolve().parent / tokenizer, report.engine.resolve().parent)
+    return {"onnx": graph.path.name, **facts}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a sidecar as JSON, keys in their order, two spaces of indentation, small things on one line."""
+    path.write_text(_pretty(content) + "\n")
+
+
+def update(engine_path: Path, **changes: Any) -> None:
+    """Replace top-level keys of an existing sidecar, `accuracy` say; the old file stays until the new one is whole."""
+    content = read_sidecar(path_of(engine_path)) | changes
+    with replacing(path_of(engine_path)) as (temporary,):
+        write(temporary, content)
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Read and check a sidecar (`path_of(engine_path)`).
+
+    Raises:
+        AwqTrtError: missing, not JSON, of another schema, a key missing or of the wrong type, or made for another plan
+            than the one that lies beside it now.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise AwqTrtError(f"{path}: no such file. It is written beside the plan; keep the two together.") from error
+    except ValueError as error:
+        raise AwqTrtError(f"{path}: not JSON ({error}). Build the engine again.") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise AwqTrtError(f"{path}: schema {schema!r}, this version reads {SCHEMA}. Build the engine again.")
+    for key, kind in KEYS.items():
+        if key not in content:
+            raise AwqTrtError(f"{path}: key {key!r} is missing. Build the engine again.")
+        if not isinstance(content[key], kind):
+            raise AwqTrtError(f"{path}: key {key!r} holds a {type(content[key]).__name__}. Build the engine again.")
+    plan = path.with_name(path.name.removesuffix(".json"))
+    if plan.is_file() and plan.stat().st_size != content["sizes"].get("plan"):
+        raise AwqTrtError(
+            f"{path}: describes a plan of {content['sizes'].get('plan')} bytes, but {plan.name} has "
+            f"{plan.stat().st_size}. The two are not from the same build; build the engine again."
+        )
+    return content
+
+
+def _launch(report: EngineReport, graph: GraphFacts, plugin: Path | None) -> dict[str, Any]:
+    """Ready-made lines."""
+    from awq_trt.serve.triton import repository
+
+    benchmark = {profile.name: trtexec.command(report.engine, profile.name) for profile in report.profiles}
+    generates = repository.is_generating(graph.metadata)
+    served = repository.launch(report.runtime, report.runtime_version, plugin, report.plugin_embedded, generates)
+    return {"benchmark": benchmark, "triton": served}
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.dims),
+        "dims": list(tensor.shape),
+    }
+
+
+def _pretty(value: Any, indent: str = "") -> str:
+    """JSON in which whatever fits into a line of 120 characters takes one: a model has hundreds of shapes."""
+    short = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, (dict, list)) or not value or (indent and len(indent) + len(short) < 112):
+        return short
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(k, ensure_ascii=False)}: {_pretty(v, inner)}" for k, v in value.items()]
+    else:
+        items = [_pretty(v, inner) for v in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{closing}"

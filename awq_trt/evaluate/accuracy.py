@@ -1,0 +1,134 @@
+"""How well a model predicts a text: perplexity, and how often it chooses the token that the float model chooses.
+
+Models run block by block (blocks.py), so that measuring needs no more memory than quantizing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+
+from awq_trt.awq.blocks import BlockStream, Inputs, Weights, quantizable_linears
+from awq_trt.awq.head import head_of, untied
+from awq_trt.awq.search import Settings
+from awq_trt.checkpoint.reader import Checkpoint, empty_model
+from awq_trt.linear import quantize_weight, row_chunks
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model on a text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of the next token; None for models that predict none.
+        top1: part of the positions where the arg max is that of the float model.
+    """
+
+    perplexity: float | None
+    top1: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one model makes of a text, window by window.
+
+    Attributes:
+        losses: mean negative log-likelihood of the next token in each window, in nats; [] for models that predict none.
+        chosen: arg max at every position of each window, int64 [1, S].
+    """
+
+    losses: list[float]
+    chosen: list[torch.Tensor]
+
+    def compared(self, reference: Predictions) -> Accuracy:
+        """Perplexity, and agreement with the reference (the float model)."""
+        same = torch.cat([(a == b).flatten() for a, b in zip(self.chosen, reference.chosen, strict=True)])
+        perplexity = math.exp(sum(self.losses) / len(self.losses)) if self.losses else None
+        return Accuracy(perplexity, float(same.float().mean()))
+
+
+class RoundedWeights:
+    """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would.
+
+    Args:
+        head: whether the layer that makes logits is rounded too, as `quantize` does with lm_head="int4".
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
+        checkpoint = untied(checkpoint) if head else checkpoint
+        self.source, self.config = checkpoint.source, checkpoint.config
+        self._checkpoint, self._settings = checkpoint, settings
+        model = empty_model(checkpoint.config)
+        rounded = [n for n, linear in quantizable_linears(model).items() if settings.why_float(linear) is None]
+        if head and (found := head_of(model)) is not None:
+            rounded.append(found[0])
+        self._rounded = {f"{name}.weight" for name in rounded}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter; a rounded weight as its dequantized value."""
+        weight = self._checkpoint.tensor(name)
+        if name not in self._rounded:
+            return weight
+        settings, (n, k) = self._settings, weight.shape
+        rounded = torch.empty(n, k, dtype=settings.dtype)
+        for rows in row_chunks(n, k):
+            layer = quantize_weight(weight[rows], settings.group(k), settings.symmetric, settings.dtype)
+            rounded[rows] = layer.dequantize()
+        return rounded
+
+
+def is_causal_lm(config: transformers.PretrainedConfig) -> bool:
+    """True where the architecture predicts the next token."""
+    name = (config.architectures or [""])[0]
+    return name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def predictions(outputs: Iterable[torch.Tensor], inputs: Sequence[Inputs], causal: bool) -> Predictions:
+    """Reduce a model's outputs to what accuracy needs, one window at a time.
+
+    Args:
+        outputs: per window, logits [1, S, V] (or other outputs [..., V]). inputs: {"input_ids": [1, S]} per window.
+        causal: whether logits predict the next token.
+    """
+    found = Predictions([], [])
+    for logits, sample in zip(outputs, inputs, strict=True):
+        found.chosen.append(logits.argmax(-1))
+        if causal:
+            loss = nn.functional.cross_entropy(logits[0, :-1].float(), sample["input_ids"][0, 1:])
+            found.losses.append(float(loss))
+    return found
+
+
+def eager_predictions(weights: Weights, inputs: Sequence[Inputs]) -> Predictions:
+    """`predictions` of a model with these weights, in fp32."""
+    return predictions(eager_outputs(weights, inputs), inputs, is_causal_lm(weights.config))
+
+
+def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, Accuracy]:
+    """Perplexity and top-1 agreement of several weights of one architecture; the first is the reference.
+
+    Args:
+        models: name -> weights. inputs: windows of held-out text ({"input_ids": [1, S]}), or other model inputs.
+    """
+    results: dict[str, Accuracy] = {}
+    reference: Predictions | None = None
+    for name, weights in models.items():
+        found = eager_predictions(weights, inputs)
+        reference = reference or found
+        results[name] = found.compared(reference)
+    return results
+
+
+def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:
+    """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time."""
+    stream = BlockStream(weights, list(inputs))
+    for i in range(len(stream.blocks)):
+        stream.load(i, weights)
+        stream.hidden = [stream.run(i, hidden, j) for j, hidden in enumerate(stream.hidden)]
+        stream.unload(i)
+    return (stream.head(hidden, j) for j, hidden in enumerate(stream.hidden))

@@ -1,0 +1,267 @@
+"""A quantized checkpoint in; model.onnx and model.onnx.data out.
+
+The graph is traced without weights (trace.py), its quantized layers are replaced (rewrite.py), and only then the
+weights are read, one tensor at a time, and written once. The fp16 form of a quantized weight is never made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import torch
+import transformers
+
+from awq_trt.checkpoint.reader import empty_model, local_path, persistent_buffers
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.external_data import ELEM_TYPES, DataFile, Read, values
+from awq_trt.export.kv_cache import KvCache
+from awq_trt.export.metadata import METADATA_KEY
+from awq_trt.export.rewrite import FusedNode, QuantizedNode, rewrite
+from awq_trt.export.rope import settled
+from awq_trt.export.trace import DecoderOptions, Trace, trace
+from awq_trt.files import replacing
+from awq_trt.layout import DTYPES
+from awq_trt.linear import QuantizedLinear
+
+Progress = Callable[[str, int, int], None]
+"""(what is going on, steps done, steps in all)"""
+
+
+class Quantized(Protocol):
+    """What is exported; quantized.open_quantized gives one. Nothing is read before it is asked for."""
+
+    @property
+    def config(self) -> transformers.PretrainedConfig: ...
+    @property
+    def linears(self) -> Mapping[str, QuantizedLinear]: ...
+    @property
+    def left_in_float(self) -> Mapping[str, str]: ...
+    @property
+    def generation(self) -> Mapping[str, Any]: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        path, data_path: the graph, and its weights beside it. onnx_bytes, data_bytes: their sizes.
+        format: "plugin" or "qdq". dtype: "float16" or "bfloat16".
+        quantized: the layers of the graph that are INT4. fused: the nodes that are several of them.
+        left_in_float: module name -> why it is not. cache: the fixed KV cache of a decoder, else None.
+    """
+
+    path: Path
+    data_path: Path
+    format: str
+    dtype: str
+    quantized: tuple[QuantizedNode, ...]
+    fused: tuple[FusedNode, ...]
+    left_in_float: dict[str, str]
+    onnx_bytes: int
+    data_bytes: int
+    cache: KvCache | None = None
+
+
+def export_onnx(
+    quantized_dir: str | Path,
+    onnx_path: str | Path,
+    *,
+    format: str = "plugin",
+    dtype: str | None = None,
+    fuse: bool = True,
+    decoder: DecoderOptions | None = None,
+    progress: Progress | None = None,
+) -> OnnxReport:
+    """Export a quantized checkpoint to ONNX.
+
+    Args:
+        quantized_dir: what quantized_checkpoint wrote. onnx_path: file to write; the weights go to `<onnx_path>.data`.
+        format: "plugin" (W4A16Gemm nodes, for TensorRT and, through their functions, ONNX Runtime) or "qdq"
+            (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
+        fuse: in format "plugin", one node for quantized layers that read the same tensor (see rewrite.py).
+        decoder: form and size of the KV cache, and of which tokens there are logits; None takes the defaults.
+        progress: called now and then.
+
+    Raises:
+        AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full. Then nothing is
+            written.
+    """
+    from awq_trt.checkpoint.quantized import open_quantized
+
+    source = open_quantized(quantized_dir)
+    tokenizer = None if source.tokenizer is None else local_path(quantized_dir)
+    return export_quantized(
+        source,
+        onnx_path,
+        format=format,
+        dtype=dtype,
+        fuse=fuse,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+
+
+def export_quantized(
+    source: Quantized,
+    onnx_path: str | Path,
+    *,
+    format: str = "plugin",
+    dtype: str | None = None,
+    fuse: bool = True,
+    decoder: DecoderOptions | None = None,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> OnnxReport:
+    """`export_onnx` of an open checkpoint; `tokenizer` is the directory to note for those who run the file."""
+    path = Path(onnx_path)
+    data_path = path.with_name(path.name + ".data")
+    say = progress or (lambda what, done, total: None)
+    dtype = dtype or _dtype_of(source)
+    if dtype not in DTYPES:
+        raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    options = decoder or DecoderOptions()
+    model = empty_model(settled(source.config, options.longest), attn_implementation="eager")
+    _load_buffers(model, source, DTYPES[dtype])
+    say("Tracing the model", 0, 1)
+    traced = trace(model, DTYPES[dtype], options)
+    say("Tracing the model", 1, 1)
+    layers, unused = _layers_of(source, traced, model)
+    with replacing(data_path, path) as (data_tmp, path_tmp):
+        with data_tmp.open("wb") as file:
+            data = DataFile(file, data_path.name)
+            lazy = _Linears(source.linears, layers, DTYPES[dtype], say)
+            read = _reader(source, traced)
+            proto, quantized, fused = rewrite(traced.model, lazy, format=format, fuse=fuse, store=data.store, read=read)
+            _store_weights(proto, traced, read, data, say)
+        left = {**source.left_in_float, **unused}
+        facts = {
+            "version": metadata.version("awq_trt"),
+            "format": format,
+            "dtype": dtype,
+            "model_type": source.config.model_type,
+            "max_positions": _positions(model) if model.main_input_name == "input_ids" else None,
+            **(_decoder_facts(source, traced, options, dtype) if traced.decoder else {}),
+            "tokenizer": None if tokenizer is None else os.path.relpath(tokenizer.resolve(), path.parent.resolve()),
+            "quantized": [asdict(node) for node in quantized],
+            "fused": [asdict(node) for node in fused],
+            "left_in_float": left,
+        }
+        proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
+        proto.producer_name, proto.producer_version = "awq_trt", facts["version"]
+        path_tmp.write_bytes(proto.SerializeToString())
+        sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
+    return OnnxReport(path, data_path, format, dtype, tuple(quantized), tuple(fused), left, *sizes, traced.cache)
+
+
+class _Linears(Mapping[str, QuantizedLinear]):
+    """initializer name -> layer, read when asked for and not kept."""
+
+    def __init__(
+        self, linears: Mapping[str, QuantizedLinear], layers: dict[str, str], dtype: torch.dtype, say: Progress
+    ) -> None:
+        self._linears, self._layers, self._dtype, self._say, self._done = linears, layers, dtype, say, 0
+
+    def __getitem__(self, weight: str) -> QuantizedLinear:
+        self._done += 1
+        self._say("Packing INT4 weights", self._done, len(self))
+        linear = self._linears[self._layers[weight]]
+        scale = None if linear.pre_scale is None else linear.pre_scale.to(self._dtype)
+        return replace(linear, scales=linear.scales.to(self._dtype), pre_scale=scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _dtype_of(source: Quantized) -> str:
+    """The dtype of the first quantized layer's scales; float16 where there is none."""
+    first = next(iter(source.linears.values()), None)
+    return "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
+
+
+def _positions(model: torch.nn.Module) -> int | None:
+    """Tokens that a table of learned positions has room for, the first rows that some models leave unused taken off."""
+    tables = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and re.search("pos|wpe", n)]
+    unused = [getattr(m, "offset", 0) if m.padding_idx is None else m.padding_idx + 1 for m in tables]
+    return min((m.num_embeddings - rows for m, rows in zip(tables, unused, strict=True)), default=None)
+
+
+def _load_buffers(model: torch.nn.Module, source: Quantized, dtype: torch.dtype) -> None:
+    """Give the buffers that the checkpoint stores (running means, say) its values; the others hold theirs already."""
+    for name in persistent_buffers(model):
+        parent, _, key = name.rpartition(".")
+        try:
+            value = source.tensor(name)
+        except AwqTrtError:  # tables such as position_ids, which older checkpoints have and newer ones leave out
+            continue
+        model.get_submodule(parent)._buffers[key] = value.to(dtype) if value.is_floating_point() else value
+
+
+def _layers_of(source: Quantized, traced: Trace, model: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Initializer name -> quantized layer, and the layers that this graph does not compute, with that as the reason."""
+    names = {name: initializer for initializer, tied in traced.weights.items() for name in tied}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    layers: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for layer in source.linears:
+        weight = f"{layer}.weight"
+        if weight in names:
+            layers[names[weight]] = layer
+        elif weight in known:
+            unused[layer] = "no output of the exported graph depends on it"
+        else:
+            raise AwqTrtError(
+                f"quantized layer {layer} is not a layer of {type(model).__name__}; config.json and the weights belong "
+                "to different models."
+            )
+    return layers, unused
+
+
+def _reader(source: Quantized, traced: Trace) -> Read:
+    """Values of the traced graph's initializers: weights from the checkpoint, what torch computed from the graph."""
+
+    def read(initializer: onnx.TensorProto) -> torch.Tensor:
+        if initializer.name not in traced.weights:
+            return values(initializer)
+        value = source.tensor(traced.weights[initializer.name][0])
+        if list(value.shape) != list(initializer.dims):
+            raise AwqTrtError(
+                f"tensor {initializer.name} is {list(value.shape)} in the checkpoint and {list(initializer.dims)} in "
+                "the model of its config.json; they belong to different models."
+            )
+        return value.to(next(t for t, elem_type in ELEM_TYPES.items() if elem_type == initializer.data_type))
+
+    return read
+
+
+def _store_weights(proto: onnx.ModelProto, traced: Trace, read: Read, data: DataFile, say: Progress) -> None:
+    """Fill in the initializers that have no data yet, one at a time."""
+    empty = [t for t in proto.graph.initializer if t.name in traced.weights]
+    for i, initializer in enumerate(empty):
+        initializer.CopyFrom(data.store(initializer.name, read(initializer)))
+        say("Writing the other weights", i + 1, len(empty))
+
+
+def _decoder_facts(source: Quantized, traced: Trace, options: DecoderOptions, dtype: str) -> dict[str, Any]:
+    """What a runtime must know to generate with a decoder."""
+    logits = next(output for output in traced.model.graph.output if output.name == "logits")
+    cache = {"kind": "dynamic"} if traced.cache is None else {"kind": "fixed", "dtype": dtype, **asdict(traced.cache)}
+    return {
+        "kv_cache": cache,
+        "logits": "all" if traced.cache is None or options.all_logits else "last",
+        "vocab_size": logits.type.tensor_type.shape.dim[-1].dim_value,
+        "generation": dict(source.generation),
+    }

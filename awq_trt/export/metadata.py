@@ -1,0 +1,249 @@
+"""What building an engine needs to know of an ONNX file, read without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.operator import OP_TYPE
+
+METADATA_KEY = "awq_trt"
+
+MAX_SEQ = 2048
+"""Default for graphs that do not say it themselves."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A graph input or output; `shape` holds sizes, or the name of a dynamic dimension; dtype like "float16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def dims(self) -> Shape:
+        """The shape with -1 for every dynamic dimension, as TensorRT and Triton write it."""
+        return tuple(d if isinstance(d, int) else -1 for d in self.shape)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: the smallest, the tuned and the largest shape of every input."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """An ONNX file without its weights.
+
+    Attributes:
+        inputs, outputs: of the graph, in its order; initializers that are also listed as inputs are left out.
+        metadata: what the exporter wrote under "awq_trt" in the file's metadata ({} for a foreign file).
+        plugin_nodes: number of W4A16Gemm nodes, each one layer or several.
+        quantized_bytes: their packed weights, scales and zeros.
+        float_bytes: every other initializer. onnx_bytes, data_bytes: the file and its external data files.
+    """
+
+    path: Path
+    opset: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    metadata: dict[str, Any]
+    plugin_nodes: int
+    quantized_bytes: int
+    float_bytes: int
+    onnx_bytes: int
+    data_bytes: int
+
+
+def read_graph(path: Path) -> GraphFacts:
+    """Read an ONNX file and check that its external data is complete.
+
+    Raises:
+        AwqTrtError: no such file, not an ONNX file, or external data missing or too short.
+    """
+    if not path.is_file():
+        raise AwqTrtError(f"{path}: no such file. Give the path of an ONNX file.")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises its own DecodeError, whose class differs between implementations
+        raise AwqTrtError(f"{path}: not an ONNX file, or cut short ({error}). Export it again.") from error
+    graph = model.graph
+    if not graph.node:
+        raise AwqTrtError(f"{path}: not an ONNX model: it holds no operators. Export it again.")
+    sizes = {t.name: _bytes(t) for t in graph.initializer}
+    # inputs 1, 2 and the zeros are INT4 data and its scales; bias and pre-scale are small and counted with them
+    quantized = {i for n in graph.node if n.op_type == OP_TYPE for i in n.input[1:] if i in sizes}
+    return GraphFacts(
+        path=path,
+        opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        inputs=tuple(_tensor(v) for v in graph.input if v.name not in sizes),
+        outputs=tuple(_tensor(v) for v in graph.output),
+        metadata=graph_metadata(model, path),
+        plugin_nodes=sum(n.op_type == OP_TYPE for n in graph.node),
+        quantized_bytes=sum(sizes[name] for name in quantized),
+        float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
+        onnx_bytes=path.stat().st_size,
+        data_bytes=_check_external_data(graph, path),
+    )
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files that hold an ONNX file's external data."""
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    names = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+    return [path.parent / name for name in sorted(names)]
+
+
+def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None) -> tuple[Profile, ...]:
+    """The profiles of a graph, made from its metadata and the names of its dynamic dimensions.
+
+    A decoder gets two: "decode" for one new token and "prefill" for many. Where its KV cache is fixed, prefill is for
+    up to a chunk, and the cache has its one size. Where it is dynamic (a dimension `past_sequence_length`), decode is
+    for 1..max_seq-1 cached tokens, prefill for 1..max_seq new ones and an empty cache. Any other graph gets one,
+    "default". TensorRT times its kernels at the tuned shape only; it is the full batch with half of the longest
+    sequence, because that is where time is spent and both ends are within a factor of two of it. A fixed cache is
+    tuned for a whole chunk: long prompts come in whole chunks.
+
+    Args:
+        max_seq: tokens, cached ones too; None is what the cache was exported for, or `MAX_SEQ`, or as many as there are
+            learned positions for.
+
+    Raises:
+        AwqTrtError: a limit below 1 or beyond the learned positions, a decoder with max_seq below 2 or not that of its
+            fixed cache, or a dimension of unknown meaning.
+    """
+    cache = fixed_cache_facts(graph.metadata)
+    if max_seq is None:
+        max_seq = cache["capacity"] if cache else min(MAX_SEQ, graph.metadata.get("max_positions") or MAX_SEQ)
+    for name, value in (("max_batch", max_batch), ("max_seq", max_seq)):
+        if value < 1:
+            raise AwqTrtError(f"{name} is {value}; it must be at least 1.")
+    if max_seq > (longest := graph.metadata.get("max_positions") or max_seq):
+        raise AwqTrtError(f"max_seq is {max_seq}, and the model of {graph.path} has positions for {longest} tokens.")
+    batch, sequence = (1, max_batch, max_batch), (1, -(-max_seq // 2), max_seq)
+    if cache:
+        if max_seq != cache["capacity"]:
+            raise AwqTrtError(
+                f"{graph.path} was exported with a KV cache for {cache['capacity']} tokens, and max_seq is {max_seq}: "
+                "export it again with this max_seq, or leave it out."
+            )
+        chunk = cache["prefill_chunk"]
+        decode = {"batch_size": batch, "sequence_length": (1, 1, 1)}
+        prefill = {"batch_size": batch, "sequence_length": (1, chunk, chunk)}
+        return (_profile(graph, "decode", decode), _profile(graph, "prefill", prefill))
+    if not any("past_sequence_length" in t.shape for t in graph.inputs):
+        ranges = {"batch_size": batch, "sequence_length": sequence}
+        return (_profile(graph, "default", ranges),)
+    if max_seq < 2:
+        raise AwqTrtError("max_seq is 1; a decoder with a cache needs at least 2: one cached token and the new one.")
+    past = (1, -(-(max_seq - 1) // 2), max_seq - 1)
+    decode = {
+        "batch_size": batch,
+        "sequence_length": (1, 1, 1),
+        "past_sequence_length": past,
+        "total_sequence_length": (past[0] + 1, past[1] + 1, past[2] + 1),
+    }
+    prefill = {
+        "batch_size": batch,
+        "sequence_length": sequence,
+        "past_sequence_length": (0, 0, 0),
+        "total_sequence_length": sequence,
+    }
+    return (_profile(graph, "decode", decode), _profile(graph, "prefill", prefill))
+
+
+def _profile(graph: GraphFacts, name: str, ranges: dict[str, tuple[int, int, int]]) -> Profile:
+    shapes = {}
+    for tensor in graph.inputs:
+        for i, dim in enumerate(tensor.shape):
+            if isinstance(dim, str) and dim not in ranges:
+                known = ", ".join(ranges)
+                called = f"is called {dim!r}" if dim else "has neither a size nor a name"
+                raise AwqTrtError(
+                    f"{graph.path}: dimension {i} of input {tensor.name!r} {called}. An optimization profile can only "
+                    f"be made for the dynamic dimensions {known}: rename it, or export with a fixed size."
+                )
+        at = [tuple(ranges[d][i] if isinstance(d, str) else d for d in tensor.shape) for i in range(3)]
+        shapes[tensor.name] = (at[0], at[1], at[2])
+    return Profile(name, shapes)
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    dtype = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+    names = {"float": "float32", "double": "float64"}
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
+    return Tensor(value.name, names.get(dtype, dtype), shape)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's data, from its shape and type; 4-bit types are packed two to a byte."""
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return -(-count // 2)
+    return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a decoder with a fixed KV cache, what is known of that ("capacity", "prefill_chunk", "layers"); else {}.
+
+    Args:
+        facts: of the model: the metadata of an ONNX file, or "model" of a plan's sidecar.
+    """
+    cache = facts.get("kv_cache") or {}
+    return cache if cache.get("kind") == "fixed" else {}
+
+
+def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """What the exporter noted in an ONNX file, {} for a foreign one; `path` is for messages.
+
+    Raises:
+        AwqTrtError: not readable.
+    """
+    text = {p.key: p.value for p in model.metadata_props}.get(METADATA_KEY, "{}")
+    try:
+        facts = json.loads(text)
+    except ValueError as error:
+        raise AwqTrtError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error}). Export it again.") from error
+    if not isinstance(facts, dict):
+        raise AwqTrtError(f"{path}: its metadata {METADATA_KEY!r} is not a JSON object. Export it again.")
+    return facts
+
+
+def _check_external_data(graph: onnx.GraphProto, path: Path) -> int:
+    """Bytes in all external data files; an error where one is missing or shorter than the tensors that lie in it."""
+    needed: dict[str, tuple[int, str]] = {}
+    for tensor in graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        where = {e.key: e.value for e in tensor.external_data}
+        end = int(where.get("offset", 0)) + int(where.get("length", _bytes(tensor)))
+        if end >= needed.get(where["location"], (0, ""))[0]:
+            needed[where["location"]] = (end, tensor.name)
+    total = 0
+    for location, (end, name) in needed.items():
+        file = path.parent / location
+        if not file.is_file():
+            raise AwqTrtError(f"{path}: its weights are in {file}, which is missing. Put it beside the ONNX file.")
+        size = file.stat().st_size
+        if size < end:
+            raise AwqTrtError(
+                f"{file}: {size} bytes, but tensor {name!r} ends at byte {end}: the file is cut short. "
+                "Copy it again, or export again."
+            )
+        total += size
+    return total

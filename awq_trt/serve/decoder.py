@@ -1,0 +1,160 @@
+"""What generates from an exported decoder: the one interface of ONNX Runtime on a CPU and TensorRT on a GPU.
+
+A decoder holds the KV cache of `max_batch` rows, each with its own length. A call runs some adjacent rows on new
+tokens; which rows belong to whom, and what was said before, is the business of generator.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_trt.engine.sidecar import path_of, read_sidecar
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.metadata import read_graph
+
+
+class Decoder:
+    """A model and the cache it writes; `open_decoder` makes one. Not for several threads at once.
+
+    Attributes:
+        path: of the model. facts: what the exporter wrote about it (keys kv_cache, generation, tokenizer and so on).
+        max_batch: rows of the cache. capacity: tokens a row holds. prefill_chunk: most new tokens of a row in a call.
+        vocab_size: logits per token. cache_bytes: size of the whole cache. closed: whether `close` was called.
+    """
+
+    cache_itemsize = 2
+    closed = False
+
+    def __init__(self, path: Path, facts: dict[str, Any], max_batch: int) -> None:
+        cache = fixed_cache(path, facts)
+        if max_batch < 1:
+            raise AwqTrtError(f"max_batch is {max_batch}; it must be at least 1.")
+        self.path, self.facts, self.max_batch = path, facts, max_batch
+        self.capacity: int = cache["capacity"]
+        self.prefill_chunk: int = cache["prefill_chunk"]
+        self.vocab_size: int = facts["vocab_size"]
+        self.every_logit = facts.get("logits") == "all"
+        self.cache_shapes = cache_shapes(cache)
+        row = sum(int(np.prod(shape)) for shape in self.cache_shapes.values())
+        self.cache_bytes = max_batch * row * self.cache_itemsize
+
+    def run(self, row: int, input_ids: np.ndarray, past_length: np.ndarray, input_length: np.ndarray) -> np.ndarray:
+        """New tokens for the rows row .. row + b; their cache is written in place.
+
+        Args:
+            input_ids: int64 [b, s], the new tokens of each row, then padding of any id.
+            past_length: int64 [b], tokens that the row's cache holds already.
+            input_length: int64 [b], how many of the new tokens are real; 0 for a row that only takes part.
+
+        Returns:
+            Logits float32 [b, vocab_size] after the last real token of each row; of a row without any, anything.
+
+        Raises:
+            AwqTrtError: rows, tokens or lengths outside of what the model was exported for, or the runtime failed.
+        """
+        if self.closed:
+            raise AwqTrtError(f"{self.path}: the decoder is closed; open it again.")
+        ids, past, new = (np.ascontiguousarray(a, np.int64) for a in (input_ids, past_length, input_length))
+        (b, s), chunk = ids.shape, self.prefill_chunk
+        if row < 0 or b < 1 or row + b > self.max_batch or past.shape != (b,) or new.shape != (b,):
+            raise AwqTrtError(
+                f"{b} rows from {row} with {past.size} and {new.size} lengths; the cache has {self.max_batch} rows."
+            )
+        if not 1 <= s <= chunk or (new < 0).any() or (new > np.minimum(s, chunk - past % chunk)).any():
+            raise AwqTrtError(
+                f"{s} new tokens, of them {new.tolist()} real, after {past.tolist()}: at most {chunk} in a call, and "
+                f"the real tokens of a row may not cross a multiple of {chunk}."
+            )
+        if (past < 0).any() or (past + s > self.capacity).any():
+            raise AwqTrtError(f"{s} new tokens after {past.tolist()}; the cache holds {self.capacity} per row.")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise AwqTrtError(f"token {ids.min()} or {ids.max()} is not in the vocabulary of {self.vocab_size}.")
+        return self._run(row, ids, past, new)
+
+    def decode_rows(self, first: int, last: int) -> tuple[int, int]:
+        """(row, batch) of the call that decodes rows first .. last (included) fastest; more rows may take part."""
+        return first, last - first + 1
+
+    def clear(self, row: int) -> None:
+        """Fill a row's cache with zeros: a NaN in it would outlive the sequence that made it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the memory back; the decoder is of no use afterwards."""
+        raise NotImplementedError
+
+    def _run(self, row: int, ids: np.ndarray, past: np.ndarray, new: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_decoder(path: str | Path, *, max_batch: int | None = None, threads: int | None = None) -> Decoder:
+    """Load an exported decoder.
+
+    Args:
+        path: .onnx runs in ONNX Runtime on the CPU, a plan in the TensorRT that built it, on the GPU.
+        max_batch: rows of the cache; None is 4 for ONNX, and what the plan was built for.
+        threads: of ONNX Runtime; None is one for each core.
+
+    Raises:
+        AwqTrtError: no such file, not a decoder with a fixed cache, nothing to run it with, no GPU.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AwqTrtError(f"{path}: no such file. Give an .onnx file or a plan of tools/export.py.")
+    if path.suffix == ".onnx":
+        from awq_trt.serve.ort import OrtDecoder
+
+        rows = 4 if max_batch is None else max_batch
+        return OrtDecoder(path, read_graph(path).metadata, max_batch=rows, threads=threads)
+    from awq_trt.serve.tensorrt import TensorRtDecoder
+
+    return TensorRtDecoder(path, read_sidecar(path_of(path)), max_batch=max_batch)
+
+
+def fixed_cache(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The description of a fixed KV cache (capacity, prefill_chunk, layers) in what is known of a model.
+
+    Raises:
+        AwqTrtError: it has none; says what it is instead.
+    """
+    cache = facts.get("kv_cache")
+    if not facts:
+        why = "it was not exported by awq_trt"
+    elif "kv_cache" not in facts:
+        why = "it was exported by an older version"
+    elif cache is None:
+        why = f"a model of type {facts.get('model_type')} is an encoder and generates no text"
+    elif cache.get("kind") != "fixed":
+        why = "its cache grows with every token (--kv-cache dynamic)"
+    elif not _complete(cache, facts):
+        why = "what it says of its cache is incomplete"
+    else:
+        return cache
+    raise AwqTrtError(f"{path}: {why}. Text is generated by decoders exported with --kv-cache fixed, the default.")
+
+
+def _complete(cache: dict[str, Any], facts: dict[str, Any]) -> bool:
+    layers = cache.get("layers")
+    sizes = [facts.get("vocab_size"), cache.get("capacity"), cache.get("prefill_chunk")]
+    if isinstance(layers, list) and layers:
+        sizes += [layer.get(k) for layer in layers for k in ("kv_heads", "slots", "head_dim", "value_head_dim")]
+        return all(isinstance(size, int) and size > 0 for size in sizes)
+    return False
+
+
+def cache_shapes(cache: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Name after "past_key_values." or "present." -> [kv_heads, slots, head_dim] of one row, in the graph's order."""
+    return {
+        f"{i}.{part}": (layer["kv_heads"], layer["slots"], layer[width])
+        for i, layer in enumerate(cache["layers"])
+        for part, width in (("key", "head_dim"), ("value", "value_head_dim"))
+    }

@@ -1,0 +1,406 @@
+"""Generating text with a decoder: many requests at once, each with settings, a seed and a length of its own.
+
+Continuous batching (Yu et al. 2022, Orca): the decoder's cache has rows, a request takes a free one, and rows begin
+and end at any time. A step is one decode call, a new token for every row that is past its prompt, and one prefill call,
+a part of the prompts that wait. So long prompts do not stop the others, and a row in the middle of its prompt takes
+part in the decode calls with no real token.
+
+A row remembers whose tokens its cache holds. A request whose prompt begins as they do, the next turn of a chat, goes on
+from there. (Not where a layer has a window: its ring has lost what lies behind.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_trt.errors import AwqTrtError
+from awq_trt.serve.decoder import Decoder, open_decoder
+from awq_trt.serve.sampling import Sampler, Sampling
+from awq_trt.serve.text_stream import TextStream
+
+SHARED_PREFILL = 256
+"""Most tokens of a prefill call while other rows decode: so long they wait for it."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text to be continued; token ids; or the messages of a chat, {"role": ..., "content": ...}."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a request. Those of one request come in order; the last has a finish_reason.
+
+    Attributes:
+        id: of the request. token_ids: new tokens, the end-of-sequence token that ended it too. text: new text, often ""
+            while it is not certain yet (text_stream.py).
+        finish_reason: None, or "stop" (end-of-sequence token or stop string), "length" (max_tokens, or the cache is
+            full), "cancelled", or "error", with the reason in `error`.
+    """
+
+    id: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Speed:
+    """Where time went: tokens of prompts in prefill calls, new tokens in decode calls, and the seconds of both."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Request:
+    id: int
+    ids: list[int]  # prompt, then what was generated
+    prompt: int  # tokens of it
+    sampling: Sampling
+    sampler: Sampler
+    text: TextStream
+    ends: frozenset[int]  # tokens that end it
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row of the cache: `cached` are the tokens it holds, whoever wrote them."""
+
+    cached: list[int] = field(default_factory=list)
+    request: _Request | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Tokens of the request that are not in the cache yet; 1 while it decodes."""
+        return 0 if self.request is None else len(self.request.ids) - len(self.cached)
+
+
+class Generator:
+    """Runs requests on the rows of a decoder. Call `step` as long as `busy`; not for several threads at once.
+
+    Args:
+        decoder: its rows are this generator's alone. tokenizer: of the model, from transformers.
+
+    Attributes:
+        speed: of all steps so far.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Any) -> None:
+        self.decoder, self.tokenizer, self.speed = decoder, tokenizer, Speed()
+        self._rows = [_Row() for _ in range(decoder.max_batch)]
+        self._queue: deque[_Request] = deque()
+        self._news: list[Event] = []
+        self._next_id = 0
+        known = (decoder.facts.get("generation") or {}).get("eos_token_id") or []
+        self._eos = frozenset([*known, tokenizer.eos_token_id]) - {None}
+        self._reuse = all(layer["window"] is None for layer in decoder.facts["kv_cache"]["layers"])
+
+    @property
+    def active(self) -> int:
+        """Requests that have a row."""
+        return sum(row.request is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to say."""
+        return bool(self._queue or self._news or self.active)
+
+    def add(self, prompt: Sequence[int], sampling: Sampling | None = None) -> int:
+        """Queue a request; it starts in the next `step` if a row is free, first come, first served.
+
+        Args:
+            prompt: token ids, at least one; `encode` makes them of text. sampling: None is greedy, `Sampling()`.
+
+        Returns:
+            Its id: 0, 1, 2 and so on.
+
+        Raises:
+            AwqTrtError: an empty prompt, ids outside of the vocabulary, or more than capacity - 1 of them.
+        """
+        ids, sampling = [int(i) for i in prompt], sampling or Sampling()
+        if not ids:
+            raise AwqTrtError("the prompt has no tokens; give at least one.")
+        if not all(0 <= i < self.decoder.vocab_size for i in ids):
+            raise AwqTrtError(f"the prompt has tokens outside of the vocabulary of {self.decoder.vocab_size}.")
+        if len(ids) >= self.decoder.capacity:
+            raise AwqTrtError(
+                f"the prompt has {len(ids)} tokens; the model was exported with a cache for {self.decoder.capacity}, "
+                f"so {self.decoder.capacity - 1} is the most. Shorten it, or export with a larger --max-seq."
+            )
+        special = self.tokenizer.get_added_vocab() if sampling.stop else {}
+        ends = {special[text] for text in sampling.stop if text in special}  # they have no text to be found in
+        self._queue.append(
+            _Request(
+                id=self._next_id,
+                ids=ids,
+                prompt=len(ids),
+                sampling=sampling,
+                sampler=Sampler(sampling, ids, self.decoder.vocab_size),
+                text=TextStream(self.tokenizer, ids, sampling.stop),
+                ends=frozenset(ends if sampling.ignore_eos else ends | self._eos),
+            )
+        )
+        self._next_id += 1
+        return self._next_id - 1
+
+    def cancel(self, id: int) -> bool:
+        """Stop a request; its last event, "cancelled", comes with the next `step`. False if it has ended already."""
+        for request in self._queue:
+            if request.id == id:
+                self._queue.remove(request)
+                self._news.append(Event(id, finish_reason="cancelled"))
+                return True
+        for row in self._rows:
+            if row.request is not None and row.request.id == id:
+                self._news.append(Event(id, text=row.request.text.finish(), finish_reason="cancelled"))
+                row.request = None
+                return True
+        return False
+
+    def step(self) -> list[Event]:
+        """One decode call and one prefill call, as far as there is something to do; what came of them."""
+        self._admit()
+        self._decode()
+        self._prefill()
+        news, self._news = self._news, []
+        return news
+
+    def _admit(self) -> None:
+        """Give free rows to those who wait: the one that holds most of a prompt's beginning, else the first."""
+        while self._queue and (free := [row for row in self._rows if row.request is None]):
+            request = self._queue.popleft()
+            row = max(free, key=lambda row: self._common(row, request))
+            del row.cached[self._common(row, request) :]
+            row.request = request
+
+    def _common(self, row: _Row, request: _Request) -> int:
+        """Tokens at the beginning of a prompt that a row holds already; never all, the last gives the first logits."""
+        most = min(len(row.cached), request.prompt - 1) if self._reuse else 0
+        return next((i for i in range(most) if row.cached[i] != request.ids[i]), most)
+
+    def _decode(self) -> None:
+        ready = [i for i, row in enumerate(self._rows) if row.waiting == 1]
+        if not ready:
+            return
+        first, batch = self.decoder.decode_rows(ready[0], ready[-1])
+        rows = range(first, first + batch)
+        for row in self._rows[first : first + batch]:
+            if row.request is None:  # takes part, and may not write behind its end
+                del row.cached[self.decoder.capacity - 1 :]
+        started = time.monotonic()
+        logits = self._run(rows, [int(self._rows[i].waiting == 1) for i in rows])
+        self.speed.tokens += len(ready)
+        for i in ready:
+            self._sample(i, logits[i - first])
+        self.speed.seconds += time.monotonic() - started
+
+    def _prefill(self) -> None:
+        rows, counts = self._prefill_rows()
+        if not rows:
+            return
+        started = time.monotonic()
+        logits = self._run(rows, counts)
+        self.speed.prompt_tokens += sum(counts)
+        for i in rows:
+            if self._rows[i].waiting == 0:
+                self._sample(i, logits[i - rows[0]])
+        self.speed.prompt_seconds += time.monotonic() - started
+
+    def _prefill_rows(self) -> tuple[range, list[int]]:
+        """The rows of the next prefill call, and how many tokens of each: the oldest request's, and those beside it
+        that have about as many, so that no more than a third is padding; in all no more than a chunk."""
+        chunk, capacity = self.decoder.prefill_chunk, self.decoder.capacity
+        most = min(chunk, SHARED_PREFILL) if any(row.waiting == 1 for row in self._rows) else chunk
+        counts = [
+            min(row.waiting, most, chunk - len(row.cached) % chunk) if row.waiting > 1 else 0 for row in self._rows
+        ]
+        ages = {i: row.request.id for i, row in enumerate(self._rows) if row.request is not None and counts[i]}
+        if not ages:
+            return range(0), []
+        oldest = min(ages, key=ages.__getitem__)
+        rows = range(oldest, oldest + 1)
+
+        def fits(rows: range) -> bool:
+            if rows.start < 0 or rows.stop > len(counts) or not all(counts[i] for i in rows):
+                return False
+            width = max(counts[i] for i in rows)
+            room = all(len(self._rows[i].cached) + width <= capacity for i in rows)
+            return room and width * len(rows) <= min(most, 1.5 * sum(counts[i] for i in rows))
+
+        while fits(wider := range(rows.start, rows.stop + 1)) or fits(wider := range(rows.start - 1, rows.stop)):
+            rows = wider
+        return rows, [counts[i] for i in rows]
+
+    def _run(self, rows: range, counts: list[int]) -> np.ndarray:
+        """The next `count` tokens of each row; afterwards they are in the cache. Logits [rows, vocab]."""
+        past = [len(self._rows[i].cached) for i in rows]
+        ids = np.zeros((len(rows), max(counts)), np.int64)
+        for line, i, start, count in zip(ids, rows, past, counts, strict=True):
+            if (request := self._rows[i].request) is not None:
+                line[:count] = request.ids[start : start + count]
+        logits = self.decoder.run(rows[0], ids, np.array(past), np.array(counts))
+        for line, i, count in zip(ids, rows, counts, strict=True):
+            self._rows[i].cached += line[:count].tolist()
+        return logits
+
+    def _sample(self, i: int, logits: np.ndarray) -> None:
+        """Choose a row's next token and say so; where it was the last, the row is free."""
+        row, request = self._rows[i], self._rows[i].request
+        assert request is not None
+        if not np.isfinite(logits.max()):
+            self.decoder.clear(i)
+            row.cached, row.request = [], None
+            why = "the output is NaN or Inf: activations left the range of float16; export with --dtype bfloat16."
+            self._news.append(Event(request.id, text=request.text.finish(), finish_reason="error", error=why))
+            return
+        token = request.sampler(logits)
+        request.ids.append(token)
+        reason, text = None, ""
+        if token in request.ends:
+            reason = "stop"
+        else:
+            text = request.text.push(token)
+            generated = len(request.ids) - request.prompt
+            if request.text.stopped:
+                reason = "stop"
+            elif generated == request.sampling.max_tokens or len(row.cached) == self.decoder.capacity:
+                reason = "length"
+        if reason is not None:
+            text += request.text.finish()
+            row.request = None
+        self._news.append(Event(request.id, (token,), text, reason))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What became of one prompt.
+
+    Attributes:
+        text: what follows the prompt, without special tokens and stop string. token_ids: all new tokens, the
+            end-of-sequence token too. finish_reason: see `Event`. prompt_tokens: how many the prompt has.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+
+
+def generate(
+    model: str | Path | Decoder,
+    prompts: str | Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    tokenizer: Any = None,
+    stream: Callable[[int, str], None] | None = None,
+    max_batch: int | None = None,
+    threads: int | None = None,
+) -> list[Generated]:
+    """Continue prompts, as many at once as the decoder has rows.
+
+    Args:
+        model: an .onnx file (ONNX Runtime on the CPU), a plan (TensorRT on the GPU), or an open decoder.
+        prompts: one text, or several prompts; a prompt is text, token ids, or the messages of a chat.
+        sampling: for all, or one for each; None is greedy. A seed gives every prompt the same random numbers.
+        tokenizer: of transformers, or its directory; None is the one that the model's file names.
+        stream: is called with the number of a prompt and a new piece of its text.
+        max_batch, threads: see `open_decoder`.
+
+    Raises:
+        AwqTrtError: the model or tokenizer cannot be loaded, a prompt is empty or too long, the output is NaN.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    if len(settings) != len(prompts):
+        raise AwqTrtError(
+            f"{len(prompts)} prompts and settings for {len(settings)}; give one for each, or one for all."
+        )
+    if not isinstance(model, Decoder):
+        with open_decoder(model, max_batch=max_batch, threads=threads) as decoder:
+            return generate(decoder, prompts, settings, tokenizer=tokenizer, stream=stream)
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = open_tokenizer(model, tokenizer)
+    generator = Generator(model, tokenizer)
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    numbers = {generator.add(ids, s): i for i, (ids, s) in enumerate(zip(encoded, settings, strict=True))}
+    events: list[list[Event]] = [[] for _ in prompts]
+    while generator.busy:
+        for event in generator.step():
+            number = numbers[event.id]
+            if event.error is not None:
+                raise AwqTrtError(f"{model.path}: prompt {number}: {event.error}")
+            events[number].append(event)
+            if stream is not None and event.text:
+                stream(number, event.text)
+    return [
+        Generated(
+            text="".join(event.text for event in of_one),
+            token_ids=tuple(token for event in of_one for token in event.token_ids),
+            finish_reason=str(of_one[-1].finish_reason),
+            prompt_tokens=len(ids),
+        )
+        for of_one, ids in zip(events, encoded, strict=True)
+    ]
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt; a chat goes through the tokenizer's chat template and ends where the answer begins.
+
+    Raises:
+        AwqTrtError: none of the three kinds of prompt, or text that is not Unicode; or messages, and the tokenizer's
+            chat template does not take them, or it has none.
+    """
+    if isinstance(prompt, str):
+        return _tokens(tokenizer, prompt)
+    ids = [int(item) for item in prompt if isinstance(item, Integral)]
+    if len(ids) == len(prompt):
+        return ids
+    if not all(isinstance(item, Mapping) for item in prompt):
+        raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
+    if not tokenizer.chat_template:
+        raise AwqTrtError("the tokenizer has no chat template: it cannot say how a chat is written. Give text instead.")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise whatever they like
+        raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
+    return _tokens(tokenizer, text, add_special_tokens=False)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
+        raise AwqTrtError(f"character {error.start} of the prompt is not Unicode: {error.reason}.") from error
+    return list(tokenizer(text, **options)["input_ids"])
+
+
+def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:
+    """The tokenizer in a directory, or in the one that the model's file names. Code that it brings is not run.
+
+    Raises:
+        AwqTrtError: there is none, or it cannot be loaded.
+    """
+    from awq_trt.checkpoint.reader import load_tokenizer
+
+    named = decoder.facts.get("tokenizer")
+    if directory is None and named is None:
+        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is with --tokenizer DIR.")
+    path = Path(directory) if directory is not None else decoder.path.parent / str(named)
+    if not path.is_dir():
+        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; --tokenizer says another.")
+    return load_tokenizer(path, trust_remote_code=False)

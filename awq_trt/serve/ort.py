@@ -1,0 +1,84 @@
+"""A decoder in ONNX Runtime on a CPU, in fp32, with the cache written in place.
+
+The file itself would be too slow: its function unpacks every weight in every call. So a copy with fp32 activations and
+MatMulNBits is run (fp32.py), whose greedy tokens are those of the eager model in fp32 with the weights
+(q - zero) * scale. ONNX Runtime maps the copy's data when it loads it, and the copy is deleted right then.
+
+past_key_values.* and present.* of a call are bound to the same memory: TensorScatter then writes the new tokens and
+copies nothing. The cache of rows row .. row + b is contiguous, so any of them can be run alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.fp32 import float32_copy
+from awq_trt.serve.decoder import Decoder
+
+
+class OrtDecoder(Decoder):
+    """See `Decoder`.
+
+    Args:
+        facts: metadata of the file. threads: of ONNX Runtime, None for one per core.
+
+    Raises:
+        AwqTrtError: not a decoder with a fixed cache, no room for the copy (TMPDIR says where), ONNX Runtime does not
+            take it.
+    """
+
+    cache_itemsize = 4
+
+    def __init__(self, path: Path, facts: dict[str, Any], *, max_batch: int, threads: int | None = None) -> None:
+        super().__init__(path, facts, max_batch)
+        if threads is not None and threads < 1:
+            raise AwqTrtError(f"{threads} threads: at least 1, please.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores are shared with a server
+        with ExitStack() as stack:
+            try:
+                copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="awq_trt."))) / "decoder.onnx"
+                float32_copy(path, copy, nbits=True)
+            except (OSError, AwqTrtError) as error:
+                raise AwqTrtError(f"{path}: no room for its copy in fp32 (TMPDIR says where): {error}") from error
+            try:
+                self._session: Any = onnxruntime.InferenceSession(str(copy), options, ["CPUExecutionProvider"])
+            except Exception as error:
+                raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+        self._cache = {name: np.zeros((max_batch, *shape), np.float32) for name, shape in self.cache_shapes.items()}
+
+    def _run(self, row: int, ids: np.ndarray, past: np.ndarray, new: np.ndarray) -> np.ndarray:
+        b, s = ids.shape
+        binding = self._session.io_binding()
+        for name, cache in self._cache.items():
+            there = ("cpu", 0, np.float32, (b, *cache.shape[1:]), cache[row:].ctypes.data)
+            binding.bind_input(f"past_key_values.{name}", *there)
+            binding.bind_output(f"present.{name}", *there)
+        inputs = {"input_ids": ids, "past_length": past} | ({} if self.every_logit else {"input_length": new})
+        for name, value in inputs.items():
+            binding.bind_input(name, "cpu", 0, np.int64, value.shape, value.ctypes.data)
+        logits = np.empty((b, s if self.every_logit else 1, self.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise AwqTrtError(f"{self.path}: ONNX Runtime failed: {error}") from error
+        return logits[np.arange(b), np.maximum(new, 1) - 1 if self.every_logit else 0]
+
+    def clear(self, row: int) -> None:
+        """See `Decoder.clear`."""
+        for cache in self._cache.values():
+            cache[row] = 0
+
+    def close(self) -> None:
+        """See `Decoder.close`."""
+        self.closed, self._session, self._cache = True, None, {}

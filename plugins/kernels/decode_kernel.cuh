@@ -1,0 +1,475 @@
+// Few tokens: every weight is read once and used a handful of times, so all that counts is that memory never waits.
+//
+// A warp streams its units of weights (decode_plan.h) through a ring of its own in shared memory, kDecodeStages deep
+// and filled by cp.async: no barrier between the first unit and the last. X is small and read by every warp, so the
+// block's slice of it is brought to shared memory once. Weights do not depend on the kernel before this one, X does:
+// the rings are filled before that kernel has ended.
+//
+// Scales are applied to sums, not to weights: within a group the products are (q - zero) * x with q - zero an exact
+// integer, and every group's sum is multiplied by its scale in fp32. That is one fused multiply-add per weight pair
+// less than a scaled weight, and one rounding per weight less.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/fragments.h"
+#include "plan/decode_plan.h"
+
+namespace awq_trt {
+
+constexpr int32_t kMaxSums = 8;  // of a lane: rows of 16 features times tiles of tokens
+
+// Four floats of a lane for 16 features and one tile of tokens: accumulators as in fragments.h. Sums of a strip are
+// [row of 16 features][tile of tokens].
+struct Sums {
+  float v[4];
+};
+AWQ_DEVICE Words WordsOf(Sums const& s) { return {{BitsOf(s.v[0]), BitsOf(s.v[1]), BitsOf(s.v[2]), BitsOf(s.v[3])}}; }
+AWQ_DEVICE void Add(Sums& sum, Words const& part) {
+#pragma unroll
+  for (int32_t e = 0; e < 4; ++e) sum.v[e] += FloatOf(part.w[e]);
+}
+
+// What a lane copies next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8 bytes of
+// `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
+template <int kStripTiles>
+struct Fetch {
+  static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
+  static constexpr int32_t kLast = 3;
+  int32_t left;  // units of the strip, in the block's rectangle
+  int32_t rows;  // of 16 features, from the strip on
+  uint32_t tile, entry;
+  uint32_t roles;  // in any unit; in the last one of a strip, shifted by kLast
+  char const* q;   // of this lane in tile 0
+
+  // The next one is `unit` of `strip`; the rectangle ends before end_unit.
+  AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t end_unit,
+                   int32_t lane)
+      : left(end_unit - unit),
+        rows(CeilDiv(args.n, kTileN) - strip * kStripTiles),
+        tile(strip * kStripTiles * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
+        entry(strip * kStripTiles * args.groups + unit * plan.part_step + lane / 2),
+        q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {
+    int32_t const part = lane / 2;
+    uint32_t const copies = lane % 2 == 0 && args.zeros != nullptr ? kScales | kZeros : kScales;
+    uint32_t const any = kSecondTile | (part < kUnitMaxGroups >> plan.part_shift ? copies : 0);
+    uint32_t const second = CeilDiv(args.k, kTileK) % kUnitTiles == 0 ? kSecondTile : 0;
+    uint32_t const last = end_unit <= plan.last_unit ? any : second | (part < plan.last_parts ? copies : 0);
+    roles = Opaque(any | last << kLast);
+  }
+
+  // Start the copy of a unit into a stage and go on to the next one. `lane_stage` is the stage's address + lane * 16,
+  // `units` those of a strip in the rectangle.
+  AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t units, int32_t lane) {
+    uint32_t const now = left == 1 ? roles >> kLast : roles;
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row, lane_stage += kStageBytes) {
+      bool const there = row == 0 || row < rows;
+      uint32_t const row_tile = tile + row * CeilDiv(args.k, kTileK), row_entry = entry + row * args.groups;
+      char const* const source = q + static_cast<uint64_t>(row_tile) * kTileBytes;
+      CopyAsync(lane_stage, source, there);
+      CopyAsync(lane_stage + kTileBytes, source + kTileBytes, there && (now & kSecondTile) != 0);
+      uint64_t const half = 2 * row_entry + lane % 2;
+      if (there && (now & kScales) != 0) CopyAsync(lane_stage + kStageScales, args.scales + half * 8, true);
+      if (there && (now & kZeros) != 0) {
+        CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(row_entry) * 8);
+      }
+    }
+    tile += kUnitTiles, entry += plan.part_step;
+    if (--left > 0) return;
+    left = units, rows -= kStripTiles;
+    tile += kStripTiles * CeilDiv(args.k, kTileK) - units * kUnitTiles;
+    entry += kStripTiles * args.groups - units * plan.part_step;
+  }
+};
+
+// Scales of 0 for parts that are never copied (times sums of 0; whatever was there might be NaN), and the zero 8 of
+// layers that have none.
+template <int kStripTiles>
+AWQ_DEVICE void PrepareRing(GemmArgs const& args, Shared ring, int32_t lane) {
+  uint32_t const fill = lane % 16 >= 8 && args.zeros == nullptr ? 0x88888888u : 0u;
+#pragma unroll
+  for (int32_t stage = lane / 16; stage < kDecodeStages * kStripTiles; stage += 2) {
+    StoreShared(ring + stage * kStageBytes + kStageScales + lane % 16 * 16, {{fill, fill, fill, fill}});
+  }
+  SyncWarp();
+}
+
+// What a part of a unit is scaled with.
+template <typename T>
+struct PartScale {
+  float low = 0, high = 0;  // of rows g and g + 8
+  uint32_t minus_zero[2] = {};
+
+  PartScale() = default;
+  AWQ_DEVICE PartScale(Shared stage, int32_t part, int32_t lane) {
+    uint32_t const scales = LoadShared32(stage + kStageScales + part * 32 + lane / 4 * 4);
+    low = ToFloat<T>(static_cast<uint16_t>(scales)), high = ToFloat<T>(static_cast<uint16_t>(scales >> 16));
+    MinusZeros<T>(minus_zero, LoadShared8(stage + kStageZeros + part * 32 + lane / 4));
+  }
+};
+
+// sums += 32 columns, two k-steps, of integers times X, of 16 features. `b[j]`: X of tile j of tokens.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void MultiplyQuarter(Sums* sums, uint32_t q0, uint32_t q1, uint32_t const (&minus_zero)[2],
+                                uint32_t const (&b)[kTokenTiles][4]) {
+  uint32_t a[2][4];
+  IntegerFragment<T>(a[0], q0, minus_zero);
+  IntegerFragment<T>(a[1], q1, minus_zero);
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    Mma<T>(sums[j].v, a[0], b[j][0], b[j][1]);
+    Mma<T>(sums[j].v, a[1], b[j][2], b[j][3]);
+  }
+}
+
+// acc += sums * scale; and sums begin anew.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void AddScaled(Sums* acc, Sums* sums, PartScale<T> const& scale) {
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+    for (int32_t e = 0; e < 4; ++e) acc[j].v[e] += sums[j].v[e] * (e < 2 ? scale.low : scale.high);
+    sums[j] = {};
+  }
+}
+
+// acc += unit * X, scaled in parts of 32 << kPartShift columns. `x_rows[j]` is where this lane reads X for ldmatrix.
+template <typename T, int32_t kPartShift, int kTokenTiles>
+AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTokenTiles], int32_t lane) {
+  constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kParts = kUnitMaxGroups >> kPartShift;
+  [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kUnitTiles : 1;  // registers
+  Sums sums[kStripTiles * kTokenTiles] = {};
+  PartScale<T> scale[kStripTiles];
+  auto begin_part = [&](int32_t row, int32_t part) { scale[row] = {stage + row * kStageBytes, part, lane}; };
+  auto end_part = [&](int32_t row) {
+    AddScaled<T, kTokenTiles>(acc + row * kTokenTiles, sums + row * kTokenTiles, scale[row]);
+  };
+  if constexpr (kParts == 1) {
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) begin_part(row, 0);
+  }
+#pragma unroll kAtOnce
+  for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
+    Words q[kStripTiles];
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) {
+      q[row] = LoadShared(stage + row * kStageBytes + tile * kTileBytes + lane * 16);
+    }
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {  // of a tile: 32 columns
+      uint32_t b[kTokenTiles][4];
+#pragma unroll
+      for (int32_t j = 0; j < kTokenTiles; ++j) LoadMatrices(b[j], x_rows[j] + tile * 128 + half * 64);
+#pragma unroll
+      for (int32_t row = 0; row < kStripTiles; ++row) {
+        if (kParts == 4 || (kParts == 2 && half == 0)) begin_part(row, tile * kParts / 2 + half * kParts / 4);
+        MultiplyQuarter<T>(sums + row * kTokenTiles, q[row].w[2 * half], q[row].w[2 * half + 1], scale[row].minus_zero,
+                           b);
+        if (kParts == 4 || (kParts == 2 && half == 1)) end_part(row);
+      }
+    }
+  }
+  if constexpr (kParts == 1) {
+#pragma unroll
+    for (int32_t row = 0; row < kStripTiles; ++row) end_part(row);
+  }
+}
+
+// 8 columns of a token, times pre_scale; 0 beyond the last column.
+template <typename T>
+AWQ_DEVICE Words LoadTokenChunk(GemmArgs const& args, int32_t token, int32_t column) {
+  Words chunk = {};
+  if (column >= args.k) return chunk;
+  uint16_t const* p = args.x + static_cast<int64_t>(token) * args.k + column;
+  if (args.x_aligned) {
+    chunk = LoadWords(p);
+  } else {
+#pragma unroll
+    for (int32_t e = 0; e < 8; ++e) chunk.w[e / 2] |= static_cast<uint32_t>(Load16(p + e)) << (16 * (e % 2));
+  }
+  if (args.pre_scale != nullptr) {
+    Words const scale = LoadStreaming(args.pre_scale + column);
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) chunk.w[i] = Multiply<T>(chunk.w[i], scale.w[i]);
+  }
+  return chunk;
+}
+
+// Bring the slice of X to shared memory: row `token` at token * row_bytes. Loads are issued four at a time.
+template <typename T>
+AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared x, int32_t first_column,
+                            int32_t units) {
+  constexpr int32_t kBatch = 4;
+  int32_t const chunks = units * (kUnitK / 8), threads = BlockThreads();
+  int32_t const token_step = threads / chunks, chunk_step = threads % chunks;
+  int32_t token = ThreadIndex() / chunks, chunk = ThreadIndex() % chunks;
+  while (token < args.tokens) {
+    Words loaded[kBatch];
+    Shared targets[kBatch];
+    bool valid[kBatch];
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      targets[i] = x + token * plan.row_bytes + chunk * 16;
+      valid[i] = token < args.tokens;
+      if (valid[i]) loaded[i] = LoadTokenChunk<T>(args, token, first_column + chunk * 8);
+      token += token_step, chunk += chunk_step;
+      if (chunk >= chunks) chunk -= chunks, ++token;
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      if (valid[i]) StoreShared(targets[i], loaded[i]);
+    }
+  }
+}
+
+// Y of 16 features, `row` of them, and one tile of tokens. It goes through `scratch`, kSumsBytes of shared memory of
+// this warp, so that 16 lanes write the 16 features of a token.
+template <typename T>
+AWQ_DEVICE void StoreSums(GemmArgs const& args, Sums const& sums, Shared scratch, int32_t row, int32_t token_tile,
+                          int32_t lane) {
+  StoreShared(scratch + lane * 16, WordsOf(sums));
+  SyncWarp();
+  int32_t const i = lane % kTileN, n = row * kTileN + i;
+#pragma unroll 1
+  for (int32_t j = lane / kTileN; j < kTokenTile && n < args.n; j += kWarp / kTileN) {
+    int32_t const token = token_tile * kTokenTile + j;
+    if (token >= args.tokens) break;
+    Shared const sum = scratch + (i % 8 * 4 + j / 2) * 16 + (i / 8 * 2 + j % 2) * 4;  // as in fragments.h
+    float const bias = args.bias != nullptr ? ToFloat<T>(Load16(args.bias + n)) : 0.0f;
+    Output const output = OutputOf(args, n);
+    Store16(output.y + token * output.stride, FromFloat<T>(FloatOf(LoadShared32(sum)) + bias));
+  }
+  SyncWarp();
+}
+
+AWQ_DEVICE int32_t BlockSlice() { return BlockIndex(); }
+AWQ_DEVICE int32_t BlockRange() { return BlockRow(); }
+
+// Where a slice leaves its sums of 16 features and a tile of tokens in the workspace.
+AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t row,
+                              int32_t token_tile, int32_t lane) {
+  int64_t const tile = static_cast<int64_t>(slice) * CeilDiv(args.n, kTileN) + row;
+  return static_cast<Words*>(args.workspace) + (tile * plan.token_tiles + token_tile) * kWarp + lane;
+}
+
+// The sums of a slice are complete: they are Y if it is the only one. The last strip may have a row that is not there.
+template <typename T>
+AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, Shared scratch, int32_t row,
+                           int32_t token_tile, int32_t lane) {
+  if (row * kTileN >= args.n) return;
+  if (plan.slices == 1) {
+    StoreSums<T>(args, sums, scratch, row, token_tile, lane);
+  } else {
+    StoreWords(PartialSums(args, plan, BlockSlice(), row, token_tile, lane), WordsOf(sums));
+  }
+}
+
+// What a block has of a layer: strips first_strip .., of each the units first_unit ..
+struct Rectangle {
+  int32_t first_strip, strips, first_unit, units;
+  uint32_t reciprocal;  // of units
+};
+AWQ_DEVICE Rectangle RectangleOf(DecodePlan const& plan, int32_t range, int32_t slice) {
+  bool const larger = slice < plan.units_of_slice.extra;
+  return {plan.strips_of_range.Begin(range), plan.strips_of_range.Size(range), plan.units_of_slice.Begin(slice),
+          plan.units_of_slice.Size(slice), larger ? plan.larger_reciprocal : plan.reciprocal};
+}
+// How its units, strip after strip, are cut into one segment for each warp.
+AWQ_DEVICE Cut SegmentsOf(DecodePlan const& plan, Rectangle const& block) {
+  int32_t const total = block.strips * block.units;
+  return {total >> plan.warp_shift, total & (plan.warps() - 1)};
+}
+// position / block.units
+AWQ_DEVICE int32_t StripOf(Rectangle const& block, int32_t position) {
+  return block.units == 1 ? position : static_cast<int32_t>(MultiplyHigh(position, block.reciprocal));
+}
+
+// Shared memory of a block: the rings, sums that could not be stored, X. A segment that ends inside a strip leaves the
+// sums of its last one, its tail, where the ring was. One that begins inside a strip and completes it keeps those sums,
+// its head, until all tails are there.
+template <int kTokenTiles>
+struct SharedLayout {
+  static constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kSums = kStripTiles * kTokenTiles;
+  static constexpr int32_t kRingBytes = kDecodeStages * kStripTiles * kStageBytes;
+  Shared rings, heads, x;
+  AWQ_DEVICE explicit SharedLayout(DecodePlan const& plan)
+      : rings(DynamicShared()),
+        heads(rings + (kRingBytes << plan.warp_shift)),
+        x(heads + (kSums * kSumsBytes << plan.warp_shift)) {}
+  AWQ_DEVICE Shared Ring(int32_t warp) const { return rings + warp * kRingBytes; }
+  AWQ_DEVICE Shared Head(int32_t warp, int32_t i) const { return heads + (warp * kSums + i) * kSumsBytes; }
+  AWQ_DEVICE Shared Tail(int32_t warp, int32_t i) const { return Ring(warp) + i * kSumsBytes; }
+  AWQ_DEVICE Shared Scratch(int32_t warp) const { return Tail(warp, kMaxSums); }  // once the ring is free
+};
+
+// A warp that has completed a strip which began in segments before adds their tails, nearest first, and stores it.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  Rectangle const block = RectangleOf(plan, Opaque(BlockRange()), Opaque(BlockSlice()));
+  Cut const segments = SegmentsOf(plan, block);
+  int32_t const begin = segments.Begin(warp), strip = StripOf(block, begin), strip_begin = strip * block.units;
+  if (begin == strip_begin || segments.Begin(warp + 1) < strip_begin + block.units) return;
+  SharedLayout<kTokenTiles> const shared(plan);
+  int32_t const first_row = (block.first_strip + strip) * StripTiles(kTokenTiles);
+#pragma unroll 1
+  for (int32_t i = 0; i < shared.kSums; ++i) {
+    Sums sums = {};
+    Add(sums, LoadShared(shared.Head(warp, i) + lane * 16));
+#pragma unroll 2
+    for (int32_t w = warp - 1; segments.Begin(w + 1) > strip_begin; --w) {
+      Add(sums, LoadShared(shared.Tail(w, i) + lane * 16));
+    }
+    StoreSlice<T>(args, plan, sums, shared.Scratch(warp), first_row + i / kTokenTiles, i % kTokenTiles, lane);
+  }
+}
+
+// The block that is the last one of its range to come here adds the sums of all slices, in their order.
+template <typename T, int kTokenTiles>
+AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodePlan const& plan) {
+  AWQ_SHARED uint32_t arrived;
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp, range = BlockRange();
+  SyncThreads();  // all sums of this block are in the workspace
+  if (ThreadIndex() == 0) arrived = CountArrival(args.counters + range);
+  SyncThreads();
+  if (arrived + 1 != static_cast<uint32_t>(plan.slices)) return;
+  if (ThreadIndex() == 0) Store32(args.counters + range, 0);  // for the next call
+  int32_t const first_row = plan.strips_of_range.Begin(range) * StripTiles(kTokenTiles);
+  int32_t const rows = plan.strips_of_range.Size(range) * StripTiles(kTokenTiles);
+#pragma unroll 1
+  for (int32_t item = warp; item < rows * kTokenTiles; item += plan.warps()) {
+    int32_t const row = first_row + item / kTokenTiles, token_tile = item % kTokenTiles;
+    if (row * kTileN >= args.n) break;
+    Sums sums = {};
+#pragma unroll 4
+    for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, row, token_tile, lane)));
+    StoreSums<T>(args, sums, SharedLayout<kTokenTiles>(plan).Scratch(warp), row, token_tile, lane);
+  }
+}
+
+// What a warp has before it: `count` units, the first ones of `strip` from its unit `from` in the rectangle on.
+template <int kStripTiles>
+struct Segment {
+  Fetch<kStripTiles> fetch;
+  Shared ring;
+  int32_t count, strip, from, units;  // units: of a strip in the rectangle
+
+  // Of the ring, for the unit after which `left` are left: counted down, so that one register does for both.
+  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * (kStripTiles * kStageBytes); }
+};
+
+// All units of a segment; what is left in `acc` is its tail. kDecodeStages - 1 units are under way. x_rows: where this
+// lane reads X for ldmatrix, at the first unit's columns.
+template <typename T, int32_t kPartShift, int kTokenTiles>
+AWQ_DEVICE void StreamUnits(Sums* acc, GemmArgs const& args, DecodePlan const& plan,
+                            Segment<StripTiles(kTokenTiles)>& segment, Shared (&x_rows)[kTokenTiles], int32_t lane) {
+  bool from_start = segment.from == 0;  // of the strip
+  int32_t unit = segment.from, strip = segment.strip;
+#pragma unroll 1
+  for (uint32_t left = segment.count; left > 0; --left) {
+    WaitCopies<kDecodeStages - 2>();
+    SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
+    if (left >= kDecodeStages) {
+      segment.fetch.Fill(args, plan, segment.Stage(left - (kDecodeStages - 1)) + lane * 16, segment.units, lane);
+    }
+    CommitCopies();
+    Shared const stage = segment.Stage(left);
+    MultiplyUnit<T, kPartShift>(acc, stage, x_rows, lane);
+    ++unit;
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] += kUnitK * 2;
+    if (unit < segment.units) continue;
+    // the strip is complete: stored here, or, if it began in segments before, by AddTails
+#pragma unroll
+    for (int32_t i = 0; i < StripTiles(kTokenTiles) * kTokenTiles; ++i) {
+      if (from_start) {
+        int32_t const row = strip * StripTiles(kTokenTiles) + i / kTokenTiles;
+        StoreSlice<T>(args, plan, acc[i], stage, row, i % kTokenTiles, lane);
+      } else {
+        StoreShared(SharedLayout<kTokenTiles>(plan).Head(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
+      }
+      acc[i] = {};
+    }
+#pragma unroll
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] -= segment.units * (kUnitK * 2);
+    unit = 0, ++strip, from_start = true;
+  }
+}
+
+template <typename T, int kTokenTiles>
+AWQ_KERNEL(kDecodeMaxWarps* kWarp / StripTiles(kTokenTiles), kTokenTiles == 1 ? 2 : 1)
+DecodeKernel(GemmArgs const args, DecodePlan const plan) {
+  int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
+  Rectangle const block = RectangleOf(plan, BlockRange(), BlockSlice());
+  Cut const segments = SegmentsOf(plan, block);
+  constexpr int32_t kStripTiles = StripTiles(kTokenTiles);
+  SharedLayout<kTokenTiles> const shared(plan);
+  int32_t const begin = segments.Begin(warp), strips = StripOf(block, begin), from = begin - strips * block.units;
+  int32_t const strip = block.first_strip + strips;
+  Segment<kStripTiles> segment{
+      Fetch<kStripTiles>(args, plan, strip, block.first_unit + from, block.first_unit + block.units, lane),
+      shared.Ring(warp),
+      Opaque(segments.Size(warp)),
+      strip,
+      from,
+      Opaque(block.units)};
+  PrepareRing<kStripTiles>(args, segment.ring, lane);
+#pragma unroll
+  for (int32_t i = 0; i < kDecodeStages - 1; ++i) {
+    Shared const lane_stage = segment.Stage(segment.count + kDecodeStages - i) + lane * 16;
+    if (i < segment.count) segment.fetch.Fill(args, plan, lane_stage, segment.units, lane);
+    CommitCopies();
+  }
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  StageTokens<T>(args, plan, shared.x, block.first_unit * kUnitK, block.units);
+  SyncThreads();
+
+  // ldmatrix: lanes 8i .. 8i + 7 read 8 columns of 8 tokens each, 8i columns on; missing tokens repeat the last one
+  Shared x_rows[kTokenTiles];
+#pragma unroll
+  for (int32_t j = 0; j < kTokenTiles; ++j) {
+    int32_t const token = j * kTokenTile + lane % 8;
+    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 +
+                from * (kUnitK * 2);
+  }
+  Sums acc[shared.kSums] = {};
+  if (plan.part_shift == 2) {
+    StreamUnits<T, 2>(acc, args, plan, segment, x_rows, lane);
+  } else if (plan.part_shift == 1) {
+    StreamUnits<T, 1>(acc, args, plan, segment, x_rows, lane);
+  } else {
+    StreamUnits<T, 0>(acc, args, plan, segment, x_rows, lane);
+  }
+  SyncWarp();  // no lane needs the ring any more
+#pragma unroll
+  for (int32_t i = 0; i < shared.kSums; ++i) {
+    StoreShared(SharedLayout<kTokenTiles>(plan).Tail(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
+  }
+  SyncThreads();
+  AddTails<T, kTokenTiles>(args, plan);
+  if (plan.slices > 1) AddSlices<T, kTokenTiles>(args, plan);
+}
+
+using DecodeFunction = void (*)(GemmArgs, DecodePlan);
+
+// The kernel for tokens of up to 8 * token_tiles.
+template <typename T>
+DecodeFunction DecodeKernelFor(int32_t token_tiles) {
+  switch (token_tiles) {
+    case 1:
+      return DecodeKernel<T, 1>;
+    case 2:
+      return DecodeKernel<T, 2>;
+    case 3:
+      return DecodeKernel<T, 3>;
+    default:
+      return DecodeKernel<T, kDecodeMaxTokenTiles>;
+  }
+}
+inline DecodeFunction DecodeKernelFor(ActivationType type, int32_t token_tiles) {
+  return type == ActivationType::kHalf ? DecodeKernelFor<Half>(token_tiles) : DecodeKernelFor<Bfloat16>(token_tiles);
+}
+
+}  // namespace awq_trt

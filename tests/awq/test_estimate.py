@@ -1,0 +1,50 @@
+"""What a run will take, and memory that is given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from awq_trt.awq import pipeline
+from awq_trt.awq.estimate import Budget, Clock, extrapolate, resident_bytes, trim_heap
+from awq_trt.awq.quantize import quantize
+
+MIB = 1 << 20
+
+
+def test_freed_memory_is_given_back() -> None:
+    """glibc keeps what lies below the last piece that is in use, however much it is."""
+    pieces = [np.ones(100_000, np.uint8) for _ in range(2000)]  # 191 MiB, each too small for pages of its own
+    last = pieces.pop()
+    full = resident_bytes("VmRSS")
+    del pieces
+    trim_heap()
+    assert full - resident_bytes("VmRSS") > 150 * MIB
+    assert last.all()
+
+
+def test_after_every_block(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(pipeline, "trim_heap", lambda: calls.append(1))
+    quantize(models / "llama", tmp_path / "out", samples=2, length=64)
+    assert len(calls) == 3, "the rehearsal and two blocks"
+
+
+def test_states_are_kept_only_where_a_limit_has_room_for_them() -> None:
+    assert not Budget(None, 0).spare(0, 0)
+    budget = Budget(100 * MIB, 0)
+    assert budget.spare(60 * MIB, 40 * MIB)
+    assert not budget.spare(60 * MIB, 41 * MIB)
+
+
+def test_nested_stages_are_counted_once_and_windows_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 5.0, 12.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock.stage("search"), clock.stage("observe"):
+        pass
+    assert clock.seconds == {"search": 13.0, "observe": 7.0}
+    clock.seconds = {"load": 1.0, "search": 2.0, "observe": 4.0, "advance": 6.0, "prove": 5.0}
+    assert extrapolate(clock, rehearsed=2, windows=8) == (1.0 + 2.0 + 4 * (4.0 + 6.0), 5.0)

@@ -1,0 +1,138 @@
+"""Checkpoint in, AWQ checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from awq_trt.awq.plan import default_group_size
+from awq_trt.awq.quantize import quantize
+from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.checkpoint.reader import empty_model, open_checkpoint
+from awq_trt.errors import AwqTrtError
+from awq_trt.linear import quantize_weight
+
+SHORT = {"samples": 2, "length": 128}
+
+
+def test_report_and_folds_of_a_decoder(models: Path, tmp_path: Path) -> None:
+    report = quantize(models / "llama", tmp_path / "out", **SHORT)
+    assert report.group_size == 64
+    assert len(report.quantized) == len(report.layers) == 14
+    assert report.left_in_float == {"lm_head": "outside the repeated blocks (embeddings and heads stay in float)"}
+    assert report.pre_scales == 0
+    folded = {layer.name.split(".", 3)[3]: layer.folded_into for layer in report.layers if "layers.1." in layer.name}
+    assert {k: v and v.split(".", 3)[3] for k, v in folded.items()} == {
+        "self_attn.q_proj": "input_layernorm",
+        "self_attn.k_proj": "input_layernorm",
+        "self_attn.v_proj": "input_layernorm",
+        "self_attn.o_proj": "self_attn.v_proj",
+        "mlp.gate_proj": "post_attention_layernorm",
+        "mlp.up_proj": "post_attention_layernorm",
+        "mlp.down_proj": "mlp.up_proj",
+    }
+    assert all(layer.error <= layer.error_rounding for layer in report.layers)
+    assert all(layer.tokens == 256 for layer in report.layers)
+    assert json.loads((tmp_path / "out" / "awq_trt.json").read_text())["layers"][0]["name"] == report.layers[0].name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_other_architectures(models: Path, tmp_path: Path, name: str) -> None:
+    report = quantize(models / name, tmp_path / "out", **SHORT)
+    assert report.layers
+    awq = open_quantized(tmp_path / "out")
+    assert set(awq.linears) == set(report.quantized)
+    for n, _ in empty_model(awq.config).named_parameters():
+        assert torch.isfinite(awq.tensor(n)).all()
+
+
+def test_vision_model_calibrates_on_arrays(models: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((4, 3, 32, 32), np.float32)
+    np.savez(tmp_path / "images.npz", pixel_values=images)
+    report = quantize(models / "vit", tmp_path / "out", calibration=tmp_path / "images.npz")
+    assert len(report.layers) == 12
+    assert report.layers[0].tokens == 4 * 17
+    with pytest.raises(AwqTrtError, match="no tokenizer"):
+        quantize(models / "vit", tmp_path / "none")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_rounding_only(models: Path, tmp_path: Path, group_size: int, symmetric: bool) -> None:
+    report = quantize(models / "vit", tmp_path / "out", method="rtn", group_size=group_size, symmetric=symmetric)
+    assert report.layers == ()
+    assert len(report.quantized) == 12
+    awq, original = open_quantized(tmp_path / "out"), open_checkpoint(models / "vit")
+    name = "vit.layers.0.mlp.fc2" if "vit.layers.0.mlp.fc2" in awq.linears else sorted(awq.linears)[0]
+    layer = awq.linears[name]
+    weight = original.tensor(f"{name}.weight")
+    expected = quantize_weight(weight, weight.shape[1] if group_size == -1 else group_size, symmetric, torch.float16)
+    assert torch.equal(layer.q, expected.q)
+    assert (layer.zeros is None) == symmetric
+
+
+def test_layers_a_group_does_not_divide_stay_in_float_and_are_listed(models: Path, tmp_path: Path) -> None:
+    report = quantize(models / "llama", tmp_path / "out", group_size=128, **SHORT)
+    assert {n.split(".")[-1] for n in report.quantized} == {"down_proj"}
+    reason = report.left_in_float["model.layers.0.self_attn.q_proj"]
+    assert reason == "in_features 64 is not a multiple of the group size 128"
+    awq = open_quantized(tmp_path / "out")
+    assert awq.left_in_float == report.left_in_float
+    assert awq.tensor("model.layers.0.self_attn.q_proj.weight").dtype == torch.float16
+
+
+def test_nothing_to_quantize(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(AwqTrtError, match="no layer can be quantized with these settings: .*group size 48"):
+        quantize(models / "llama", tmp_path / "out", group_size=48, **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_the_middle_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models / "llama")
+    bad = "model.layers.1.mlp.down_proj.weight"
+    readers = {**checkpoint.readers, bad: lambda: torch.full((64, 128), float("nan"))}
+    with pytest.raises(AwqTrtError, match=re.escape(bad)):
+        quantize(dataclasses.replace(checkpoint, readers=readers), tmp_path / "out", **SHORT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_fp16_are_named(models: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models / "llama")
+    huge = {"model.norm.weight": lambda: torch.full((64,), 1e6)}
+    checkpoint = dataclasses.replace(checkpoint, readers={**checkpoint.readers, **huge})
+    with pytest.raises(AwqTrtError, match=r"model\.norm\.weight overflows float16 .*--dtype bfloat16"):
+        quantize(checkpoint, tmp_path / "out", method="rtn")
+    quantize(dataclasses.replace(checkpoint, dtype=torch.bfloat16), tmp_path / "out", method="rtn")
+    assert open_quantized(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_estimate_and_progress_are_printed(models: Path, tmp_path: Path) -> None:
+    text = StringIO()
+    quantize(models / "llama", tmp_path / "out", console=Console(file=text, width=200), **SHORT)
+    assert re.search(
+        r"14 layers to INT4 \(asymmetric, group 64\) by AWQ on 2 calibration inputs in float32 on cpu, 1 stay",
+        text.getvalue(),
+    )
+    assert re.search(r"Estimate: \d+ s, \d+ MiB", text.getvalue())
+    assert "2/2" in text.getvalue()
+
+
+def test_same_input_same_bits(models: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize(models / "llama", tmp_path / name, **SHORT)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("widths", "expected"), [((576, 1536), 64), ((4096, 14336), 128), ((96,), 32), ((100,), 32)])
+def test_default_group_size(widths: tuple[int, ...], expected: int) -> None:
+    assert default_group_size({str(k): nn.Linear(k, 8, device="meta") for k in widths}) == expected

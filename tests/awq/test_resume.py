@@ -1,0 +1,270 @@
+"""Killed at any instant, a run goes on: nothing is repeated but the block in progress, and the bits are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import tiny_models
+from rich.console import Console
+
+from awq_trt.awq import pipeline
+from awq_trt.awq.quantize import quantize
+from awq_trt.awq.resume import WorkDirectory, content_digest
+from awq_trt.checkpoint.reader import open_checkpoint
+from awq_trt.errors import AwqTrtError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = 4
+OPTIONS = {"samples": 3, "length": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.llama(tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    quantize(model, output, **OPTIONS)
+    return tiny_models.content(output)
+
+
+def in_child(model: Path, output: Path, log: Path, kill: Callable[[], bool] | None) -> tuple[int, float]:
+    """Quantize in a forked process, killed once `kill()` is true; every block searched in earnest adds a line to `log`.
+
+    Returns:
+        Exit code (negative: signal), and seconds it ran.
+    """
+    begin = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        process = pipeline.process
+
+        def logged(plan: object, calls: object, writer: object, *rest: object) -> object:
+            if "scratch" not in str(writer.directory):  # type: ignore[attr-defined]
+                with log.open("a") as file:
+                    file.write(f"{calls.i}\n")  # type: ignore[attr-defined]
+            return process(plan, calls, writer, *rest)  # type: ignore[arg-type]
+
+        pipeline.process = logged  # type: ignore[assignment]
+        code = 1
+        try:
+            quantize(model, output, **OPTIONS)  # type: ignore[arg-type]
+            code = 0
+        finally:
+            os._exit(code)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG if kill else 0)
+        if done:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - begin
+        if kill and kill():
+            os.kill(child, signal.SIGKILL)
+            kill = None
+        else:
+            time.sleep(0.001)
+
+
+def finished_blocks(output: Path) -> int:
+    return len(list((output.parent / f".{output.name}.partial" / "blocks").glob("*.json")))
+
+
+def some_time_after(output: Path, blocks: int, delay: float) -> Callable[[], bool]:
+    """True from `delay` seconds after the moment when that many blocks are finished; a clock alone would let a machine
+    that is slow at one time and fast at another kill every run at the same stage."""
+    reached: list[float] = []
+
+    def due() -> bool:
+        if not reached and finished_blocks(output) >= blocks:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() - reached[0] >= delay
+
+    return due
+
+
+def test_killed_at_twenty_random_instants(model: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
+    """Several chains of runs, each killed again and again until one comes through."""
+    generator = random.Random(int(os.environ.get("AWQ_TRT_SEED", "0")))
+    code, seconds = in_child(model, tmp_path / "timed", tmp_path / "log", None)
+    assert code == 0
+    kills, stages = 0, set()
+    while kills < 20:
+        output, log = tmp_path / f"out{kills}", tmp_path / f"log{kills}"
+        (output / "old").mkdir(parents=True)
+        done, chain = False, 0
+        while not done:
+            finished = finished_blocks(output)
+            before = len(log.read_text().split()) if log.exists() else 0
+            stage, delay = generator.randint(finished, BLOCKS), generator.uniform(0.0, seconds / 2)
+            code, took = in_child(model, output, log, some_time_after(output, stage, delay) if chain < 8 else None)
+            assert code in (0, -signal.SIGKILL)
+            seconds = min(seconds, took) if code == 0 and finished == 0 else seconds  # the first may have been slow
+            searched = [int(line) for line in log.read_text().split()[before:]] if log.exists() else []
+            assert searched == list(range(finished, finished + len(searched))), "a finished block was searched again"
+            done, chain = code == 0, chain + 1
+            if not done:
+                kills += 1
+                stages.add(finished_blocks(output))
+        assert tiny_models.content(output) == uninterrupted
+        assert [p.name for p in tmp_path.glob(".*")] == []
+    assert len(stages) > 2, f"all kills came at the same stages: {stages}"
+
+
+class StopError(RuntimeError):
+    """Stands for whatever may end a run."""
+
+
+def stopped_before(block: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next run fail when it comes to a block; rehearsals do not count."""
+    process = pipeline.process
+
+    def failing(plan: object, calls: object, writer: object, *rest: object) -> object:
+        if calls.i == block and "scratch" not in str(writer.directory):  # type: ignore[attr-defined]
+            raise error
+        return process(plan, calls, writer, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "process", failing)
+
+
+def test_what_is_kept_is_said_and_used(
+    model: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    for error, raised, words in (
+        (
+            KeyboardInterrupt(),
+            KeyboardInterrupt,
+            "interrupted; 3 finished blocks are kept in .* the same",
+        ),
+        (OSError(28, "No space left on device"), AwqTrtError, "No space left on device.*3 finished blocks are kept"),
+        (StopError("out of memory"), StopError, "out of memory"),
+    ):
+        with monkeypatch.context() as patch:
+            stopped_before(3, error, patch)
+            with pytest.raises(raised, match=words):
+                quantize(model, output, **OPTIONS)
+        assert partial.is_dir()
+        assert not output.exists()
+    text = StringIO()
+    quantize(model, output, console=Console(file=text, width=200), **OPTIONS)
+    assert "3 of 4 blocks are finished by an earlier run" in text.getvalue()
+    assert tiny_models.content(output) == uninterrupted
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "block"), [(KeyboardInterrupt(), 0), (OSError(28, "full"), 0), (AwqTrtError("bad tensor"), 3)]
+)
+def test_nothing_is_left_where_nothing_is_worth_keeping(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, block: int
+) -> None:
+    stopped_before(block, error, monkeypatch)
+    with pytest.raises((KeyboardInterrupt, AwqTrtError)):
+        quantize(model, tmp_path / "out", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"symmetric": True}, "not the same: settings"),
+        ({"length": 65}, "not the same: calibration"),
+        ({"resume": False}, "as asked"),
+        ({"checkpoint": "another"}, "not the same: checkpoint"),
+    ],
+)
+def test_another_key_starts_anew_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], words: str
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_before(2, StopError(), patch)
+        with pytest.raises(StopError):
+            quantize(model, tmp_path / "out", **OPTIONS)
+    checkpoint = open_checkpoint(model)
+    if change.pop("checkpoint", None):
+        extra = tmp_path / "extra"
+        extra.write_text("one more file")
+        checkpoint = dataclasses.replace(checkpoint, files=(*checkpoint.files, extra))
+    text = StringIO()
+    quantize(checkpoint, tmp_path / "out", console=Console(file=text, width=200), **{**OPTIONS, **change})
+    assert "thrown away" in text.getvalue()
+    assert words in text.getvalue()
+    assert "finished by an earlier run" not in text.getvalue()
+
+
+def test_one_byte_changes_the_digest(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(bytes(9 << 20))
+    before = content_digest(files)
+    files[1].write_bytes(bytes((9 << 20) - 1) + b"x")
+    assert content_digest(files) != before
+
+
+def test_states_that_are_damaged_or_missing_start_anew(
+    model: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_before(2, StopError(), patch)
+        with pytest.raises(StopError):
+            quantize(model, tmp_path / "out", **OPTIONS)
+    (states,) = (tmp_path / ".out.partial" / "states").iterdir()
+    states.write_bytes(states.read_bytes()[:1000])
+    quantize(model, tmp_path / "out", **OPTIONS)
+    assert tiny_models.content(tmp_path / "out") == uninterrupted
+
+
+def test_states_in_memory_give_the_same_bits(model: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
+    quantize(model, tmp_path / "out", memory=1 << 40, **OPTIONS)
+    assert tiny_models.content(tmp_path / "out") == uninterrupted
+
+
+def test_too_little_memory_is_refused_before_the_first_block(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(AwqTrtError, match=r"this run needs \d+ MiB of memory, but --memory allows 64 MiB"):
+        quantize(model, tmp_path / "out", memory=64 << 20, **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    with (
+        WorkDirectory(tmp_path / "out", {"a": 1}),
+        pytest.raises(AwqTrtError, match="another run is quantizing to .*out right now"),
+        WorkDirectory(tmp_path / "out", {"a": 1}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("at", ["before", "output aside", "result in place", "cleaned"])
+def test_killed_while_the_output_is_replaced(tmp_path: Path, at: str) -> None:
+    """Every state that `publish` goes through is one that the next run ends from."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    work = WorkDirectory(output, {"a": 1})
+    work.__enter__()
+    (work.result / "new").touch()
+    (work.path / "finished.json").write_text(json.dumps({"layers": []}))
+    if at != "before":
+        output.rename(work.path / "replaced")
+    if at in ("result in place", "cleaned"):
+        work.result.rename(output)
+    if at == "cleaned":
+        for name in ("replaced", "states", "blocks", "scratch"):
+            (work.path / name).rename(tmp_path / name)
+    os.close(work._lock)  # as the kernel does when a process is killed
+    with WorkDirectory(output, {"a": 1}) as again:
+        assert again.report() == {"layers": []}
+        again.publish(again.report() or {})
+    assert [p.name for p in output.iterdir()] == ["new"]
+    assert not again.path.exists()
+    assert not (tmp_path / ".out.done").exists()

@@ -1,0 +1,239 @@
+"""Reading checkpoints, and refusing bad ones in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import tiny_models
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from awq_trt.checkpoint.reader import empty_model, open_checkpoint
+from awq_trt.errors import AwqTrtError
+
+
+@pytest.fixture
+def llama(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models / "llama", tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_every_parameter_is_the_one_transformers_loads(models: Path, name: str) -> None:
+    checkpoint = open_checkpoint(models / name)
+    cls = getattr(transformers, checkpoint.config.architectures[0])
+    expected = dict(cls.from_pretrained(models / name).named_parameters())
+    names = [n for n, _ in empty_model(checkpoint.config).named_parameters()]
+    assert names == list(expected)
+    for n in names:
+        value = expected[n].t() if n in checkpoint.transposed else expected[n]
+        assert torch.equal(checkpoint.tensor(n), value), n
+    assert bool(checkpoint.transposed) == (name == "gpt2")
+    assert (checkpoint.tokenizer is None) == (name == "vit")
+
+
+def test_empty_model_has_buffers_but_no_weights(models: Path) -> None:
+    model = empty_model(open_checkpoint(models / "llama").config)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert float(model.model.rotary_emb.inv_freq[0]) == 1.0
+    assert isinstance(torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter)
+    assert not torch.nn.Linear(2, 2).weight.is_meta  # nothing stays patched
+
+
+def test_tensors_are_read_when_asked_for(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, llama / "model.safetensors")
+    assert torch.equal(checkpoint.tensor("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def test_names_of_older_checkpoints(models: Path, tmp_path: Path) -> None:
+    """BERT as saved years ago: no "bert." in front, LayerNorm.gamma and .beta."""
+    old = Path(shutil.copytree(models / "bert", tmp_path / "bert"))
+    tensors = load_file(old / "model.safetensors")
+    renamed = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in tensors.items()
+    }
+    save_file(renamed, old / "model.safetensors")
+    name = "bert.encoder.layer.0.output.LayerNorm.weight"
+    assert torch.equal(open_checkpoint(old).tensor(name), tensors[name])
+
+
+def test_dtype_of_activations(llama: Path) -> None:
+    assert open_checkpoint(llama).dtype == torch.float16  # the file is fp32
+    tensors = {n: t.bfloat16() for n, t in load_file(llama / "model.safetensors").items()}
+    save_file(tensors, llama / "model.safetensors")
+    assert open_checkpoint(llama).dtype == torch.bfloat16
+
+
+def shard(directory: Path) -> None:
+    """Split model.safetensors into two shards with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n in names if weight_map[n] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards(llama: Path) -> None:
+    before = open_checkpoint(llama).tensor("model.norm.weight")
+    shard(llama)
+    assert torch.equal(open_checkpoint(llama).tensor("model.norm.weight"), before)
+
+
+def test_missing_shard(llama: Path) -> None:
+    shard(llama)
+    (llama / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(AwqTrtError, match=r"shard model-00002-of-00002\.safetensors is missing"):
+        open_checkpoint(llama)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -16])
+def test_truncated_shard(llama: Path, keep: int) -> None:
+    data = (llama / "model.safetensors").read_bytes()
+    (llama / "model.safetensors").write_bytes(data[:keep])
+    with pytest.raises(AwqTrtError, match=r"model\.safetensors is truncated or damaged"):
+        open_checkpoint(llama)
+
+
+def test_missing_tensor(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AwqTrtError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not in the checkpoint"):
+        open_checkpoint(llama)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_named(llama: Path, bad: float) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+    save_file(tensors, llama / "model.safetensors")
+    with pytest.raises(AwqTrtError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN or Inf"):
+        open_checkpoint(llama).tensor("model.layers.1.mlp.up_proj.weight")
+
+
+def test_pickles_are_refused_with_the_line_that_converts(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    marker = llama / "ran"
+    (llama / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
+    with pytest.raises(AwqTrtError, match=r"pickled weights.*(?s:.)*save_pretrained"):
+        open_checkpoint(llama)
+    assert not marker.exists()
+
+
+def test_no_weights_at_all(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(AwqTrtError, match=r"no \.safetensors file"):
+        open_checkpoint(llama)
+
+
+def test_unknown_architecture(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "model_type": "zebra", "architectures": ["Zebra"]}))
+    with pytest.raises(AwqTrtError, match=r"model_type 'zebra'"):
+        open_checkpoint(llama)
+    (llama / "config.json").write_text(json.dumps({**config, "architectures": ["ZebraForCausalLM"]}))
+    with pytest.raises(AwqTrtError, match=r"architecture 'ZebraForCausalLM'"):
+        open_checkpoint(llama)
+
+
+def test_remote_code_stays_off(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "zebra", "auto_map": {"AutoConfig": "code.Config"}}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "code.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(AwqTrtError, match=r"--trust-remote-code"):
+        open_checkpoint(llama)
+
+
+def test_broken_config(llama: Path) -> None:
+    (llama / "config.json").write_text("{")
+    with pytest.raises(AwqTrtError, match="not readable as JSON"):
+        open_checkpoint(llama)
+
+
+def test_already_quantized_by_another_tool(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(AwqTrtError, match="already quantized.*gptq"):
+        open_checkpoint(llama)
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}')
+    with pytest.raises(AwqTrtError, match="already quantized.*modelopt"):
+        open_checkpoint(llama)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AwqTrtError, match="no config.json here"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(AwqTrtError, match="no such file or directory"):
+        open_checkpoint(tmp_path / "missing")
+    (tmp_path / "model.txt").write_text("hello")
+    with pytest.raises(AwqTrtError, match="not a .gguf"):
+        open_checkpoint(tmp_path / "model.txt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(AwqTrtError, match="not a GGUF file that"):
+        open_checkpoint(tmp_path / "model.gguf")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(AwqTrtError, match="the Hugging Face hub did not give it"):
+        open_checkpoint("nobody/no-such-model")
+
+
+def test_a_model_of_another_shape(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    with pytest.raises(AwqTrtError, match=r"embed_tokens\.weight has shape \[384, 64\], .* \[400, 64\]"):
+        open_checkpoint(llama)
+
+
+def test_gguf_gives_what_transformers_reads(tmp_path: Path) -> None:
+    """A small llama written by gguf-py, with q and k permuted as llama.cpp stores them."""
+    path = tmp_path / "tiny.gguf"
+    model = transformers.LlamaForCausalLM.from_pretrained(tiny_models.llama(tmp_path / "hf"))
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tiny_models.tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    merges = json.loads(tiny_models.tokenizer().backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        stem, suffix = name.rsplit(".", 1)
+        value = parameter.detach().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
+        if heads:
+            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", value.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.architectures == ["LlamaForCausalLM"]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(checkpoint.tensor(name), parameter), name

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_onnx
+
+from awq_trt.engine import sidecar
+from awq_trt.engine.build import EngineReport
+from awq_trt.engine.plugin import library_path
+from awq_trt.errors import AwqTrtError
+from awq_trt.export.metadata import Profile, read_graph
+from awq_trt.files import sha256
+
+QUANTIZED = [
+    {"name": "linear_0", "n": 64, "k": 256, "group_size": 64, "zeros": True, "bias": False, "pre_scale": False}
+]
+FUSED = [{"name": "/mlp/gate_proj+up_proj", "layers": ["mlp.gate_proj", "mlp.up_proj"], "splits": [32, 32]}]
+METADATA = {
+    "version": "0.1.0",
+    "format": "plugin",
+    "dtype": "float16",
+    "model_type": "llama",
+    "quantized": QUANTIZED,
+    "fused": FUSED,
+    "left_in_float": {"lm_head": "output"},
+}
+SHAPES = {"x": ((1, 1, 256), (2, 8, 256), (2, 16, 256))}
+
+
+def report_of(engine: Path, runtime: str = "tensorrt", embedded: bool = True, **changes: Any) -> EngineReport:
+    """A report as a build gives it, for a plan that is not one."""
+    engine.write_bytes(b"plan" * 100)
+    facts = {
+        "engine": engine,
+        "sidecar": sidecar.path_of(engine),
+        "runtime": runtime,
+        "runtime_version": "10.14",
+        "architectures": ("9.0",),
+        "profiles": (Profile("default", SHAPES),),
+        "plugin_layers": 1,
+        "plugin_embedded": embedded,
+        "plan_bytes": 400,
+        "seconds": 1.25,
+        "peak_bytes": 1 << 30,
+        "warnings": ("slow",),
+    }
+    return EngineReport(**(facts | changes))
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A plan with its sidecar."""
+    engine = tmp_path / "out.plan"
+    graph = read_graph(tiny_onnx.quantized(tmp_path / "q.onnx", metadata=METADATA))
+    sidecar.write(sidecar.path_of(engine), sidecar.describe(report_of(engine), graph, library_path(), None))
+    return engine
+
+
+def test_content(plan: Path) -> None:
+    content = sidecar.read_sidecar(sidecar.path_of(plan))
+    assert list(content) == list(sidecar.KEYS)
+    assert content["versions"] == {
+        "awq_trt": "0.1.0",
+        "runtime": "tensorrt",
+        "runtime_version": "10.14",
+        "onnx_opset": 23,
+    }
+    assert content["model"] == {"onnx": "q.onnx", "model_type": "llama", "format": "plugin", "dtype": "float16"}
+    assert content["profiles"] == [
+        {"name": "default", "inputs": {"x": {"min": [1, 1, 256], "opt": [2, 8, 256], "max": [2, 16, 256]}}}
+    ]
+    assert content["inputs"] == [
+        {
+            "name": "x",
+            "dtype": "float16",
+            "shape": [-1, -1, 256],
+            "dims": ["batch_size", "sequence_length", 256],
+        }
+    ]
+    assert content["outputs"][0]["shape"] == [-1, -1, 64]
+    assert (content["quantized"], content["fused"]) == (QUANTIZED, FUSED)
+    assert content["left_in_float"] == {"lm_head": "output"}
+    library = library_path()
+    assert content["plugin"] == {
+        "file": "libawq_trt_plugins.so",
+        "path": str(library.resolve()),
+        "sha256": sha256(library),
+        "version": "0.1.0",
+        "embedded": True,
+        "layers": 1,
+    }
+    assert content["sizes"]["quantized_weights"] == 64 * 256 // 2 + 64 * 4 * 2 + 64 * 4 // 2
+    assert content["build"] == {
+        "seconds": 1.2,
+        "peak_bytes": 1 << 30,
+        "strongly_typed": True,
+        "gpu": None,
+        "warnings": ["slow"],
+    }
+
+
+def test_lines_stay_short_and_the_text_is_stable(plan: Path) -> None:
+    path = sidecar.path_of(plan)
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if "tritonserver" not in line and "trtexec.sh" not in line]
+    assert max(len(line) for line in lines) <= 160
+    assert '"x": {"min": [1, 1, 256], "opt": [2, 8, 256], "max": [2, 16, 256]}' in text
+    sidecar.write(path, json.loads(text))
+    assert path.read_text() == text
+
+
+def test_benchmark_lines(tmp_path: Path) -> None:
+    engine = tmp_path / "a plan.plan"
+    prefill = Profile("prefill", {"ids": ((1, 1), (4, 32), (4, 64)), "past": ((1, 2, 0, 8),) * 3})
+    decode = Profile("decode", {"ids": ((1, 1), (4, 1), (4, 1)), "past": ((1, 2, 1, 8), (4, 2, 32, 8), (4, 2, 63, 8))})
+    graph = read_graph(tiny_onnx.quantized(tmp_path / "q.onnx"))
+    report = report_of(engine, profiles=(decode, prefill))
+    lines = sidecar.describe(report, graph, library_path(), None)["launch"]["benchmark"]
+    script = str(tmp_path / "a plan.trtexec.sh")
+    assert {name: shlex.split(line) for name, line in lines.items()} == {n: [script, n] for n in ("decode", "prefill")}
+
+
+def test_update_keeps_everything_else(plan: Path) -> None:
+    path = sidecar.path_of(plan)
+    before = sidecar.read_sidecar(path)
+    sidecar.update(plan, accuracy={"top1_agreement": 0.99})
+    after = sidecar.read_sidecar(path)
+    assert after == before | {"accuracy": {"top1_agreement": 0.99}}
+    assert list(after) == list(before)
+
+
+@pytest.mark.parametrize("key", [k for k in sidecar.KEYS if k != "schema"])
+def test_a_missing_key_or_a_wrong_type(plan: Path, key: str) -> None:
+    path = sidecar.path_of(plan)
+    content = sidecar.read_sidecar(path)
+    path.write_text(json.dumps(content | {key: 7}))
+    with pytest.raises(AwqTrtError, match=f"out.plan.json: key '{key}' holds a int"):
+        sidecar.read_sidecar(path)
+    del content[key]
+    path.write_text(json.dumps(content))
+    with pytest.raises(AwqTrtError, match=f"out.plan.json: key '{key}' is missing"):
+        sidecar.read_sidecar(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "schema None"),
+        ('{"schema": 99}', "schema 99, this version reads 1"),
+        ("\xff", "not JSON"),
+    ],
+)
+def test_not_a_sidecar(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "out.plan.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(AwqTrtError, match=re.escape(words)):
+        sidecar.read_sidecar(path)
+
+
+def test_missing_or_of_another_plan(plan: Path) -> None:
+    path = sidecar.path_of(plan)
+    plan.write_bytes(b"another")
+    with pytest.raises(AwqTrtError, match=r"a plan of 400 bytes, but out\.plan has 7"):
+        sidecar.read_sidecar(path)
+    path.unlink()
+    with pytest.raises(AwqTrtError, match=r"out\.plan\.json: no such file"):
+        sidecar.read_sidecar(path)
