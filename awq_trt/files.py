@@ -7,12 +7,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from awq_trt.errors import AwqTrtError
 
 PACKAGE = Path(__file__).resolve().parent
 """The folder of this package: its sources, and `data/`."""
+
+
+def package_version() -> str:
+    """Version of the installed package, as pyproject.toml says it."""
+    try:
+        return metadata.version("awq_trt")
+    except metadata.PackageNotFoundError as error:
+        raise AwqTrtError(
+            "awq_trt is not installed, so its plugin library has not been built. Run `pip install .` in the source "
+            "folder (`pip install -e .` to keep editing it)."
+        ) from error
 
 
 @contextmanager

@@ -127,3 +127,8 @@ def letters() -> transformers.PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     return tokenizer
+
+
+def call(decoder: Any, row: int, ids: list[list[int]], past: list[int], new: list[int]) -> np.ndarray:
+    """`Decoder.run` with lists."""
+    return decoder.run(row, np.array(ids), np.array(past), np.array(new))

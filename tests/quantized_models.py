@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from awq_trt.awq.blocks import find_blocks
+from awq_trt.checkpoint.model import empty_model, find_blocks
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import Writer, open_quantized
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint
 from awq_trt.linear import QuantizedLinear, quantize_weight
 
 Parts = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from awq_trt.checkpoint.reader import empty_model
+from awq_trt.checkpoint.model import empty_model
 from awq_trt.linear import QuantizedLinear, quantize_weight
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -21,10 +21,10 @@ import torch
 import transformers as t
 from test_export import export
 
-from awq_trt.awq.blocks import main_output
+from awq_trt.checkpoint.model import main_output
 from awq_trt.evaluate.verify import onnx_session
-from awq_trt.serve.decoder import open_decoder
 from awq_trt.serve.generator import Generator
+from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 
 CAPACITY, TOKENS = 96, 64

@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from awq_trt.layout import pack_qweight, pack_scales, pack_zeros
+from awq_trt.linear import QuantizedLinear
 
 FLOATS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
@@ -237,3 +238,23 @@ def quantized(
             outputs.append(helper.make_tensor_value_info(name, FLOATS[dtype], shape))
     x = helper.make_tensor_value_info("x", FLOATS[dtype], ["batch_size", "sequence_length", k])
     return save(path, nodes, [x], outputs, weights, **options)
+
+
+def random_linear(
+    n: int,
+    k: int,
+    group: int,
+    *,
+    zeros: bool,
+    pre_scale: bool = False,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    return QuantizedLinear(
+        torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator),
+        (torch.rand(n, k // group, generator=generator) * 0.01 + 0.001).to(dtype),
+        torch.randint(0, 16, (n, k // group), dtype=torch.uint8, generator=generator) if zeros else None,
+        group,
+        (torch.rand(k, generator=generator) + 0.5).to(dtype) if pre_scale else None,
+    )

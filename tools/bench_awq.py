@@ -34,7 +34,7 @@ from bench.runner import Bench, Row, float_predictions, run_method
 from bench.texts import CALIBRATION, HELD_OUT, Text, digest, fetch
 
 from awq_trt.awq.calibration import windows
-from awq_trt.checkpoint.reader import open_checkpoint
+from awq_trt.checkpoint.open import open_checkpoint
 
 PACKAGES = ("awq_trt", "torch", "transformers", "numpy", "safetensors")
 console = Console(stderr=True, width=max(Console().width, 130))

@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace, console: Console) -> None:
     """All stages, from whatever `--model` is to whatever was asked for."""
-    from awq_trt.checkpoint.reader import local_path
+    from awq_trt.checkpoint.directory import local_path
 
     is_onnx = args.model.endswith(".onnx")
     named = args.engine or args.onnx or args.awq or (args.triton_repo if is_onnx else None)
@@ -324,8 +324,8 @@ def open_model(args: argparse.Namespace) -> Any:
     import torch
 
     from awq_trt.awq.distributed import join_ranks
+    from awq_trt.checkpoint.open import open_checkpoint
     from awq_trt.checkpoint.quantized import is_quantized
-    from awq_trt.checkpoint.reader import open_checkpoint
 
     with join_ranks(args.device).together():
         if is_quantized(args.model):

@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, then answer or chat."""
-    from awq_trt.serve.decoder import open_decoder
     from awq_trt.serve.generator import Generator, open_tokenizer
+    from awq_trt.serve.open import open_decoder
     from awq_trt.serve.sampling import Sampling
 
     sampling = Sampling(

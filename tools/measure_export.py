@@ -76,7 +76,8 @@ def main() -> None:
         command = [sys.executable, str(EXPORT), "--model", args.model, "--engine", str(plan), *args.options]
         seconds, export, build, text = watch(command)
         sidecar = json.loads(Path(f"{plan}.json").read_text())
-    from awq_trt.checkpoint.reader import empty_model, open_checkpoint
+    from awq_trt.checkpoint.model import empty_model
+    from awq_trt.checkpoint.open import open_checkpoint
 
     config = open_checkpoint(args.model).config
     fp16_bytes = 2 * sum(p.numel() for p in empty_model(config).parameters())

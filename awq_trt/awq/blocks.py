@@ -15,35 +15,12 @@ import torch
 from torch import nn
 
 from awq_trt.awq.outside import Outside, Weights, read_parameter
-from awq_trt.checkpoint.reader import empty_model
+from awq_trt.checkpoint.model import empty_model, find_blocks, main_output
 from awq_trt.errors import AwqTrtError
 
 Inputs = dict[str, torch.Tensor]
-OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
-"""What a model gives: the first of these that it has."""
 COMPARED = 4
 """Tensors of a shape that those of further windows are compared with; where each window has its own, none is equal."""
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the repeated blocks: the outermost ModuleList that holds the most parameters.
-
-    Raises:
-        AwqTrtError: the model has no list of blocks.
-    """
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise AwqTrtError(
-            f"{type(model).__name__}: no list of repeated blocks (torch.nn.ModuleList) in this model, so there is "
-            "nothing to quantize. Transformer encoders and decoders have one."
-        )
-    return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
-
-
-def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Name -> nn.Linear for every linear layer inside the repeated blocks."""
-    prefix, blocks = find_blocks(model)
-    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
 
 
 def fill(
@@ -221,11 +198,6 @@ class BlockStream:
         output = self._forward(self.inputs[sample], stub)
         result: torch.Tensor = output[main_output(output)]
         return result
-
-
-def main_output(output: Any) -> str:
-    """Which of the outputs of a model is exported and compared."""
-    return next((name for name in OUTPUTS if output.get(name) is not None), OUTPUTS[-1])
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:

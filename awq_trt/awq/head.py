@@ -25,7 +25,8 @@ from awq_trt.awq.fold import find_fold
 from awq_trt.awq.search import LayerReport, Settings, constrain, layer_report, search_and_keep
 from awq_trt.awq.states import States
 from awq_trt.awq.statistics import Group, observe_lanes, scaled_weight
-from awq_trt.checkpoint.reader import Checkpoint, empty_model
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, fill, find_blocks
+from awq_trt.awq.blocks import BlockStream, fill
 from awq_trt.awq.calls import BlockCalls, Share
 from awq_trt.awq.distributed import Ranks
 from awq_trt.awq.estimate import Budget, Clock, Took, extrapolate, resident_bytes, trim_heap
@@ -22,8 +22,8 @@ from awq_trt.awq.resume import Folds, WorkDirectory, read_json_or_none, write_js
 from awq_trt.awq.search import quantize_block, round_block
 from awq_trt.awq.states import States, StatesWriter
 from awq_trt.checkpoint.experts import expert_of
+from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.quantized import Writer
-from awq_trt.checkpoint.reader import empty_model
 from awq_trt.files import remove
 from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq_trt.awq.blocks import Inputs, find_blocks
+from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import DEFAULT_TEXT, calibration_inputs
 from awq_trt.awq.head import head_of, norms_outside, untied
 from awq_trt.awq.resume import content_digest, environment, tensors_digest
 from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.experts import left_alone
-from awq_trt.checkpoint.reader import Checkpoint, empty_model, persistent_buffers
-from awq_trt.engine.plugin import package_version
+from awq_trt.checkpoint.model import empty_model, find_blocks, persistent_buffers
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import package_version
 from awq_trt.layout import GROUP_SIZES
 
 OUTSIDE = "outside the repeated blocks (embeddings and heads stay in float)"

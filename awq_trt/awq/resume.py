@@ -28,9 +28,8 @@ import torch
 from rich.console import Console
 
 from awq_trt.awq.fold import Fold
-from awq_trt.engine.plugin import package_version
 from awq_trt.errors import AwqTrtError
-from awq_trt.files import PACKAGE, remove
+from awq_trt.files import PACKAGE, package_version, remove
 
 CHUNK = 1 << 22
 Key = dict[str, Any]

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 import transformers
 
-from awq_trt.checkpoint.reader import Checkpoint, empty_model, load_tokenizer, match_names
+from awq_trt.checkpoint.directory import load_tokenizer
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.names import match_names
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.submodels import Submodel
 from awq_trt.errors import AwqTrtError
 

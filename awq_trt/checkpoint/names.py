@@ -9,15 +9,21 @@ something else (transpose, permute) are not followed: such a file is left to tra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
 
 from awq_trt.checkpoint.experts import Part, parts_of
+from awq_trt.checkpoint.model import empty_model, persistent_buffers, transposed_weights
+from awq_trt.checkpoint.reader import Checkpoint, PartReader, Reader, SafetensorsReader
 from awq_trt.checkpoint.submodels import Submodel
+from awq_trt.errors import AwqTrtError
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """A fused parameter of experts -> the layers that are stacked in it, in the order of a conversion's sources."""
@@ -130,3 +136,79 @@ def _is_stacking(converter: WeightConverter) -> bool:
     targets = [target.rpartition(".")[2] for target in converter.target_patterns]
     sources = len(PROJECTIONS.get(targets[0], ()))
     return len(targets) == 1 and sources == len(converter.source_patterns) and operations == known[:sources]
+
+
+def match_names(
+    source: str,
+    path: Path,
+    submodel: Submodel,
+    stored: Mapping[str, Reader],
+    tokenizer: Any,
+    files: tuple[Path, ...],
+    dtype: torch.dtype | None = None,
+) -> Checkpoint:
+    """Match the names in the file with the model's parameters and turn Conv1D weights round.
+
+    Args:
+        dtype: of the values that the readers give; None looks at the first.
+
+    Raises:
+        AwqTrtError: a tensor is missing, or has not the shape that the configuration says.
+    """
+    config = submodel.config
+    model = empty_model(config)
+    transposed = transposed_weights(model)
+    parameters = dict(model.named_parameters())
+    names = [*parameters, *(buffers := persistent_buffers(model))]
+    stored_names = StoredNames(model, submodel)
+    found = stored_names.find(stored)
+    if missing := [n for n in parameters if n not in found]:
+        stored = _converted_by_transformers(source, path, type(model), missing[0])
+        found = stored_names.find_loaded(stored)
+    if missing := [n for n in parameters if n not in found]:
+        raise AwqTrtError(f"{source}: the tensor {missing[0]} is not in the checkpoint; download it again.")
+    readers: dict[str, Reader] = {}
+    for name in names:
+        if name not in found:
+            continue
+        place = found[name]
+        read = stored[place.key]
+        if isinstance(read, SafetensorsReader) and name not in buffers:
+            shape = parameters[name].shape if place.part is None else place.part.shape
+            expected = tuple(shape)[::-1] if name in transposed else tuple(shape)
+            if read.shape != expected:
+                raise AwqTrtError(
+                    f"{source}: tensor {place.key} has shape {list(read.shape)}, config.json says {list(expected)}; "
+                    "one of the two is of another model."
+                )
+        whole = _transposing(read) if name in transposed else read
+        readers[name] = whole if place.part is None else PartReader(read, place.part)
+    first = readers[names[0]]().dtype if dtype is None and names else dtype
+    activations = first if first in (torch.float16, torch.bfloat16) else torch.float16
+    if model.main_input_name != "input_ids":
+        tokenizer = None  # of another part, or of what the model's outputs are made into
+    keys = stored_names.other_keys
+    return Checkpoint(source, config, activations, readers, tokenizer, transposed, files, keys, submodel.note)
+
+
+def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
+    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory.
+
+    Raises:
+        AwqTrtError: tensors are missing even so.
+    """
+    trouble = f"{source}: the tensor {first_missing} is not in the checkpoint; download it again"
+    if not path.is_dir():
+        raise AwqTrtError(f"{trouble}.")
+    try:
+        model, info = cls.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except Exception as error:
+        raise AwqTrtError(f"{trouble} (transformers could not load it either: {error}).") from error
+    if info["missing_keys"]:
+        raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return {name: tensor.detach for name, tensor in parameters.items()}
+
+
+def _transposing(read: Reader) -> Reader:
+    return lambda: read().t().contiguous()

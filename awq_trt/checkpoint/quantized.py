@@ -24,20 +24,19 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from awq_trt.checkpoint.formats import OPTIONAL_PARTS, PARTS, from_parts, to_parts
-from awq_trt.checkpoint.names import Place
-from awq_trt.checkpoint.quantized_names import match_floats, match_layers
-from awq_trt.checkpoint.reader import (
+from awq_trt.checkpoint.directory import (
     GENERATION,
-    Checkpoint,
-    empty_model,
     load_tokenizer,
     local_path,
     read_json,
     safetensors_index,
     special_tokens,
-    transposed_weights,
 )
+from awq_trt.checkpoint.formats import OPTIONAL_PARTS, PARTS, from_parts, to_parts
+from awq_trt.checkpoint.model import empty_model, transposed_weights
+from awq_trt.checkpoint.names import Place
+from awq_trt.checkpoint.quantized_names import match_floats, match_layers
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.safetensors import Stored, read_header, write_safetensors
 from awq_trt.checkpoint.schemes import START_AGAIN, Scheme, find_quantization, read_scheme
 from awq_trt.checkpoint.submodels import choose

@@ -10,8 +10,8 @@ import transformers
 from safetensors import safe_open
 
 from awq_trt.checkpoint.formats import OPTIONAL_PARTS, PARTS
+from awq_trt.checkpoint.model import persistent_buffers
 from awq_trt.checkpoint.names import Place, StoredNames
-from awq_trt.checkpoint.reader import persistent_buffers
 from awq_trt.checkpoint.schemes import START_AGAIN
 from awq_trt.checkpoint.submodels import Submodel
 from awq_trt.errors import AwqTrtError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq_trt.checkpoint.reader import read_json
+from awq_trt.checkpoint.directory import read_json
 from awq_trt.errors import AwqTrtError
 
 START_AGAIN = "Start from the checkpoint before quantization."

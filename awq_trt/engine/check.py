@@ -110,7 +110,7 @@ def check(engine_path: Path, *, device: int = 0, load: bool = False) -> list[Fin
         findings.append(Finding("loading", FAILS, "cannot be tried", "see above"))
     findings += check_memory(content, machine, answer.get("device_memory"))
     findings += check_host(engine_path, content, machine)
-    return [*findings, *check_triton(content)]
+    return [*findings]
 
 
 def look(runtime: str, device: int) -> Machine:
@@ -275,16 +275,6 @@ def check_host(engine_path: Path, content: Mapping[str, Any], machine: Machine) 
         words = f"{_size(size)} for the plugin; {_size(free)} free in {folder}"
         short = size > free
         yield Finding("disk", FAILS if short else OK, words, "free some space, or set TMPDIR" if short else "")
-
-
-def check_triton(content: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the sidecar says of serving."""
-    launch = content["launch"].get("triton") or {}
-    for warning in launch.get("warnings", []):
-        happened, _, advice = warning.partition(". ")
-        yield Finding("Triton", WARNING, happened, advice.strip())
-    if launch.get("command"):
-        yield Finding("Triton", OK, launch["command"])
 
 
 def ask(engine_path: Path, runtime: str, library: Path | None, device: int, load: bool) -> dict[str, Any]:

@@ -9,21 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import package_version
 
 LIBRARY = "awq_trt/lib/libawq_trt_plugins.so"
 ENVIRONMENT_VARIABLE = "AWQ_TRT_PLUGIN"
 _MARKER = re.compile(rb"AWQ_TRT_PLUGIN_VERSION=([0-9A-Za-z.+-]{1,64});")
-
-
-def package_version() -> str:
-    """Version of the installed package, as pyproject.toml says it."""
-    try:
-        return metadata.version("awq_trt")
-    except metadata.PackageNotFoundError as error:
-        raise AwqTrtError(
-            "awq_trt is not installed, so its plugin library has not been built. Run `pip install .` in the source "
-            "folder (`pip install -e .` to keep editing it)."
-        ) from error
 
 
 def library_path() -> Path:

@@ -1,4 +1,4 @@
-"""`out.plan.json`, the file beside every plan that says what is in it, where it runs, and how to load it."""
+"""`out.plan.json`, the file beside every plan that says what is in it and where it runs: facts, no command lines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq_trt.engine import memory, trtexec
-from awq_trt.engine.plugin import library_version, package_version
+from awq_trt.engine import memory
+from awq_trt.engine.plugin import library_version
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.metadata import GraphFacts, Tensor
-from awq_trt.files import replacing, sha256
+from awq_trt.files import package_version, sha256
 
 if TYPE_CHECKING:
     from awq_trt.engine.build import EngineReport
 
-SCHEMA = 1
-"""Raised when a key changes its meaning or goes away; new keys do not raise it."""
+SCHEMA, READ = 2, (1, 2)
+"""Raised when a key changes its meaning or goes away; new keys do not raise it. Schema 1 also had launch lines."""
 
 KEYS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
@@ -36,7 +36,6 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "sizes": dict,
     "build": dict,
     "accuracy": (dict, type(None)),
-    "launch": dict,
 }
 """Every key of the file, in its order, with the JSON type of its value."""
 
@@ -109,7 +108,6 @@ def describe(
             "warnings": list(report.warnings),
         },
         "accuracy": accuracy,
-        "launch": _launch(report, graph, plugin),
     }
 
 
@@ -129,13 +127,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(_pretty(content) + "\n")
 
 
-def update(engine_path: Path, **changes: Any) -> None:
-    """Replace top-level keys of an existing sidecar, `accuracy` say; the old file stays until the new one is whole."""
-    content = read_sidecar(path_of(engine_path)) | changes
-    with replacing(path_of(engine_path)) as (temporary,):
-        write(temporary, content)
-
-
 def read_sidecar(path: Path) -> dict[str, Any]:
     """Read and check a sidecar (`path_of(engine_path)`).
 
@@ -150,7 +141,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AwqTrtError(f"{path}: not JSON ({error}). Build the engine again.") from error
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
+    if schema not in READ:
         raise AwqTrtError(f"{path}: schema {schema!r}, this version reads {SCHEMA}. Build the engine again.")
     for key, kind in KEYS.items():
         if key not in content:
@@ -164,16 +155,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             f"{plan.stat().st_size}. The two are not from the same build; build the engine again."
         )
     return content
-
-
-def _launch(report: EngineReport, graph: GraphFacts, plugin: Path | None) -> dict[str, Any]:
-    """Ready-made lines."""
-    from awq_trt.serve.triton import repository
-
-    benchmark = {profile.name: trtexec.command(report.engine, profile.name) for profile in report.profiles}
-    generates = repository.is_generating(graph.metadata)
-    served = repository.launch(report.runtime, report.runtime_version, plugin, report.plugin_embedded, generates)
-    return {"benchmark": benchmark, "triton": served}
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import torch
 import transformers
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, Inputs, Weights, quantizable_linears
+from awq_trt.awq.blocks import BlockStream, Inputs, Weights
 from awq_trt.awq.head import head_of, untied
 from awq_trt.awq.search import Settings
-from awq_trt.checkpoint.reader import Checkpoint, empty_model
+from awq_trt.checkpoint.model import empty_model, quantizable_linears
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.linear import quantize_weight, row_chunks
 
 

@@ -17,8 +17,10 @@ from awq_trt.awq.blocks import Inputs, Weights
 from awq_trt.awq.calibration import HELD_OUT_TEXT, calibration_inputs
 from awq_trt.awq.head import head_of
 from awq_trt.awq.search import Settings
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
-from awq_trt.checkpoint.reader import Checkpoint, empty_model, open_checkpoint
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import Predictions, RoundedWeights, eager_predictions, is_causal_lm, predictions
 from awq_trt.evaluate.lm_eval import run_tasks

@@ -16,12 +16,13 @@ import jinja2
 
 from awq_trt.awq import report
 from awq_trt.checkpoint.quantized import REPORT
-from awq_trt.engine import memory, sidecar
+from awq_trt.engine import memory, sidecar, trtexec
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate import svg_chart
 from awq_trt.evaluate.speed_tables import Cell, Speed, Table, number_cell, read_speeds
 from awq_trt.evaluate.svg_chart import Chart, Series, chart
 from awq_trt.files import PACKAGE, replacing
+from awq_trt.serve.triton.repository import launch_plan
 
 TEMPLATE = PACKAGE / "data" / "report.html.j2"
 
@@ -117,7 +118,7 @@ def render(
         profiles=_profiles(content),
         cache=_cache(content),
         speeds=speeds,
-        launch=_launch(content),
+        launch=_launch(content, engine),
         chart_size=(svg_chart.WIDTH, svg_chart.HEIGHT, svg_chart.LEFT, svg_chart.RIGHT, svg_chart.BOTTOM),
         knows_layers=quantized is not None,
     )
@@ -193,7 +194,7 @@ def _warnings(layers: Sequence[report.Layer], content: Mapping[str, Any] | None,
     found = report.warnings(layers, [x["name"] for x in layers], dtype)
     if content is not None:
         found += [f"TensorRT: {text}" for text in content["build"].get("warnings", [])]
-        found += (content["launch"].get("triton") or {}).get("warnings", [])
+        found += launch_plan(content).warnings
     return found
 
 
@@ -351,16 +352,14 @@ def _cache(content: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def _launch(content: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _launch(content: Mapping[str, Any] | None, engine: Path | None) -> list[tuple[str, str]]:
     """What a line does, and the line."""
-    if content is None:
+    if content is None or engine is None:
         return []
-    launch = content["launch"]
-    lines = [(f"time profile {name}", str(line)) for name, line in launch.get("benchmark", {}).items()]
-    served = launch.get("triton") or {}
-    lines += [(f"serve with Triton{' in a container' if key == 'docker' else ''}", str(served[key]))
-              for key in ("command", "docker") if served.get(key)]  # fmt: skip
-    return lines
+    served = launch_plan(content)
+    lines = [(f"time profile {p['name']}", trtexec.command(engine, p["name"])) for p in content["profiles"]]
+    lines += [("serve with Triton", served.command or ""), ("serve with Triton in a container", served.docker or "")]
+    return [(what, line) for what, line in lines if line]
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_trt.awq.blocks import Weights, fill
-from awq_trt.checkpoint.reader import empty_model
+from awq_trt.checkpoint.model import empty_model
 from awq_trt.errors import AwqTrtError
 
 

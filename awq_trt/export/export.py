@@ -19,7 +19,8 @@ import onnx
 import torch
 import transformers
 
-from awq_trt.checkpoint.reader import empty_model, local_path, persistent_buffers
+from awq_trt.checkpoint.directory import local_path
+from awq_trt.checkpoint.model import empty_model, persistent_buffers
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.external_data import ELEM_TYPES, DataFile, Read, values
 from awq_trt.export.kv_cache import KvCache

@@ -31,7 +31,7 @@ from onnxscript.optimizer import fold_constants
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.cache_utils import DynamicCache
 
-from awq_trt.awq.blocks import main_output
+from awq_trt.checkpoint.model import main_output
 from awq_trt.errors import AwqTrtError
 from awq_trt.export import kv_cache, rope
 from awq_trt.export.kv_cache import KvCache, Pairs

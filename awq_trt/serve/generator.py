@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.serve.decoder import Decoder, open_decoder
+from awq_trt.serve.decoder import Decoder
+from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampler, Sampling
 from awq_trt.serve.text_stream import TextStream
 
@@ -395,7 +396,7 @@ def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any
     Raises:
         AwqTrtError: there is none, or it cannot be loaded.
     """
-    from awq_trt.checkpoint.reader import load_tokenizer
+    from awq_trt.checkpoint.directory import load_tokenizer
 
     named = decoder.facts.get("tokenizer")
     if directory is None and named is None:

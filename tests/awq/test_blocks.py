@@ -12,7 +12,8 @@ from torch import nn
 from awq_trt.awq.blocks import BlockStream, Inputs
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.states import States, StatesWriter
-from awq_trt.checkpoint.reader import Checkpoint, open_checkpoint
+from awq_trt.checkpoint.open import open_checkpoint
+from awq_trt.checkpoint.reader import Checkpoint
 
 
 def inputs_of(name: str, count: int = 3) -> list[Inputs]:

@@ -12,8 +12,8 @@ import transformers
 from awq_trt.awq import pipeline
 from awq_trt.awq.calibration import DEFAULT_TEXT, windows
 from awq_trt.awq.quantize import quantize
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import open_checkpoint
 
 OPTIONS: dict[str, Any] = {"samples": 3, "length": 64}
 

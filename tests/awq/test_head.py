@@ -13,8 +13,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from forked_ranks import start
 from rich.console import Console
-from test_ranks import start
 
 from awq_trt import linear
 from awq_trt.awq import head, pipeline
@@ -23,8 +23,10 @@ from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
 from awq_trt.awq.head import head_of, norms_outside, untied
 from awq_trt.awq.quantize import QuantizeReport, quantize
 from awq_trt.awq.search import Settings
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
-from awq_trt.checkpoint.reader import Checkpoint, Reader, empty_model, open_checkpoint
+from awq_trt.checkpoint.reader import Checkpoint, Reader
 from awq_trt.engine.build import build_engine
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_outputs

@@ -16,8 +16,9 @@ from torch import nn
 
 from awq_trt.awq.plan import default_group_size
 from awq_trt.awq.quantize import quantize
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layer_rows import MODEL, layer
 from rich.console import Console
 
 from awq_trt.awq import report
@@ -19,31 +20,11 @@ from awq_trt.errors import AwqTrtError
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
 
-def layer(name: str, **changes: Any) -> dict[str, Any]:
-    """One row of awq_trt.json."""
-    row = {
-        "name": name,
-        "alpha": 0.5,
-        "folded_into": "model.layers.0.norm",
-        "error_rounding": 0.2,
-        "error": 0.1,
-        "clip": 0.9,
-        "tokens": 4096,
-        "largest_activation": 10.0,
-    }
-    return {**row, **changes}
-
-
 def text(layers: list[dict[str, Any]], full: bool = False) -> list[str]:
     """The table, line by line."""
     console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(report.table(layers, full=full))
     return [line for line in console.export_text().splitlines() if "│" in line]
-
-
-MODEL = [
-    layer(f"model.layers.{i}.{n}", error=0.1 + 0.01 * i, alpha=i / 10) for i in range(4) for n in ("q_proj", "up_proj")
-]
 
 
 def test_one_line_per_kind_and_the_worst() -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from awq_trt.awq import pipeline
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.resume import WorkDirectory, content_digest
-from awq_trt.checkpoint.reader import open_checkpoint
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

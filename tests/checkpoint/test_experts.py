@@ -15,14 +15,16 @@ from quantized_models import edited
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awq_trt.awq.blocks import BlockStream, fill, find_blocks
+from awq_trt.awq.blocks import BlockStream, fill
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.report import warnings
-from awq_trt.checkpoint import reader as checkpoint_module
-from awq_trt.checkpoint.experts import ROUTER, STUCK, Expert, SplitExperts, left_alone
+from awq_trt.checkpoint import names
+from awq_trt.checkpoint.experts import ROUTER, STUCK, Expert, SplitExperts, left_alone, split_experts
+from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.names import StoredNames
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import SafetensorsReader, empty_model, open_checkpoint
+from awq_trt.checkpoint.reader import SafetensorsReader
 from awq_trt.errors import AwqTrtError
 
 SMALL: dict[str, Any] = {**families.EXPERTS, "num_hidden_layers": 1}
@@ -68,7 +70,7 @@ def filled(directory: Path) -> t.PreTrainedModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_function_is_that_of_transformers(saved: Saved, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading one expert at a time, and both ways of computing: experts of their tokens, and all of all tokens."""
-    monkeypatch.setattr(checkpoint_module, "_converted_by_transformers", None)
+    monkeypatch.setattr(names, "_converted_by_transformers", None)
     theirs = t.AutoModelForCausalLM.from_pretrained(saved(name), dtype=torch.float32)
     ours = filled(saved(name))
     assert sum(isinstance(m, Expert) for m in ours.modules()) == 4
@@ -99,7 +101,7 @@ def test_experts_without_a_gate() -> None:
         expected = fused(x, index, weights)
     holder = torch.nn.Module()
     holder.experts = fused
-    checkpoint_module.split_experts(holder)
+    split_experts(holder)
     for name, part in fused.parts.items():  # type: ignore[union-attr]
         layer, _, key = name.rpartition(".")
         fused.get_submodule(layer)._parameters[key] = torch.nn.Parameter(part.of(values[part.fused][part.expert]))

@@ -19,10 +19,11 @@ from quantized_models import auto_gptq, autoawq_gemv, autoawq_gemv_fast, edited,
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awq_trt.awq.blocks import quantizable_linears
+from awq_trt.checkpoint.directory import safetensors_index
 from awq_trt.checkpoint.formats import from_parts
+from awq_trt.checkpoint.model import empty_model, quantizable_linears
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, Writer, is_quantized, open_quantized
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint, safetensors_index
 from awq_trt.checkpoint.schemes import Scheme
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.verify import agreement

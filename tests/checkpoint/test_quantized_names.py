@@ -9,8 +9,8 @@ import pytest
 import torch
 from quantized_models import edited, rounded
 
+from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import empty_model
 from awq_trt.errors import AwqTrtError
 
 

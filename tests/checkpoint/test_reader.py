@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from awq_trt.awq.blocks import fill
 from awq_trt.awq.quantize import quantize
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint
 from awq_trt.checkpoint.submodels import choose
 from awq_trt.errors import AwqTrtError
 

@@ -13,8 +13,8 @@ import pytest
 import tiny_onnx
 from decoders import letters
 
-from awq_trt.serve.decoder import open_decoder
 from awq_trt.serve.generator import Event, Generator, encode, generate
+from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 
 MAIN = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))["main"]

@@ -18,8 +18,8 @@ import onnx
 import pytest
 import tiny_onnx
 import torch
+from driver_stub import TWO, fake_driver
 from onnx import TensorProto, helper
-from test_driver import TWO, fake_driver
 
 from awq_trt.engine.build import RTX_ARCHITECTURES, EngineReport, build_engine, choose_runtime
 from awq_trt.engine.plugin import ENVIRONMENT_VARIABLE

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import tiny_onnx
-from test_driver import fake_driver
+from driver_stub import fake_driver
+from stand_ins import CACHE, GIB, RTX_4090, plan_in
 
 from awq_trt.engine import check, memory, plugin, sidecar
-from awq_trt.engine.build import RTX_ARCHITECTURES, EngineReport
 from awq_trt.engine.check import FAILS, OK, WARNING, Finding
 from awq_trt.engine.driver import Driver, Gpu
 from awq_trt.engine.plugin import library_path
@@ -24,16 +24,7 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.export.metadata import optimization_profiles, read_graph
 from awq_trt.files import sha256
 
-GIB = 1 << 30
 TOOL = Path(__file__).parents[2] / "tools" / "check.py"
-RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 * GIB, 20 * GIB)
-CACHE = {
-    "kind": "fixed",
-    "capacity": 2048,
-    "prefill_chunk": 1024,
-    "dtype": "float16",
-    "layers": [{"kv_heads": 3, "head_dim": 64, "value_head_dim": 32, "slots": 2048, "window": None}],
-}
 
 TENSORRT = """
 __version__ = "10.14.1.48"
@@ -65,35 +56,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return here
 
 
-def plan_of(folder: Path, runtime: str = "tensorrt_rtx", kind: str = "quantized", **changes: Any) -> Path:
-    """A file that stands for a plan, and the sidecar that a build of this graph writes."""
-    model = getattr(tiny_onnx, kind)(folder / "x.onnx", metadata={"kv_cache": None, **changes.pop("metadata", {})})
-    engine = folder / "out.plan"
-    engine.write_bytes(b"plan" * 1000)
-    graph = read_graph(model)
-    library = changes.pop("plugin", library_path())
-    profiles = optimization_profiles(graph, changes.pop("max_batch", 4), changes.pop("max_seq", 64))
-    rtx = runtime == "tensorrt_rtx"
-    facts: dict[str, Any] = {
-        "engine": engine,
-        "sidecar": sidecar.path_of(engine),
-        "runtime": runtime,
-        "runtime_version": "1.7.1.116" if rtx else "10.14.1.48",
-        "architectures": RTX_ARCHITECTURES if rtx else ("8.9",),
-        "profiles": profiles,
-        "plugin_layers": 1,
-        "plugin_embedded": True,
-        "plan_bytes": 4000,
-        "seconds": 1.0,
-        "peak_bytes": 1,
-        "warnings": (),
-        "gpu": None if rtx else RTX_4090.name,
-    }
-    report = EngineReport(**(facts | changes))
-    sidecar.write(report.sidecar, sidecar.describe(report, graph, library, None))
-    return engine
-
-
 def change(engine: Path, **values: Any) -> None:
     """Change values in a sidecar, given as part__key."""
     content = json.loads(sidecar.path_of(engine).read_text())
@@ -110,22 +72,21 @@ def found(engine: Path, name: str, **options: Any) -> Finding:
 
 
 def test_a_machine_that_fits(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path, "tensorrt")
+    engine = plan_in(tmp_path, "tensorrt")
     machine.version = "10.14.1.48"
     findings = check.check(engine)
     assert {f.status for f in findings} == {OK}, findings
     assert all(f.found and not f.advice for f in findings)
     assert [f.check for f in findings] == [
-        "GPU", "compute capability", "TensorRT", "driver", "plugin", "GPU memory", "host memory", "disk", "Triton",
+        "GPU", "compute capability", "TensorRT", "driver", "plugin", "GPU memory", "host memory", "disk",
     ]  # fmt: skip
 
 
 def test_tensorrt_rtx_is_asked_and_its_plugins_are_a_warning(tmp_path: Path, machine: SimpleNamespace) -> None:
-    findings = {f.check: f for f in check.check(plan_of(tmp_path))}
+    findings = {f.check: f for f in check.check(plan_in(tmp_path))}
     assert findings["header"] == Finding("header", OK, "TensorRT-RTX accepts the plan's header")
     assert findings["plugin layers"].status == WARNING
-    assert findings["Triton"].status == WARNING
-    assert {f.check for f in findings.values() if f.status != OK} == {"plugin layers", "Triton"}
+    assert {f.check for f in findings.values() if f.status != OK} == {"plugin layers"}
 
 
 @pytest.mark.parametrize(
@@ -143,14 +104,14 @@ def test_compute_capability(
 ) -> None:
     machine.driver = Driver("580", (13, 0), (Gpu("a GPU", gpu, 8 * GIB, 8 * GIB),))
     options = {} if built is None else {"architectures": built}
-    finding = found(plan_of(tmp_path, runtime, **options), "compute capability")
+    finding = found(plan_in(tmp_path, runtime, **options), "compute capability")
     assert finding.status == status
     assert gpu in finding.found
     assert advice in finding.advice
 
 
 def test_another_model_of_gpu(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path, "tensorrt")
+    engine = plan_in(tmp_path, "tensorrt")
     assert not [f for f in check.check(engine) if f.check == "GPU model"]
     machine.driver = Driver("580", (13, 0), (Gpu("NVIDIA L4", "8.9", 8 * GIB, 8 * GIB),))
     finding = found(engine, "GPU model")
@@ -158,7 +119,7 @@ def test_another_model_of_gpu(tmp_path: Path, machine: SimpleNamespace) -> None:
 
 
 def test_no_gpu(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path)
+    engine = plan_in(tmp_path)
     machine.driver = Driver(problem="there is no NVIDIA driver here (libcuda.so.1 is missing)")
     findings = {f.check: f for f in check.check(engine, load=True)}
     assert (findings["GPU"].status, findings["loading"].status) == (FAILS, FAILS)
@@ -185,7 +146,7 @@ def test_version_of_the_runtime(
     tmp_path: Path, machine: SimpleNamespace, version: str | None, status: str, words: str
 ) -> None:
     machine.version = version
-    finding = found(plan_of(tmp_path), "TensorRT-RTX")
+    finding = found(plan_in(tmp_path), "TensorRT-RTX")
     assert finding.status == status
     assert words in finding.found
     assert finding.advice.startswith("" if status == OK else "pip install tensorrt-rtx-cu13==1.7.1.116")
@@ -204,7 +165,7 @@ def test_what_is_really_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_driver(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path)
+    engine = plan_in(tmp_path)
     assert found(engine, "driver") == Finding("driver", OK, "580.65.06, runs CUDA up to 13.0")
     machine.driver = Driver("570.10", (12, 8), (RTX_4090,))
     finding = found(engine, "driver")
@@ -220,7 +181,7 @@ def test_driver(tmp_path: Path, machine: SimpleNamespace) -> None:
 
 
 def test_plugin_beside_the_plan(tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = plan_of(tmp_path, plugin_embedded=False)
+    engine = plan_in(tmp_path, plugin_embedded=False)
     finding = found(engine, "plugin")
     assert finding.status == OK
     assert str(library_path().resolve()) in finding.found
@@ -244,7 +205,7 @@ def test_plugin_beside_the_plan(tmp_path: Path, machine: SimpleNamespace, monkey
 
 
 def test_no_plugin(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path, "tensorrt", "decoder", plugin=None)
+    engine = plan_in(tmp_path, "tensorrt", "decoder", plugin=None)
     assert found(engine, "plugin") == Finding("plugin", OK, "the plan needs none")
     assert not [f for f in check.check(engine) if f.check == "disk"]
 
@@ -252,9 +213,9 @@ def test_no_plugin(tmp_path: Path, machine: SimpleNamespace) -> None:
 def test_cublaslt_is_only_of_use_for_many_tokens(
     tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = plan_of(tmp_path, "tensorrt", "decoder", max_seq=64)
+    engine = plan_in(tmp_path, "tensorrt", "decoder", max_seq=64)
     assert not [f for f in check.check(engine) if f.check == "cuBLASLt"]
-    engine = plan_of(tmp_path, "tensorrt", "decoder", max_seq=256)
+    engine = plan_in(tmp_path, "tensorrt", "decoder", max_seq=256)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     assert found(engine, "cuBLASLt").status == WARNING
     monkeypatch.setenv("AWQ_TRT_CUBLASLT", "/some/libcublasLt.so.13")
@@ -294,7 +255,7 @@ def test_bytes_of_a_fixed_cache(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_dynamic_cache(tmp_path: Path) -> None:
-    content = sidecar.read_sidecar(sidecar.path_of(plan_of(tmp_path, kind="decoder", max_batch=4, max_seq=64)))
+    content = sidecar.read_sidecar(sidecar.path_of(plan_in(tmp_path, kind="decoder", max_batch=4, max_seq=64)))
     cache, others = memory.cache_and_io(content)
     past, present = (2 * 4 * tiny_onnx.KV_HEADS * tokens * tiny_onnx.HEAD_DIM * 2 for tokens in (63, 64))
     assert cache == past + present
@@ -347,7 +308,7 @@ def test_estimate_of_a_real_export(exported: Path) -> None:
     ("free", "status"), [(20 * GIB, OK), (11 * GIB, OK), (10 * GIB + (100 << 20), WARNING), (9 * GIB, FAILS)]
 )
 def test_gpu_memory(tmp_path: Path, machine: SimpleNamespace, free: int, status: str) -> None:
-    engine = plan_of(tmp_path, "tensorrt")
+    engine = plan_in(tmp_path, "tensorrt")
     change(engine, sizes__quantized_weights=6 * GIB, sizes__other_weights=1 * GIB, sizes__activations=3 * GIB)
     machine.driver = Driver("580", (13, 0), (Gpu("a GPU", "8.9", 24 * GIB, free),))
     finding = found(engine, "GPU memory")
@@ -358,7 +319,7 @@ def test_gpu_memory(tmp_path: Path, machine: SimpleNamespace, free: int, status:
 
 
 def test_gpu_memory_of_which_little_is_known(tmp_path: Path, machine: SimpleNamespace) -> None:
-    engine = plan_of(tmp_path, "tensorrt")
+    engine = plan_in(tmp_path, "tensorrt")
     change(engine, sizes__activations=None)
     assert (found(engine, "GPU memory").status, found(engine, "GPU memory").advice) == (
         WARNING, "ask the engine with --load",
@@ -368,7 +329,7 @@ def test_gpu_memory_of_which_little_is_known(tmp_path: Path, machine: SimpleName
 
 
 def test_host_memory_and_disk(tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = plan_of(tmp_path)
+    engine = plan_in(tmp_path)
     machine.host = 7000
     assert found(engine, "host memory").status == WARNING
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
@@ -404,7 +365,7 @@ def test_the_header(
     words: str,
 ) -> None:
     monkeypatch.setattr(check, "ask", lambda *arguments: answer)
-    finding = found(plan_of(tmp_path), "header")
+    finding = found(plan_in(tmp_path), "header")
     assert finding.status == status
     assert words in finding.found
 
@@ -437,7 +398,7 @@ def test_loading(
     (package / "__init__.py").write_text(TENSORRT.format(log=str(tmp_path / "loaded"), action=action))
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
-    engine = plan_of(tmp_path, "tensorrt", plugin_embedded=False)
+    engine = plan_in(tmp_path, "tensorrt", plugin_embedded=False)
     findings = {f.check: f for f in check.check(engine, load=True)}
     assert findings["TensorRT"] == Finding("TensorRT", OK, "10.14.1.48")
     assert findings["loading"].status == status
@@ -470,7 +431,7 @@ def test_the_tool_with_a_driver(tmp_path: Path) -> None:
     package = tmp_path / "packages" / "tensorrt"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('raise SystemExit("imported")\n__version__ = "10.14.1.48"\n')
-    engine = plan_of(tmp_path, "tensorrt")
+    engine = plan_in(tmp_path, "tensorrt")
     gpus = f"NVIDIA H100;9;0;{80 * GIB};{70 * GIB},{RTX_4090.name};8;9;{24 * GIB};{20 * GIB}"
     environment = {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(package.parent), "FAKE_GPUS": gpus}
     done = run(str(engine), "--json", "--device", "1", **environment)
@@ -486,7 +447,7 @@ def test_the_tool_with_a_driver(tmp_path: Path) -> None:
 
 def test_the_tool_with_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(TOOL))["main"]
-    engine = plan_of(tmp_path)
+    engine = plan_in(tmp_path)
     assert main([str(tmp_path / "none.plan")]) == 2
     assert "no such file" in capsys.readouterr().err
     assert main([str(engine), "--device", "-1"]) == 2
@@ -506,5 +467,5 @@ def test_the_tool_with_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_table_shows_brackets_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "[red]x[").mkdir()
     main = runpy.run_path(str(TOOL))["main"]
-    assert main([str(plan_of(tmp_path / "[red]x["))]) == 1  # there is no GPU here
+    assert main([str(plan_in(tmp_path / "[red]x["))]) == 1  # there is no GPU here
     assert "[red]x[" in capsys.readouterr().out.replace("\n", "")

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driver_stub import GIB, TWO, fake_driver
 
-SOURCE = Path(__file__).with_name("fake_driver.c")
-GIB = 1 << 30
-TWO = f"NVIDIA GeForce RTX 4090;8;9;{24 * GIB};{20 * GIB},NVIDIA H100 80GB;9;0;{80 * GIB};{7 * GIB}"
 QUERY = """
 import json
 from dataclasses import asdict
 from awq_trt.engine.driver import query
 print(json.dumps(asdict(query())))
 """
-
-
-def fake_driver(folder: Path, *names: str) -> Path:
-    """A folder for LD_LIBRARY_PATH with the stand-in under these names."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    assert compiler, "a C compiler is needed to install this package at all"
-    library = folder / "fake.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", SOURCE, "-o", library], check=True)
-    for name in names or ("libcuda.so.1", "libnvidia-ml.so.1"):
-        (folder / name).symlink_to(library)
-    return folder
 
 
 def query(libraries: Path, **environment: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from awq_trt.engine import plugin
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import PACKAGE
 
 
 def test_the_installed_library_is_found_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +63,17 @@ def test_missing_from_the_installation() -> None:
 
 def test_package_not_installed(tmp_path: Path) -> None:
     """The source tree alone, without the metadata that an installation leaves."""
-    (tmp_path / "awq_trt").mkdir()
-    source = Path(plugin.__file__).parent
-    for name in ("__init__.py", "plugin.py", "errors.py"):
-        (tmp_path / "awq_trt" / name).write_bytes((source / name).read_bytes())
-    code = (
-        "from awq_trt import errors, plugin\ntry:\n  plugin.library_path()\nexcept errors.AwqTrtError as e:\n  print(e)"
-    )
+    (tmp_path / "awq_trt" / "engine").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "files.py", "engine/__init__.py", "engine/plugin.py"):
+        (tmp_path / "awq_trt" / name).write_bytes((PACKAGE / name).read_bytes())
+    code = """
+from awq_trt import errors
+from awq_trt.engine import plugin
+try:
+    plugin.library_path()
+except errors.AwqTrtError as error:
+    print(error)
+"""
     environment = {k: v for k, v in os.environ.items() if k != plugin.ENVIRONMENT_VARIABLE}
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, env=environment

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_onnx
+from stand_ins import report_of
 
 from awq_trt.engine import sidecar
-from awq_trt.engine.build import EngineReport
 from awq_trt.engine.plugin import library_path
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import Profile, read_graph
+from awq_trt.export.metadata import read_graph
 from awq_trt.files import sha256
 
 QUANTIZED = [
@@ -29,27 +27,6 @@ METADATA = {
     "fused": FUSED,
     "left_in_float": {"lm_head": "output"},
 }
-SHAPES = {"x": ((1, 1, 256), (2, 8, 256), (2, 16, 256))}
-
-
-def report_of(engine: Path, runtime: str = "tensorrt", embedded: bool = True, **changes: Any) -> EngineReport:
-    """A report as a build gives it, for a plan that is not one."""
-    engine.write_bytes(b"plan" * 100)
-    facts = {
-        "engine": engine,
-        "sidecar": sidecar.path_of(engine),
-        "runtime": runtime,
-        "runtime_version": "10.14",
-        "architectures": ("9.0",),
-        "profiles": (Profile("default", SHAPES),),
-        "plugin_layers": 1,
-        "plugin_embedded": embedded,
-        "plan_bytes": 400,
-        "seconds": 1.25,
-        "peak_bytes": 1 << 30,
-        "warnings": ("slow",),
-    }
-    return EngineReport(**(facts | changes))
 
 
 @pytest.fixture
@@ -114,24 +91,12 @@ def test_lines_stay_short_and_the_text_is_stable(plan: Path) -> None:
     assert path.read_text() == text
 
 
-def test_benchmark_lines(tmp_path: Path) -> None:
-    engine = tmp_path / "a plan.plan"
-    prefill = Profile("prefill", {"ids": ((1, 1), (4, 32), (4, 64)), "past": ((1, 2, 0, 8),) * 3})
-    decode = Profile("decode", {"ids": ((1, 1), (4, 1), (4, 1)), "past": ((1, 2, 1, 8), (4, 2, 32, 8), (4, 2, 63, 8))})
-    graph = read_graph(tiny_onnx.quantized(tmp_path / "q.onnx"))
-    report = report_of(engine, profiles=(decode, prefill))
-    lines = sidecar.describe(report, graph, library_path(), None)["launch"]["benchmark"]
-    script = str(tmp_path / "a plan.trtexec.sh")
-    assert {name: shlex.split(line) for name, line in lines.items()} == {n: [script, n] for n in ("decode", "prefill")}
-
-
-def test_update_keeps_everything_else(plan: Path) -> None:
+def test_the_first_schema_is_still_read(plan: Path) -> None:
+    """It had launch lines beside the facts."""
     path = sidecar.path_of(plan)
-    before = sidecar.read_sidecar(path)
-    sidecar.update(plan, accuracy={"top1_agreement": 0.99})
-    after = sidecar.read_sidecar(path)
-    assert after == before | {"accuracy": {"top1_agreement": 0.99}}
-    assert list(after) == list(before)
+    content = sidecar.read_sidecar(path)
+    path.write_text(json.dumps(content | {"schema": 1, "launch": {"benchmark": {}}}))
+    assert sidecar.read_sidecar(path)["model"] == content["model"]
 
 
 @pytest.mark.parametrize("key", [k for k in sidecar.KEYS if k != "schema"])
@@ -152,7 +117,7 @@ def test_a_missing_key_or_a_wrong_type(plan: Path, key: str) -> None:
     [
         ("{", "not JSON"),
         ("[]", "schema None"),
-        ('{"schema": 99}', "schema 99, this version reads 1"),
+        ('{"schema": 99}', "schema 99, this version reads 2"),
         ("\xff", "not JSON"),
     ],
 )

@@ -21,7 +21,8 @@ from onnx import numpy_helper
 from awq_trt.awq.blocks import fill
 from awq_trt.awq.calibration import HELD_OUT_TEXT, windows
 from awq_trt.awq.quantize import quantize
-from awq_trt.checkpoint.reader import empty_model, open_checkpoint
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.evaluate.evaluate import evaluate, first_settings, open_weights
 
 Run = Callable[..., int]

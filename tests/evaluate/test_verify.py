@@ -13,8 +13,8 @@ from onnx import numpy_helper
 
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.search import Settings
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_outputs
 from awq_trt.evaluate.verify import agreement, onnx_session, random_inputs, verify

@@ -21,7 +21,7 @@ import torch
 import transformers
 from random_models import Model
 
-from awq_trt.checkpoint.reader import empty_model
+from awq_trt.checkpoint.model import empty_model
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.verify import onnx_session, run_onnx
 from awq_trt.export import export

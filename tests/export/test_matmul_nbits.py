@@ -12,7 +12,7 @@ import pytest
 import tiny_onnx
 import torch
 from onnx import TensorProto, helper
-from test_onnx_functions import random_linear
+from tiny_onnx import random_linear
 
 from awq_trt.export.external_data import inline
 from awq_trt.export.fp32 import float32_copy

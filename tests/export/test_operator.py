@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from tiny_onnx import random_linear
 
 from awq_trt import layout
 from awq_trt.export import operator
@@ -22,26 +23,6 @@ from awq_trt.export.external_data import ELEM_TYPES, inline
 from awq_trt.linear import QuantizedLinear
 
 COMBINATIONS = list(itertools.product([False, True], repeat=3))
-
-
-def random_linear(
-    n: int,
-    k: int,
-    group: int,
-    *,
-    zeros: bool,
-    pre_scale: bool = False,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-) -> QuantizedLinear:
-    generator = torch.Generator().manual_seed(seed)
-    return QuantizedLinear(
-        torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator),
-        (torch.rand(n, k // group, generator=generator) * 0.01 + 0.001).to(dtype),
-        torch.randint(0, 16, (n, k // group), dtype=torch.uint8, generator=generator) if zeros else None,
-        group,
-        (torch.rand(k, generator=generator) + 0.5).to(dtype) if pre_scale else None,
-    )
 
 
 def one_node(

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from test_onnx_functions import random_linear
+from tiny_onnx import random_linear
 
 from awq_trt import layout
 from awq_trt.errors import AwqTrtError

@@ -11,20 +11,17 @@ import onnx
 import onnxruntime
 import pytest
 import tiny_onnx
+from decoders import call
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve import ort
-from awq_trt.serve.decoder import open_decoder
+from awq_trt.serve.open import open_decoder
 from awq_trt.serve.ort import OrtDecoder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_onnx.fixed_decoder(tmp_path_factory.mktemp("tiny") / "m.onnx")
-
-
-def call(decoder: Any, row: int, ids: list[list[int]], past: list[int], new: list[int]) -> np.ndarray:
-    return decoder.run(row, np.array(ids), np.array(past), np.array(new))
 
 
 def test_what_it_says_of_itself(model: Path) -> None:

@@ -13,28 +13,16 @@ import pytest
 import tiny_onnx
 import torch
 from google.protobuf import text_format
-from test_sidecar import report_of
+from stand_ins import plan_of
 
 from awq_trt.engine import sidecar
 from awq_trt.engine.build import build_engine
-from awq_trt.engine.plugin import library_path
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import Profile, optimization_profiles, read_graph
+from awq_trt.export.metadata import Profile
 from awq_trt.serve.triton.model import FIELDS, OUTPUTS
 from awq_trt.serve.triton.repository import PARAMETERS, write_triton_repo
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
-
-
-def plan_of(onnx_path: Path, max_batch: int = 4, plugin: bool = True, **options: Any) -> Path:
-    """A stand-in for a plan, with the sidecar that a build of this ONNX file would write."""
-    engine = onnx_path.with_suffix(".plan")
-    graph = read_graph(onnx_path)
-    max_seq = None if (graph.metadata.get("kv_cache") or {}).get("kind") == "fixed" else 64
-    options = {"profiles": optimization_profiles(graph, max_batch, max_seq)} | options
-    content = sidecar.describe(report_of(engine, **options), graph, library_path() if plugin else None, None)
-    sidecar.write(sidecar.path_of(engine), content)
-    return engine
 
 
 def config_of(model: Path) -> Any:
@@ -87,7 +75,7 @@ def test_a_fixed_batch_dimension_is_part_of_the_dims(tmp_path: Path) -> None:
     assert list(config.output[0].dims) == [1, -1, 64]
 
 
-def test_the_launch_line_goes_into_both_sidecars(tmp_path: Path) -> None:
+def test_the_lines_that_serve_a_plan(tmp_path: Path) -> None:
     engine = plan_of(tiny_onnx.quantized(tmp_path / "q.onnx"))
     repo = tmp_path / "my repo"
     report = write_triton_repo(engine, repo)
@@ -100,9 +88,7 @@ def test_the_launch_line_goes_into_both_sidecars(tmp_path: Path) -> None:
         "nvcr.io/nvidia/tritonserver:YY.MM-py3 sh -c "
         "'tritonserver --model-repository=/models --backend-config=tensorrt,version-compatible=true'"
     )
-    for path in (sidecar.path_of(engine), report.model / "1" / "model.plan.json"):
-        launch = sidecar.read_sidecar(path)["launch"]["triton"]
-        assert launch == {"command": report.command, "docker": report.docker, "warnings": []}
+    assert "launch" not in sidecar.read_sidecar(sidecar.path_of(engine))
 
 
 def test_a_plan_without_plugin_needs_no_option(tmp_path: Path) -> None:
@@ -120,7 +106,6 @@ def test_plans_that_triton_cannot_load_say_so(tmp_path: Path) -> None:
     outside = write_triton_repo(plan_of(tiny_onnx.quantized(tmp_path / "o.onnx"), embedded=False), tmp_path / "repo")
     assert outside.command is None
     assert "with the plugin embedded" in outside.warnings[0]
-    assert sidecar.read_sidecar(sidecar.path_of(tmp_path / "o.plan"))["launch"]["triton"]["warnings"]
 
 
 def test_a_real_plan(tmp_path: Path) -> None:

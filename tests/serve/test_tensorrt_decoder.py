@@ -17,14 +17,15 @@ import onnxruntime
 import pytest
 import tiny_onnx
 import torch
-from test_ort_decoder import call
+from decoders import call
 
 from awq_trt.engine import sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.metadata import read_graph
 from awq_trt.serve import tensorrt
-from awq_trt.serve.decoder import Decoder, open_decoder
+from awq_trt.serve.decoder import Decoder
 from awq_trt.serve.generator import generate
+from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.tensorrt import ALIGNMENT, DECODE, PREFILL, TensorRtDecoder
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import tiny_onnx
 import triton_server
-from test_triton import plan_of
+from stand_ins import plan_of
 from transformers import AutoTokenizer
 from triton_server import Server
 

@@ -17,7 +17,7 @@ from bench.llm_awq import Rounding
 
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
 from awq_trt.awq.search import Settings
-from awq_trt.checkpoint.reader import open_checkpoint
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_predictions
 
 

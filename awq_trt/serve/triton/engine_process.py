@@ -100,8 +100,8 @@ def load_generator(folder: Path, settings: dict[str, Any]) -> Generator:
     Raises:
         AwqTrtError: what could not be loaded, and why.
     """
-    from awq_trt.serve.decoder import open_decoder
     from awq_trt.serve.generator import Generator, open_tokenizer
+    from awq_trt.serve.open import open_decoder
 
     rows, threads = settings.get("max_batch"), settings.get("threads")
     decoder = open_decoder(folder / settings["model"], max_batch=rows, threads=threads)

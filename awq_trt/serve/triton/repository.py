@@ -36,7 +36,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from awq_trt.engine import sidecar
 from awq_trt.errors import AwqTrtError
@@ -89,15 +89,19 @@ SHARED_MEMORY = "256m"
 """Of the container. Triton's Python backend asks for 2 MiB for each model instance; responses need little more."""
 
 
+class Launch(NamedTuple):
+    """The lines that serve a model, None where Triton cannot."""
+
+    command: str | None  # for a machine with Triton
+    docker: str | None  # the same in a container, whose tag is for the user to choose
+    warnings: tuple[str, ...]  # why Triton cannot serve it
+
+
 @dataclass(frozen=True)
 class TritonReport:
-    """Where the model lies, the lines that serve it (None where Triton cannot), and why it may not work.
+    """What was written, and how to serve it; see `Launch`."""
 
-    Attributes:
-        command: for a machine with Triton. docker: the same in a container, whose tag is for the user to choose.
-    """
-
-    model: Path
+    model: Path  # the model's folder
     command: str | None
     docker: str | None
     warnings: tuple[str, ...]
@@ -111,7 +115,7 @@ def write_triton_repo(
     tokenizer: Path | None = None,
     parameters: Mapping[str, str] | None = None,
 ) -> TritonReport:
-    """Make a model repository for a plan, from its sidecar; the line to launch it is put into the sidecar too.
+    """Make a model repository for a plan, from its sidecar.
 
     A plan is hard-linked where possible, else copied. An ONNX file and its data are copied: onnx.load refuses data that
     has a second link, even where it is the first that is loaded. A model of the same name is replaced whole.
@@ -144,16 +148,6 @@ def write_triton_repo(
     generates = is_generating(content["model"])
     if not generates and (tokenizer is not None or parameters):
         raise AwqTrtError(f"{engine_path} does not generate text: it takes neither a tokenizer nor parameters.")
-    plugin = content["plugin"]
-    launched = launch(
-        content["versions"].get("runtime", ""),
-        content["versions"].get("runtime_version", ""),
-        None if plugin is None else Path(plugin["path"]),
-        plugin is not None and plugin["embedded"],
-        generates,
-        str(repo_dir.resolve()),
-    )
-    content["launch"]["triton"] = launched
     inside = content
     if generates:
         source = _tokenizer(engine_path, content["model"], tokenizer)
@@ -168,8 +162,7 @@ def write_triton_repo(
         sidecar.write(folder / "1" / "model.plan.json", inside)
         if generates:
             _write_runtime(folder, source)
-    sidecar.update(engine_path, launch=content["launch"])
-    return TritonReport(model, launched["command"], launched["docker"], tuple(launched["warnings"]))
+    return TritonReport(model, *launch_plan(content, str(repo_dir.resolve())))
 
 
 def _write_onnx(path: Path, model: Path, tokenizer: Path | None, parameters: dict[str, str]) -> TritonReport:
@@ -185,8 +178,7 @@ def _write_onnx(path: Path, model: Path, tokenizer: Path | None, parameters: dic
         for file in (path, *external_files(path)):
             shutil.copyfile(file, folder / "1" / file.name)
         _write_runtime(folder, source)
-    launched = launch("onnxruntime", "", None, False, True, str(model.parent.resolve()))
-    return TritonReport(model, launched["command"], launched["docker"], tuple(launched["warnings"]))
+    return TritonReport(model, *_launch("onnxruntime", "", [], str(model.parent.resolve())))
 
 
 def is_generating(facts: dict[str, Any]) -> bool:
@@ -247,49 +239,39 @@ def generating_config(name: str, file: str, facts: dict[str, Any], kind: str, pa
     return "\n".join(lines) + "\n"
 
 
-def launch(
-    runtime: str,
-    version: str,
-    plugin: Path | None,
-    embedded: bool,
-    generates: bool,
-    repository: str = "MODEL_REPOSITORY",
-) -> dict[str, Any]:
-    """How to serve a model.
-
-    Args:
-        runtime: "tensorrt", "tensorrt_rtx", or "onnxruntime". version: of it. plugin: None where the plan has none.
-        embedded: it is inside the plan. generates: see `is_generating`.
-
-    Returns:
-        {"command": the tritonserver line or None, "docker": the line of a container or None, "warnings": [why not]}.
-    """
+def launch_plan(content: Mapping[str, Any], repository: str = "MODEL_REPOSITORY") -> Launch:
+    """How to serve a plan, from its sidecar's content, and why it cannot be served."""
+    runtime, plugin = content["versions"].get("runtime", ""), content["plugin"]
+    if is_generating(content["model"]):
+        return _launch(runtime, content["versions"].get("runtime_version", ""), [], repository)
     warnings = []
-    options = [] if plugin is None or generates else ["--backend-config=tensorrt,version-compatible=true"]
-    if not generates and runtime != "tensorrt":
+    if runtime != "tensorrt":
         warnings.append(
             "Triton's TensorRT backend loads plans of TensorRT only, and this one was built by TensorRT-RTX. "
-            "Build it with --runtime tensorrt on the GPU it is to run on."
+            "Build it with TensorRT on the GPU it is to run on."
         )
-    if not generates and plugin is not None and not embedded:
+    if plugin is not None and not plugin["embedded"]:
         warnings.append(
             "Triton cannot load this plan: its option plugins= opens a library without registering its plugins. "
             "Build the engine with the plugin embedded, which is the default."
         )
     if warnings:
-        return {"command": None, "docker": None, "warnings": warnings}
+        return Launch(None, None, tuple(warnings))
+    options = [] if plugin is None else ["--backend-config=tensorrt,version-compatible=true"]
+    return _launch("", "", options, repository)
+
+
+def _launch(runtime: str, version: str, options: list[str], repository: str) -> Launch:
+    """The lines that serve a repository. runtime: of a generating model, "" for a plan in the TensorRT backend."""
     serve = shlex.join(["tritonserver", "--model-repository=/models", *options])
-    if generates:
+    if runtime:
         serve = f"pip install {shlex.join(packages(runtime, version))} && {serve}"
     gpus = [] if runtime == "onnxruntime" else ["--gpus", "all"]
     ports = [word for port in (8000, 8001, 8002) for word in ("-p", f"{port}:{port}")]
     container = ["docker", "run", "--rm", "-it", *gpus, "--shm-size", SHARED_MEMORY, *ports]
     container += ["-v", f"{repository}:/models", IMAGE, "sh", "-c", serve]
-    return {
-        "command": shlex.join(["tritonserver", f"--model-repository={repository}", *options]),
-        "docker": shlex.join(container),
-        "warnings": [],
-    }
+    command = shlex.join(["tritonserver", f"--model-repository={repository}", *options])
+    return Launch(command, shlex.join(container), ())
 
 
 def packages(runtime: str, version: str) -> list[str]:

@@ -1,0 +1,104 @@
+"""Models built from their configuration with empty parameters, and the list of repeated blocks in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from awq_trt.checkpoint.experts import split_experts
+from awq_trt.checkpoint.submodels import model_class
+from awq_trt.errors import AwqTrtError
+
+OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
+"""What a model gives: the first of these that it has."""
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real.
+
+    Parameters are given no first values: on the meta device that takes a second for 30 blocks and does nothing.
+    """
+    register = torch.nn.Module.register_parameter
+    initialize = transformers.PreTrainedModel.initialize_weights
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a parameter that is already there is a tied one: keep it
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    transformers.PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        transformers.PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def empty_model(
+    config: transformers.PretrainedConfig, *, attn_implementation: str | None = None
+) -> transformers.PreTrainedModel:
+    """The model of a configuration in eval mode: fp32 parameters on the meta device, buffers with their values.
+
+    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`. Fused experts become a
+    nn.Linear for each expert and projection (experts.py).
+
+    Raises:
+        AwqTrtError: transformers has no class for the architecture.
+    """
+    cls = model_class(config)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _parameters_on_meta():
+        model = cls._from_config(config, dtype=torch.float32, **options)
+        for parent in list(model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, Conv1D):
+                    linear = torch.nn.Linear(child.nx, child.nf, bias=True)
+                    linear.was_conv1d = True  # type: ignore[assignment]
+                    setattr(parent, child_name, linear)
+        split_experts(model)
+    return model.eval()
+
+
+def transposed_weights(model: torch.nn.Module) -> frozenset[str]:
+    """Weights that a file holds as [in, out] and `empty_model` as [out, in]."""
+    return frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
+
+
+def persistent_buffers(model: torch.nn.Module) -> list[str]:
+    """Names of the buffers that a state dict holds."""
+    kept = model.state_dict(keep_vars=True)
+    return [name for name, _ in model.named_buffers() if name in kept]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the repeated blocks: the outermost ModuleList that holds the most parameters.
+
+    Raises:
+        AwqTrtError: the model has no list of blocks.
+    """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise AwqTrtError(
+            f"{type(model).__name__}: no list of repeated blocks (torch.nn.ModuleList) in this model, so there is "
+            "nothing to quantize. Transformer encoders and decoders have one."
+        )
+    return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
+
+
+def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Name -> nn.Linear for every linear layer inside the repeated blocks."""
+    prefix, blocks = find_blocks(model)
+    return {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+
+
+def main_output(output: Any) -> str:
+    """Which of the outputs of a model is exported and compared."""
+    return next((name for name in OUTPUTS if output.get(name) is not None), OUTPUTS[-1])

@@ -1,0 +1,65 @@
+"""Opening a checkpoint in float: a local Hugging Face directory, a hub id or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, safetensors_index
+from awq_trt.checkpoint.gguf import open_gguf
+from awq_trt.checkpoint.names import match_names
+from awq_trt.checkpoint.reader import Checkpoint, Reader, SafetensorsReader
+from awq_trt.checkpoint.safetensors import read_header
+from awq_trt.checkpoint.schemes import find_quantization
+from awq_trt.checkpoint.submodels import choose
+from awq_trt.errors import AwqTrtError
+
+
+def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part: str | None = None) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        model: directory with config.json and safetensors, a .gguf file, or a Hugging Face hub id.
+        trust_remote_code: run Python code that the checkpoint brings along (off unless asked for).
+        part: of a checkpoint that holds several models, see submodels.py.
+
+    Raises:
+        AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture or part.
+    """
+    path = local_path(model)
+    if path.is_dir() and not (path / "config.json").exists():
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise AwqTrtError(f"{model}: no config.json here; --model wants a Hugging Face directory or a .gguf file.")
+        path = gguf_files[0]
+    if path.is_file() and path.suffix != ".gguf":
+        raise AwqTrtError(f"{model}: a file, but not a .gguf; --model wants a directory, a .gguf file or a hub id.")
+    if path.is_file() and part is not None:
+        raise AwqTrtError(f"{model}: a GGUF file is one model, without a part {part!r}.")
+    if path.is_file():
+        return open_gguf(path)
+    return _open_directory(path, str(model), trust_remote_code, part)
+
+
+def _open_directory(path: Path, source: str, trust_remote_code: bool, part: str | None) -> Checkpoint:
+    raw = read_json(path / "config.json")
+    if quantization := find_quantization(path):
+        method = quantization.get("quant_method", "unknown")
+        raise AwqTrtError(
+            f"{source}: already quantized (quant_method {method!r}), so there is nothing to quantize; export it as it "
+            "is, or pass the original checkpoint."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise AwqTrtError(
+            f"{source}: transformers {transformers.__version__} does not know this architecture "
+            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0]} "
+            "If it ships its own code and you trust it, pass --trust-remote-code."
+        ) from error
+    keys = safetensors_index(path, source)
+    headers = {file: read_header(file) for file in sorted(set(keys.values()))}
+    readers: dict[str, Reader] = {k: SafetensorsReader(file, k, headers[file][k].shape) for k, file in keys.items()}
+    files = (*headers, path / "config.json")
+    return match_names(source, path, choose(config, source, part), readers, load_tokenizer(path), files)

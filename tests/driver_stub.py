@@ -1,0 +1,24 @@
+"""A small C library that answers as libcuda and libnvidia-ml do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("driver_stub.c")
+GIB = 1 << 30
+TWO = f"NVIDIA GeForce RTX 4090;8;9;{24 * GIB};{20 * GIB},NVIDIA H100 80GB;9;0;{80 * GIB};{7 * GIB}"
+
+
+def fake_driver(folder: Path, *names: str) -> Path:
+    """A folder for LD_LIBRARY_PATH with the stand-in under these names."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler, "a C compiler is needed to install this package at all"
+    library = folder / "fake.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", SOURCE, "-o", library], check=True)
+    for name in names or ("libcuda.so.1", "libnvidia-ml.so.1"):
+        (folder / name).symlink_to(library)
+    return folder
