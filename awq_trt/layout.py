@@ -39,7 +39,7 @@ MAX_FEATURES = 1 << 20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def why_not(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 80) -> str | None:
+def unsupported_reason(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 80) -> str | None:
     """The capability table: None where the kernels can run this layer, else the reason, for people.
 
     Args:
@@ -68,8 +68,8 @@ def padded_features(n: int) -> int:
 
 
 def supports(n: int, k: int, group_size: int, dtype: str = "float16", sm: int = 80) -> bool:
-    """True where `why_not` has nothing to say."""
-    return why_not(n, k, group_size, dtype, sm) is None
+    """True where `unsupported_reason` has nothing to say."""
+    return unsupported_reason(n, k, group_size, dtype, sm) is None
 
 
 def pack_qweight(q: torch.Tensor) -> torch.Tensor:

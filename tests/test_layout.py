@@ -73,7 +73,7 @@ def test_padding_is_zero() -> None:
     ],
 )
 def test_what_the_kernels_cannot_do_is_said(arguments: tuple, reason: str) -> None:
-    assert reason in str(layout.why_not(*arguments))
+    assert reason in str(layout.unsupported_reason(*arguments))
     assert not layout.supports(*arguments)
 
 

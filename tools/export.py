@@ -327,7 +327,7 @@ def open_model(args: argparse.Namespace) -> Any:
     from awq_trt.checkpoint.open import open_checkpoint
     from awq_trt.checkpoint.quantized import is_quantized
 
-    with join_ranks(args.device).together():
+    with join_ranks(args.device).fail_together():
         if is_quantized(args.model):
             if args.part:
                 raise AwqTrtError(f"{args.model}: quantized already; --part {args.part} is chosen before that.")

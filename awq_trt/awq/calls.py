@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from awq_trt.awq.blocks import BlockStream
-from awq_trt.awq.distributed import Ranks, ToldError
-from awq_trt.awq.estimate import Clock
+from awq_trt.awq.distributed import CollectiveError, Ranks
+from awq_trt.awq.estimate import StageTimer
 from awq_trt.awq.lanes import lane_ranges
 from awq_trt.awq.states import States, StatesWriter
 from awq_trt.awq.statistics import Group, observe_lanes
@@ -47,7 +47,7 @@ class Share:
 
 
 @dataclass
-class BlockCalls:
+class BlockCalibrator:
     """Block i, loaded, and what it is called with, as `statistics.Calls`; rank 0 searches with it, others follow.
 
     Attributes:
@@ -58,7 +58,7 @@ class BlockCalls:
     i: int
     share: Share
     states: States
-    clock: Clock = field(default_factory=Clock)
+    clock: StageTimer = field(default_factory=StageTimer)
     observations: int = 0
 
     @property
@@ -72,10 +72,10 @@ class BlockCalls:
             return self.stream.run(self.i, self.states[0], 0, dtype)
 
     def groups(self, block: nn.Module) -> list[Group]:
-        """Statistics of the linear layers of the block as it is now, over all windows of all ranks."""
+        """HessianAccumulator of the linear layers of the block as it is now, over all windows of all ranks."""
         ranks = self.share.ranks
         if self.observations:
-            ranks.tell(OBSERVE)
+            ranks.broadcast(OBSERVE)
             ranks.share_weights(block)
         return self._observe(block)
 
@@ -84,7 +84,7 @@ class BlockCalls:
         self.observations += 1
         runs = [partial(self._run_window, number, window) for number, window in enumerate(share.windows)]
         lanes = {lane: len(windows) for lane, windows in share.lanes.items()}
-        with share.ranks.together(), self.clock.stage("observe"):
+        with share.ranks.fail_together(), self.clock.stage("observe"):
             mine = observe_lanes(block, runs, lanes, name=self.name, folder=share.folder)
         return share.ranks.sum_groups(block, mine, share.total)
 
@@ -94,15 +94,15 @@ class BlockCalls:
         if ranks.rank == 0:
             try:
                 result = search()
-            except ToldError:
+            except CollectiveError:
                 raise
             except Exception:
-                ranks.tell(FAIL)
+                ranks.broadcast(FAIL)
                 raise
-            ranks.tell(ADVANCE)
+            ranks.broadcast(ADVANCE)
             return result
         self._observe(block)
-        while (order := ranks.tell()) == OBSERVE:
+        while (order := ranks.broadcast()) == OBSERVE:
             ranks.share_weights(block)
             self._observe(block)
         if order == FAIL:
@@ -115,6 +115,6 @@ class BlockCalls:
     def advance(self, block: nn.Module, into: StatesWriter) -> None:
         """Write what the block, rounded by now, makes of its inputs: the next block sees the error to come."""
         self.share.ranks.share_weights(block)
-        with self.share.ranks.together():
+        with self.share.ranks.fail_together():
             for number, window in enumerate(self.share.windows):
                 into.add(window, self._run_window(number, window))

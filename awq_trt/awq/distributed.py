@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from awq_trt.awq.hessian import Statistics
+from awq_trt.awq.hessian import HessianAccumulator
 from awq_trt.awq.lanes import LaneSums, Node, joined, lane_count, lane_owner
 from awq_trt.awq.statistics import Group, Observed, group_of
 from awq_trt.errors import AwqTrtError, OtherRankError
 
 
-class ToldError(AwqTrtError):
+class CollectiveError(AwqTrtError):
     """An error that all ranks know of."""
 
 
@@ -34,7 +34,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
 
-    def tell(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """A value of rank 0, on all of them."""
         if self.world == 1:
             return value
@@ -42,7 +42,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on all of them."""
         if self.world == 1:
             return [value]
@@ -51,7 +51,7 @@ class Ranks:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """All ranks do something; where one of them fails, rank 0 raises its error and the others end quietly."""
         error: Exception | None = None
         try:
@@ -64,13 +64,13 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        said = self.collect(None if error is None else str(error))
+        said = self.all_gather(None if error is None else str(error))
         first = next((i for i, text in enumerate(said) if text is not None), None)
         if first is None:
             return
         if self.rank:
             raise OtherRankError
-        raise ToldError(f"{said[first]} (on rank {first})") from error
+        raise CollectiveError(f"{said[first]} (on rank {first})") from error
 
     def share_weights(self, block: nn.Module) -> None:
         """Every rank's block gets the weights that rank 0's has now, in memory of their own."""
@@ -86,7 +86,7 @@ class Ranks:
 
     def sum_groups(self, block: nn.Module, mine: list[Observed], windows: int) -> list[Group]:
         """The groups that all ranks have seen, with the sums over all lanes; only rank 0 gets them, the others []."""
-        parts = self.collect([(o.names, o.before, o.sums.k) for o in mine])
+        parts = self.all_gather([(o.names, o.before, o.sums.k) for o in mine])
         merged: list[tuple[list[str], list[str], int]] = []
         for part in parts:
             for names, before, k in part:
@@ -106,7 +106,7 @@ class Ranks:
                 groups.append(group_of(block, own, total))
         return groups
 
-    def _sum(self, own: Observed, node: Node, lanes: int) -> Statistics | None:
+    def _sum(self, own: Observed, node: Node, lanes: int) -> HessianAccumulator | None:
         """The sum of a node of the tree on the rank that owns its first lane; None on the others and where it is 0."""
         level, index = node
         first = lane_owner(index << level, lanes, self.world)
@@ -121,11 +121,11 @@ class Ranks:
         elif middle != first and self.rank == first:
             right = _receive(middle, own)
         total = joined(left, right) if self.rank == first else None
-        assert total is None or isinstance(total, Statistics)
+        assert total is None or isinstance(total, HessianAccumulator)
         return total
 
 
-def _send(sums: Statistics | None, to: int, own: Observed) -> None:
+def _send(sums: HessianAccumulator | None, to: int, own: Observed) -> None:
     """Send a sum; nothing but a mark where there is none."""
     device = own.sums.device
     mark = [0.0, 0.0] if sums is None else [float(sums.tokens), sums.largest]
@@ -135,7 +135,7 @@ def _send(sums: Statistics | None, to: int, own: Observed) -> None:
             dist.send(tensor, to)
 
 
-def _receive(source: int, own: Observed) -> Statistics | None:
+def _receive(source: int, own: Observed) -> HessianAccumulator | None:
     mark = torch.zeros(2, dtype=torch.float64, device=own.sums.device)
     dist.recv(mark, source)
     if not mark[0]:

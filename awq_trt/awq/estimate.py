@@ -18,7 +18,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Took:
+class Usage:
     """seconds: wall clock. bytes: peak resident memory of the process."""
 
     seconds: float
@@ -26,7 +26,7 @@ class Took:
 
 
 @dataclass
-class Clock:
+class StageTimer:
     """Seconds per stage; stages may be nested, the outer one then counts without the inner one."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -60,9 +60,9 @@ class Budget:
             CLEAR.write_text("5")
         return cls(limit, time.monotonic())
 
-    def took(self) -> Took:
+    def took(self) -> Usage:
         """Seconds and peak so far."""
-        return Took(time.monotonic() - self.started, resident_bytes("VmHWM"))
+        return Usage(time.monotonic() - self.started, resident_bytes("VmHWM"))
 
     def check(self, need: int) -> None:
         """Refuse a run that needs more than the limit.
@@ -99,7 +99,7 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def extrapolate(clock: Clock, rehearsed: int, windows: int) -> tuple[float, float]:
+def extrapolate(clock: StageTimer, rehearsed: int, windows: int) -> tuple[float, float]:
     """Seconds for a block with `windows` windows, and once for the first block, from one with `rehearsed` windows."""
     each = sum(
         seconds * (windows / rehearsed if stage in PER_WINDOW else 1.0)

@@ -20,7 +20,7 @@ from torch import nn
 
 from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.calls import Share
-from awq_trt.awq.estimate import Clock
+from awq_trt.awq.estimate import StageTimer
 from awq_trt.awq.fold import find_fold
 from awq_trt.awq.search import LayerReport, Settings, constrain, layer_report, search_and_keep
 from awq_trt.awq.states import States
@@ -164,18 +164,18 @@ class Tail:
         return self.stream.head(states.to("cpu", torch.float32), number)
 
     def group(self, share: Share, states: States) -> Group | None:
-        """Statistics of the head's input over all windows of all ranks; None on ranks other than 0."""
+        """HessianAccumulator of the head's input over all windows of all ranks; None on ranks other than 0."""
         model, ranks = self.stream.model, share.ranks
         runs = [partial(self._run_window, states, number, window) for number, window in enumerate(share.windows)]
         lanes = {lane: len(windows) for lane, windows in share.lanes.items()}
-        with ranks.together():
+        with ranks.fail_together():
             seen = observe_lanes(model, runs, lanes, folder=share.folder, device=self.stream.device)
         mine = [observed for observed in seen if self.name in observed.names]
         for observed in mine:
             observed.names = [self.name]
             observed.before = [n for n in observed.before if f"{n}.weight" in self.norms]
         groups = ranks.sum_groups(model, mine, share.total)
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.rank == 0 and not groups:
                 raise AwqTrtError(
                     f"{type(model).__name__} never calls its head {self.name}: leave it in float (--lm-head float)."
@@ -186,7 +186,7 @@ class Tail:
         return self.run(states[window], number)
 
     def quantize(
-        self, group: Group, states: torch.Tensor, settings: Settings, clock: Clock, rows: int | None = None
+        self, group: Group, states: torch.Tensor, settings: Settings, clock: StageTimer, rows: int | None = None
     ) -> HeadResult:
         """Search and round; in a rehearsal only the first `rows` rows.
 

@@ -17,7 +17,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Statistics:
+class HessianAccumulator:
     """What calibration leaves of one input of K channels.
 
     Attributes:
@@ -31,7 +31,7 @@ class Statistics:
     largest: float = 0.0
 
     @classmethod
-    def zero(cls, k: int, device: torch.device | str = "cpu") -> Statistics:
+    def zero(cls, k: int, device: torch.device | str = "cpu") -> HessianAccumulator:
         """Of nothing, for K = `k` channels."""
         return cls(torch.zeros(k, k, device=device), torch.zeros(k, device=device))
 
@@ -57,7 +57,7 @@ class Statistics:
         for columns in panels(len(self.hessian)):
             self.hessian[columns.stop :, columns] = self.hessian[columns, columns.stop :].t()
 
-    def plus(self, other: Statistics) -> None:
+    def plus(self, other: HessianAccumulator) -> None:
         """Add another sum, in place."""
         self.hessian += other.hessian
         self._plus_small(other.total_abs, other.tokens, other.largest)
@@ -82,14 +82,14 @@ class Parked:
     small: tuple[torch.Tensor, int, float]
 
     @classmethod
-    def of(cls, sums: Statistics, file: Path) -> Parked:
+    def of(cls, sums: HessianAccumulator, file: Path) -> Parked:
         """Write the Hessian of a sum; the caller lets go of it."""
         with file.open("wb") as out:
             for piece in sums.hessian.view(-1).split(PIECE):
                 out.write(piece.cpu().numpy().data)
         return cls(file, (sums.total_abs, sums.tokens, sums.largest))
 
-    def add_to(self, sums: Statistics) -> None:
+    def add_to(self, sums: HessianAccumulator) -> None:
         """Add it to another sum, piece by piece, and delete the file."""
         buffer = torch.empty(PIECE)
         with self.file.open("rb") as file:
@@ -100,9 +100,9 @@ class Parked:
         sums._plus_small(*self.small)
         self.file.unlink()
 
-    def load(self) -> Statistics:
+    def load(self) -> HessianAccumulator:
         """Back into memory."""
         total_abs = self.small[0]
-        sums = Statistics.zero(len(total_abs), total_abs.device)
+        sums = HessianAccumulator.zero(len(total_abs), total_abs.device)
         self.add_to(sums)
         return sums

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from awq_trt.awq.hessian import Parked, Statistics
+from awq_trt.awq.hessian import HessianAccumulator, Parked
 
 LANES = 8
 """More would only help more than 8 processes, and each level of the tree is one more sum to keep."""
@@ -58,8 +58,8 @@ class LaneSums:
     device: torch.device | str = "cpu"
     folder: Path | None = None
     first: int = 0
-    nodes: dict[Node, Statistics | Parked] = field(default_factory=dict)
-    current: Statistics | None = None
+    nodes: dict[Node, HessianAccumulator | Parked] = field(default_factory=dict)
+    current: HessianAccumulator | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """Add activations to the lane in progress."""
@@ -70,7 +70,7 @@ class LaneSums:
 
     def end(self, lane: int) -> None:
         """The lane in progress, number `lane`, is complete."""
-        value: Statistics | Parked | None = self.current
+        value: HessianAccumulator | Parked | None = self.current
         self.current = None
         level, index = 0, lane
         while index % 2 and (index - 1) << level >= self.first:
@@ -81,20 +81,22 @@ class LaneSums:
 
     def _park(self) -> None:
         for node, value in self.nodes.items():
-            if self.folder is not None and isinstance(value, Statistics) and value.hessian.nbytes >= PARK_BYTES:
+            if self.folder is not None and isinstance(value, HessianAccumulator) and value.hessian.nbytes >= PARK_BYTES:
                 self.nodes[node] = Parked.of(value, self.folder / f"sum-{id(self):x}-{node[0]}-{node[1]}.tmp")
 
-    def zero(self) -> Statistics:
+    def zero(self) -> HessianAccumulator:
         """The sum of nothing."""
-        return Statistics.zero(self.k, self.device)
+        return HessianAccumulator.zero(self.k, self.device)
 
-    def take(self, node: Node) -> Statistics | None:
+    def take(self, node: Node) -> HessianAccumulator | None:
         """A finished sum, in memory; None where no token came."""
         value = self.nodes.pop(node, None)
         return value.load() if isinstance(value, Parked) else value
 
 
-def joined(left: Statistics | Parked | None, right: Statistics | Parked | None) -> Statistics | Parked | None:
+def joined(
+    left: HessianAccumulator | Parked | None, right: HessianAccumulator | Parked | None
+) -> HessianAccumulator | Parked | None:
     """left + right, in the place of the one that is in memory."""
     if left is None or right is None:
         return right if left is None else left

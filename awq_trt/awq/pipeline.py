@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from awq_trt.awq.blocks import BlockStream, fill
-from awq_trt.awq.calls import BlockCalls, Share
+from awq_trt.awq.calls import BlockCalibrator, Share
 from awq_trt.awq.distributed import Ranks
-from awq_trt.awq.estimate import Budget, Clock, Took, extrapolate, resident_bytes, trim_heap
+from awq_trt.awq.estimate import Budget, StageTimer, Usage, extrapolate, resident_bytes, trim_heap
 from awq_trt.awq.head import Tail, nearest_head
 from awq_trt.awq.plan import Plan
 from awq_trt.awq.resume import Folds, WorkDirectory, read_json_or_none, write_json
@@ -50,25 +50,25 @@ class Job:
         return Writer(self.work.result, self.plan.checkpoint, self.plan.save_format)
 
 
-def awq_blocks(job: Job) -> Took | None:
+def awq_blocks(job: Job) -> Usage | None:
     """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take."""
     plan, work, ranks = job.plan, job.work, job.ranks
     share = Share(len(plan.inputs), ranks, work.scratch)
     done = first_block(job, share)
     expected = None
-    with ranks.together():
+    with ranks.fail_together():
         if ranks.rank == 0:
             write_outside(job)
             check_head(job)
         stream = record(job, share, keep=done == 0)
     states = States(work.states(done))
-    with ranks.together():
+    with ranks.fail_together():
         if ranks.rank == 0 and done < plan.steps:
             expected = rehearse(job, stream, done, states)
             announce(job, expected, done)
     bytes_each = sum(file.stat().st_size for file in work.states(done))
     keep = expected is not None and job.budget.spare(expected.bytes, 2 * bytes_each)
-    keep = ranks.tell(keep)
+    keep = ranks.broadcast(keep)
     folds = Folds.from_json(work.block_reports()[-1]["folds"]) if done and ranks.rank == 0 else Folds()
     for i in steps(job, done):
         with ExitStack() as stack:
@@ -77,11 +77,11 @@ def awq_blocks(job: Job) -> Took | None:
                 path = work.new_states(i + 1, ranks.rank)
                 into = stack.enter_context(StatesWriter(path, len(share.windows), keep))
             if i < plan.blocks:
-                calls = BlockCalls(stream, i, share, states)
+                calls = BlockCalibrator(stream, i, share, states)
                 report = process(plan, calls, job.writer(), folds, into)
             else:
-                report = process_head(plan, stream, share, states, job.writer(), Clock())
-        with ranks.together():
+                report = process_head(plan, stream, share, states, job.writer(), StageTimer())
+        with ranks.fail_together():
             if report is not None:
                 work.finish_block(i, report)
         work.forget_states(i + 1)
@@ -92,11 +92,11 @@ def awq_blocks(job: Job) -> Took | None:
 
 def first_block(job: Job, share: Share) -> int:
     """The block to go on with: behind the finished ones if every rank finds the states of its windows, else 0."""
-    done: int = job.ranks.tell(job.work.finished if job.ranks.rank == 0 else None)
+    done: int = job.ranks.broadcast(job.work.finished if job.ranks.rank == 0 else None)
     if 0 < done < job.plan.steps:
         states = States(job.work.states(done))
-        if not all(job.ranks.collect(all(window in states for window in share.windows))):
-            with job.ranks.together():
+        if not all(job.ranks.all_gather(all(window in states for window in share.windows))):
+            with job.ranks.fail_together():
                 if job.ranks.rank == 0:
                     job.work.restart()
             return 0
@@ -120,7 +120,7 @@ def record(job: Job, share: Share, keep: bool) -> BlockStream:
 
 
 def process(
-    plan: Plan, calls: BlockCalls, writer: Writer, folds: Folds, into: StatesWriter | None
+    plan: Plan, calls: BlockCalibrator, writer: Writer, folds: Folds, into: StatesWriter | None
 ) -> dict[str, Any] | None:
     """One block, from the checkpoint to the shard; its report on rank 0, None on the others.
 
@@ -128,11 +128,11 @@ def process(
         into: takes what the rounded block makes of its inputs; None behind the last block.
     """
     ranks, clock, stream = calls.share.ranks, calls.clock, calls.stream
-    with ranks.together(), clock.stage("load"):
+    with ranks.fail_together(), clock.stage("load"):
         block = stream.load(calls.i, plan.checkpoint)
     with clock.stage("search"):
         result = calls.searched(block, lambda: quantize_block(block, calls, plan.settings, folds))
-    with ranks.together(), clock.stage("write"):
+    with ranks.fail_together(), clock.stage("write"):
         if result is not None:
             layers = {name: on_cpu(layer) for name, layer in result.layers.items()}
             writer.add_block(f"block-{calls.i:05}", calls.name, parameters(block), layers)
@@ -155,7 +155,7 @@ def process_head(
     share: Share,
     states: States,
     writer: Writer,
-    clock: Clock,
+    clock: StageTimer,
     rows: int | None = None,
 ) -> dict[str, Any] | None:
     """The head, like a block: from the checkpoint to the shard; its report on rank 0, None on the others.
@@ -165,11 +165,11 @@ def process_head(
     """
     ranks, head, report = share.ranks, plan.head or "", None
     with ExitStack() as stack:
-        with ranks.together(), clock.stage("load"):
+        with ranks.fail_together(), clock.stage("load"):
             tail = stack.enter_context(Tail(stream, plan.checkpoint, head, plan.norms))
         with clock.stage("observe"):
             group = tail.group(share, states)
-        with ranks.together():
+        with ranks.fail_together():
             if group is not None:
                 result = tail.quantize(group, states[0], plan.settings, clock, rows)
                 trim_heap()
@@ -181,7 +181,7 @@ def process_head(
     return report
 
 
-def rounded_blocks(job: Job) -> Took | None:
+def rounded_blocks(job: Job) -> Usage | None:
     """Round the layers of all blocks that are not finished yet to nearest, and the head where that is asked for."""
     plan, work = job.plan, job.work
     model = empty_model(plan.checkpoint.config)
@@ -204,7 +204,7 @@ def rounded_blocks(job: Job) -> Took | None:
             n, k = (0, 0) if plan.head is None else shape_of(model, plan.head)
             left = plan.blocks - i + n * k / sum(p.numel() for p in block.parameters())
             seconds = begin.seconds + (took.seconds - begin.seconds) * left
-            expected = Took(seconds, max(took.bytes, resident_bytes("VmRSS") + head_bytes(n, k)))
+            expected = Usage(seconds, max(took.bytes, resident_bytes("VmRSS") + head_bytes(n, k)))
             announce(job, expected, i)
     return expected
 
@@ -276,7 +276,7 @@ def put_rounded(block: nn.Module, layers: Mapping[str, QuantizedLinear], dtype: 
         parameter.data = parameter.data.to(dtype)
 
 
-def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Took:
+def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Usage:
     """Measure one block, the largest, with two windows, and throw the result away; what it took is kept for resuming.
 
     Raises:
@@ -291,7 +291,7 @@ def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Took:
     known = read_json_or_none(work.path / "rehearsal.json")
     if known is None:
         share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
-        calls = BlockCalls(stream, i, share, states)
+        calls = BlockCalibrator(stream, i, share, states)
         folder = work.scratch / "rehearsal"
         with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
             process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)
@@ -304,12 +304,12 @@ def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Took:
         write_json(work.path / "rehearsal.json", known)
     job.budget.check(known["bytes"])
     blocks = known["each"] * sum(sizes[done:]) / sizes[i] + (known["once"] if done < plan.blocks else 0)
-    return Took(job.budget.took().seconds + blocks + known["head"], known["bytes"])
+    return Usage(job.budget.took().seconds + blocks + known["head"], known["bytes"])
 
 
-def rehearse_head(job: Job, stream: BlockStream, share: Share, states: States) -> Took:
+def rehearse_head(job: Job, stream: BlockStream, share: Share, states: States) -> Usage:
     """What the head will take, from a few of its rows and two windows, and from the bytes of all rows once rounded."""
-    plan, clock = job.plan, Clock()
+    plan, clock = job.plan, StageTimer()
     n, k = shape_of(stream.model, plan.head or "")
     rows = next(row_chunks(n, k)).stop
     folder = job.work.scratch / "rehearsal"
@@ -318,7 +318,7 @@ def rehearse_head(job: Job, stream: BlockStream, share: Share, states: States) -
     remove(folder)
     parts = {"round": n / rows, "write": n / rows, "observe": len(stream.inputs) / share.total}
     seconds = sum(seconds * parts.get(stage, 1.0) for stage, seconds in clock.seconds.items())
-    return Took(seconds, max(job.budget.took().bytes, begin + head_bytes(n, k)))
+    return Usage(seconds, max(job.budget.took().bytes, begin + head_bytes(n, k)))
 
 
 def head_bytes(n: int, k: int) -> int:
@@ -332,7 +332,7 @@ def least_bytes(block: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in block.parameters()) * dtype.itemsize + 4 * sum(k * k for _, k in widths)
 
 
-def announce(job: Job, expected: Took, done: int) -> None:
+def announce(job: Job, expected: Usage, done: int) -> None:
     """The line printed before the work starts."""
     if job.console is None:
         return

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from awq_trt.awq.distributed import compute_device, join_ranks
-from awq_trt.awq.estimate import Budget, Took
+from awq_trt.awq.estimate import Budget, Usage
 from awq_trt.awq.pipeline import Job, awq_blocks, rounded_blocks
 from awq_trt.awq.plan import make_plan, work_key
 from awq_trt.awq.resume import WorkDirectory
@@ -43,8 +43,8 @@ class QuantizeReport:
     left_in_float: dict[str, str]
     pre_scales: int
     seconds: float
-    estimate: Took | None
-    actual: Took
+    estimate: Usage | None
+    actual: Usage
 
 
 def quantize(
@@ -102,7 +102,7 @@ def quantize(
     budget = Budget.begin(memory)
     ranks = join_ranks(device)
     console = console if ranks.rank == 0 else None
-    with ranks.together():
+    with ranks.fail_together():
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         carried = pre_scale and save_format in CARRY_PRE_SCALES
         means = EFFORTS[effort]
@@ -118,26 +118,26 @@ def quantize(
         compute = (compute_dtype, compute_device(device))
         plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format, lm_head)
     with ExitStack() as stack:
-        with ranks.together():
+        with ranks.fail_together():
             key = work_key(plan) if ranks.rank == 0 else {}
             work = WorkDirectory(output, key, resume=resume, console=console)
             if ranks.rank == 0:
                 stack.enter_context(work)
-        with ranks.together():
+        with ranks.fail_together():
             work.make_folders()
         job = Job(plan, work, ranks, budget, console)
-        report: dict[str, Any] | None = ranks.tell(work.report() if ranks.rank == 0 else None)
+        report: dict[str, Any] | None = ranks.broadcast(work.report() if ranks.rank == 0 else None)
         expected = None
         if report is None:
             if plan.inputs:
                 expected = awq_blocks(job)
             elif ranks.rank == 0:
                 expected = rounded_blocks(job)
-            report = ranks.tell(plan.report | gathered(work) if ranks.rank == 0 else None)
-            with ranks.together():
+            report = ranks.broadcast(plan.report | gathered(work) if ranks.rank == 0 else None)
+            with ranks.fail_together():
                 if ranks.rank == 0:
                     job.writer().finish(plan.settings.group_size, plan.settings.symmetric, report)
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.rank == 0:
                 work.publish(report)
     if ranks.rank and not (work.path / "key.json").exists():

@@ -26,7 +26,7 @@ from awq_trt.awq.fold import Fold, find_fold, is_reached
 from awq_trt.awq.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
 from awq_trt.awq.statistics import Calls, Group
 from awq_trt.checkpoint.experts import expert_of
-from awq_trt.layout import padded_features, why_not
+from awq_trt.layout import padded_features, unsupported_reason
 from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
 
 COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -87,7 +87,7 @@ class Settings:
             return str(linear.why_float)
         n, k = linear.out_features, linear.in_features
         n = padded_features(n) if padded else n
-        return why_not(n, k, self.group(k), str(self.dtype).removeprefix("torch."))
+        return unsupported_reason(n, k, self.group(k), str(self.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from awq_trt.awq.hessian import Statistics
+from awq_trt.awq.hessian import HessianAccumulator
 from awq_trt.awq.lanes import LaneSums, lane_count, lane_ranges
 from awq_trt.errors import AwqTrtError
 
@@ -25,7 +25,7 @@ class Group:
 
     names: list[str]
     linears: list[nn.Linear]
-    statistics: Statistics
+    statistics: HessianAccumulator
     before: list[str]
     """Names of the norms and linear layers that ran earlier in the block, the latest first: where s may be folded."""
 
@@ -176,7 +176,7 @@ def finished(block: nn.Module, observed: Observed, windows: int) -> Group:
     return group_of(block, observed, observed.sums.take((top, 0)))
 
 
-def group_of(block: nn.Module, observed: Observed, sums: Statistics | None) -> Group:
+def group_of(block: nn.Module, observed: Observed, sums: HessianAccumulator | None) -> Group:
     """A group with its sums over all lanes; None where no token came."""
     statistics = observed.sums.zero() if sums is None else sums
     statistics.mirror()

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 ROUTER = "router: it chooses the experts, so that rounding it would change which ones compute; it is small"
-STUCK = "experts in one 3-D tensor, of a form that is not taken apart into linear layers"
+UNSPLITTABLE = "experts in one 3-D tensor, of a form that is not taken apart into linear layers"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def split_experts(model: nn.Module) -> None:
             if weight is not None and weight.dim() == 2 and len(weight) in counts:
                 module.why_float = ROUTER  # type: ignore[assignment]
         if not isinstance(parent, nn.Conv1d) and any(map(_is_stack, parent._parameters.values())):
-            parent.why_float = STUCK  # type: ignore[assignment]
+            parent.why_float = UNSPLITTABLE  # type: ignore[assignment]
 
 
 def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:

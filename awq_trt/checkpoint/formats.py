@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.layout import DTYPES, padded_features, why_not
+from awq_trt.layout import DTYPES, padded_features, unsupported_reason
 from awq_trt.linear import SYMMETRIC_ZERO, QuantizedLinear, row_chunks
 
 Parts = Mapping[str, torch.Tensor]
@@ -103,7 +103,7 @@ def from_parts(format: str, name: str, parts: Parts, group_size: int | None = No
             raise AwqTrtError(f"tensor {missing[0]} is missing; download the checkpoint again.")
         layer = READERS[format](parts, group_size)
         n, k = layer.q.shape
-        if reason := why_not(padded_features(n), k, layer.group_size):
+        if reason := unsupported_reason(padded_features(n), k, layer.group_size):
             raise AwqTrtError(f"{reason}. Start from the checkpoint before quantization: such layers stay in float.")
     except AwqTrtError as error:
         raise AwqTrtError(f"{name} ({format}): {error}") from error

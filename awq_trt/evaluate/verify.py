@@ -28,7 +28,7 @@ from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_outputs, i
 from awq_trt.export.fp32 import float32_copy
 from awq_trt.export.kv_cache import give_all_logits
 from awq_trt.export.metadata import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
-from awq_trt.export.rope import settled
+from awq_trt.export.rope import resolve_longrope
 
 WINDOW = 512
 """Tokens of a window of held-out text, where the model has as many positions."""
@@ -263,7 +263,7 @@ def verify(
         short = samples[:2]
     else:
         samples, short = [], [random_inputs(onnx_path)]
-    exported = replace(quantized, config=settled(quantized.config, room or 0))
+    exported = replace(quantized, config=resolve_longrope(quantized.config, room or 0))
     held_out = {}
     if original is not None and samples:
         settings = Settings(quantized.report["group_size"], quantized.report["symmetric"], original.dtype)

@@ -26,7 +26,7 @@ from awq_trt.export.external_data import ELEM_TYPES, DataFile, Read, values
 from awq_trt.export.kv_cache import KvCache
 from awq_trt.export.metadata import METADATA_KEY
 from awq_trt.export.rewrite import FusedNode, QuantizedNode, rewrite
-from awq_trt.export.rope import settled
+from awq_trt.export.rope import resolve_longrope
 from awq_trt.export.trace import DecoderOptions, Trace, trace
 from awq_trt.files import replacing
 from awq_trt.layout import DTYPES
@@ -132,7 +132,7 @@ def export_quantized(
     if dtype not in DTYPES:
         raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     options = decoder or DecoderOptions()
-    model = empty_model(settled(source.config, options.longest), attn_implementation="eager")
+    model = empty_model(resolve_longrope(source.config, options.longest), attn_implementation="eager")
     _load_buffers(model, source, DTYPES[dtype])
     say("Tracing the model", 0, 1)
     traced = trace(model, DTYPES[dtype], options)

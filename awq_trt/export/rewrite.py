@@ -185,7 +185,9 @@ def _check(weight: gs.Constant, node: gs.Node, transposed: bool, linear: Quantiz
         raise AwqTrtError(
             f"weight {weight.name} is {in_graph} in the graph and {wanted} in the scales; export in {dtype}."
         )
-    if reason := layout.why_not(layout.padded_features(n), k, linear.group_size, str(dtype).removeprefix("torch.")):
+    if reason := layout.unsupported_reason(
+        layout.padded_features(n), k, linear.group_size, str(dtype).removeprefix("torch.")
+    ):
         raise AwqTrtError(f"layer {weight.name}: {reason}. Leave this layer out of the quantization.")
 
 

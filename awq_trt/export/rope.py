@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on how long a sequence is, settled before a model is traced.
+"""Rotary frequencies that depend on how long a sequence is, resolve_longrope before a model is traced.
 
 Longrope (Phi-3; Ding et al., https://arxiv.org/abs/2402.13753) has two sets of frequencies, and transformers changes to
 the long ones when a sequence outgrows the positions the model was first trained for. Keys in a cache cannot change with
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 
-def settled(config: transformers.PretrainedConfig, longest: int) -> transformers.PretrainedConfig:
+def resolve_longrope(config: transformers.PretrainedConfig, longest: int) -> transformers.PretrainedConfig:
     """The configuration for an engine with sequences of up to `longest` tokens: a copy if it is to be another one."""
     changed = copy.deepcopy(config)
     scalings = [s for s in _scalings(changed) if longest > s.get("original_max_position_embeddings", longest)]

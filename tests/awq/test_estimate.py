@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from awq_trt.awq import pipeline
-from awq_trt.awq.estimate import Budget, Clock, extrapolate, resident_bytes, trim_heap
+from awq_trt.awq.estimate import Budget, StageTimer, extrapolate, resident_bytes, trim_heap
 from awq_trt.awq.quantize import quantize
 
 MIB = 1 << 20
@@ -42,7 +42,7 @@ def test_states_are_kept_only_where_a_limit_has_room_for_them() -> None:
 def test_nested_stages_are_counted_once_and_windows_where_they_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 5.0, 12.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock()
+    clock = StageTimer()
     with clock.stage("search"), clock.stage("observe"):
         pass
     assert clock.seconds == {"search": 13.0, "observe": 7.0}

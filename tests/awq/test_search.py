@@ -22,7 +22,7 @@ from awq_trt.awq.search import (
     search,
     weight_parts,
 )
-from awq_trt.awq.statistics import Group, Statistics, observe
+from awq_trt.awq.statistics import Group, HessianAccumulator, observe
 from awq_trt.linear import quantize_weight
 
 SETTINGS = Settings(group_size=32)
@@ -165,14 +165,14 @@ def group_of(weight: torch.Tensor, x: torch.Tensor) -> Group:
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False).requires_grad_(False)
     linear.weight.data = weight
-    statistics = Statistics(torch.zeros(k, k), torch.zeros(k))
+    statistics = HessianAccumulator(torch.zeros(k, k), torch.zeros(k))
     statistics.add(x)
     return Group(["layer"], [linear], statistics, [])
 
 
 def test_statistics_are_the_sums_they_say() -> None:
     x = torch.randn(5, 7, 8)
-    statistics = Statistics(torch.zeros(8, 8), torch.zeros(8))
+    statistics = HessianAccumulator(torch.zeros(8, 8), torch.zeros(8))
     statistics.add(x[:2])
     statistics.add(x[2:])
     rows = x.reshape(-1, 8)

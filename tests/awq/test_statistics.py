@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from awq_trt.awq import lanes as lanes_module
-from awq_trt.awq.hessian import Statistics
+from awq_trt.awq.hessian import HessianAccumulator
 from awq_trt.awq.lanes import LaneSums, joined, lane_count, lane_owner, lane_ranges
 from awq_trt.awq.statistics import observe
 from awq_trt.errors import AwqTrtError
@@ -18,7 +18,7 @@ from awq_trt.errors import AwqTrtError
 @pytest.mark.parametrize("k", [8, 200, 1100])
 def test_sums_are_those_of_all_tokens(k: int) -> None:
     x = torch.randn(5, 7, k)
-    statistics = Statistics.zero(k)
+    statistics = HessianAccumulator.zero(k)
     statistics.add(x[:2])
     statistics.add(x[2:])
     rows = x.reshape(-1, k)
@@ -65,7 +65,7 @@ def test_same_bits_in_memory_on_disk_and_shared(
 
     left, right = (lane_sums(x, rank, 2) for rank in range(2))
     shared = joined(left.take((top - 1, 0)), right.take((top - 1, 1)))
-    assert isinstance(shared, Statistics)
+    assert isinstance(shared, HessianAccumulator)
     assert torch.equal(shared.hessian, whole.hessian)
     assert torch.equal(shared.total_abs, whole.total_abs)
 

@@ -19,7 +19,7 @@ from awq_trt.awq.blocks import BlockStream, fill
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.report import warnings
 from awq_trt.checkpoint import names
-from awq_trt.checkpoint.experts import ROUTER, STUCK, Expert, SplitExperts, left_alone, split_experts
+from awq_trt.checkpoint.experts import ROUTER, UNSPLITTABLE, Expert, SplitExperts, left_alone, split_experts
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.names import StoredNames
 from awq_trt.checkpoint.open import open_checkpoint
@@ -294,7 +294,7 @@ def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
     )  # fmt: skip
     config.architectures = ["Llama4ForCausalLM"]
     model = empty_model(config)
-    assert left_alone(model)["model.layers.0.feed_forward.experts"] == STUCK
+    assert left_alone(model)["model.layers.0.feed_forward.experts"] == UNSPLITTABLE
     prefix, _ = find_blocks(model)
     assert prefix == "model.layers"
 
