@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from awq_trt.awq.config import QuantizeConfig
     from awq_trt.awq.quantize import quantize
     from awq_trt.engine.build import build_engine
     from awq_trt.errors import AwqTrtError
@@ -24,10 +25,20 @@ if TYPE_CHECKING:
     from awq_trt.serve.sampling import Sampling
     from awq_trt.serve.triton.repository import write_triton_repo
 
-__all__ = ["AwqTrtError", "Sampling", "build_engine", "export_onnx", "generate", "quantize", "write_triton_repo"]
+__all__ = [
+    "AwqTrtError",
+    "QuantizeConfig",
+    "Sampling",
+    "build_engine",
+    "export_onnx",
+    "generate",
+    "quantize",
+    "write_triton_repo",
+]
 
 _HOME = {
     "AwqTrtError": "awq_trt.errors",
+    "QuantizeConfig": "awq_trt.awq.config",
     "Sampling": "awq_trt.serve.sampling",
     "build_engine": "awq_trt.engine.build",
     "export_onnx": "awq_trt.export.export",

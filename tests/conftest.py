@@ -46,10 +46,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with llama.awq, the tiny llama quantized, and llama.onnx, made from it. Read only."""
+    from awq_trt.awq.config import QuantizeConfig
     from awq_trt.awq.quantize import quantize
     from awq_trt.export.export import export_onnx
 
     folder = tmp_path_factory.mktemp("exported")
-    quantize(models / "llama", folder / "llama.awq", samples=2, length=128)
+    quantize(models / "llama", folder / "llama.awq", QuantizeConfig(calibration_samples=2, calibration_length=128))
     export_onnx(folder / "llama.awq", folder / "llama.onnx")
     return folder

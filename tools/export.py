@@ -272,6 +272,7 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
 
     import torch
 
+    from awq_trt.awq.config import QuantizeConfig
     from awq_trt.awq.quantize import quantize
     from awq_trt.awq.report import kind, warnings
 
@@ -281,23 +282,25 @@ def quantize_stage(args: argparse.Namespace, original: Any, default: Path, conso
     report = quantize(
         original,
         output,
-        method=args.method,
-        effort=args.effort,
-        clip=args.clip,
-        feedback=args.feedback,
-        refit=args.refit,
-        group_size=args.group_size,
-        symmetric=args.symmetric,
-        pre_scale=not args.no_pre_scale,
-        calibration=args.calibration,
-        samples=args.calibration_samples,
-        length=args.calibration_length,
-        save_format=args.save_format,
-        lm_head=args.lm_head,
+        QuantizeConfig(
+            method=args.method,
+            effort=args.effort,
+            clip=args.clip,
+            error_compensation=args.feedback,
+            refit=args.refit,
+            group_size=args.group_size,
+            symmetric=args.symmetric,
+            pre_scale=not args.no_pre_scale,
+            calibration=args.calibration,
+            calibration_samples=args.calibration_samples,
+            calibration_length=args.calibration_length,
+            save_format=args.save_format,
+            lm_head=args.lm_head,
+            device=args.device,
+            compute_dtype=getattr(torch, args.compute_dtype),
+        ),
         memory=args.memory,
         resume=not args.no_resume,
-        device=args.device,
-        compute_dtype=getattr(torch, args.compute_dtype),
         console=console,
     )
     alike = Counter((kind(name), why) for name, why in report.left_in_float.items())

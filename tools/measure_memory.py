@@ -91,10 +91,12 @@ def child(options: dict[str, Any]) -> None:
     import torch
     from rich.console import Console
 
+    from awq_trt.awq.config import QuantizeConfig
     from awq_trt.awq.quantize import quantize
 
     options["compute_dtype"] = getattr(torch, options["compute_dtype"])
-    report = quantize(options.pop("model"), Path(options.pop("output")), console=Console(stderr=True), **options)
+    model, output, memory = (options.pop(name) for name in ("model", "output", "memory"))
+    report = quantize(model, Path(output), QuantizeConfig(**options), memory=memory, console=Console(stderr=True))
     print(
         json.dumps({"estimate": asdict(report.estimate) if report.estimate else None, "actual": asdict(report.actual)})
     )

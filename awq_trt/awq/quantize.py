@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.distributed import compute_device, join_ranks
 from awq_trt.awq.estimate import Budget, Usage
 from awq_trt.awq.pipeline import Job, awq_blocks, rounded_blocks
@@ -50,24 +50,10 @@ class QuantizeReport:
 def quantize(
     model: Checkpoint | str | Path,
     output: Path,
+    config: QuantizeConfig | None = None,
     *,
-    method: str = "awq",
-    effort: str = "default",
-    clip: bool | None = None,
-    feedback: bool | None = None,
-    refit: bool = False,
-    group_size: int | None = None,
-    symmetric: bool = False,
-    pre_scale: bool = True,
-    calibration: str | Path | None = None,
-    samples: int | None = None,
-    length: int = 512,
-    save_format: str = "awq",
-    lm_head: str = "float",
     memory: int | None = None,
     resume: bool = True,
-    device: str = "auto",
-    compute_dtype: torch.dtype = torch.float32,
     console: Console | None = None,
 ) -> QuantizeReport:
     """Quantize the linear layers of the model's blocks to INT4 and write a Hugging Face directory.
@@ -78,45 +64,42 @@ def quantize(
         model: a directory, .gguf file, hub id, or an open Checkpoint.
         output: directory, replaced as a whole at the end. Until then the work is in `.<name>.partial` beside it, from
             which a run that was killed goes on.
-        method: "awq" searches scales on calibration inputs; "rtn" rounds to nearest and needs none.
-        effort: "fast", "default" or "best"; see awq.EFFORTS. It says what the options are that are None by default:
-            clip, search the range of every group; feedback, round with error feedback; samples.
-        refit: with feedback, least-squares scales after rounding: less error on the calibration text, not elsewhere.
-        group_size: 32, 64, 128 or -1 (whole row); None takes the largest of 128, 64, 32 that divides every K.
-        symmetric: no zero points. pre_scale: allow scales that no operator before the layer can absorb, if
-            `save_format` carries them.
-        calibration: text file, directory, `datasets` id or .npz of model inputs; None takes the text in the package.
-        samples, length: number of calibration windows and tokens per window.
-        save_format: a key of quantized.SAVE_FORMATS.
-        lm_head: "float", or "int4" to quantize the layer that makes logits, too; then it no longer shares its weight
-            with the embedding, which stays in float.
+        config: see QuantizeConfig; None is all defaults.
         memory: bytes that this process may take, None for no limit. States stay in memory where it has room for them.
         resume: go on with the work of a killed run, if checkpoint, settings and calibration inputs are the same.
-        device: "cpu", "cuda", or "auto": the GPU where there is one. compute_dtype: of the blocks' forward, float32 or
-            bfloat16; second moments are fp32 in any case.
         console: for estimate and progress; None is silent.
 
     Raises:
         AwqTrtError: bad weights or calibration inputs, no layer that the kernels can run, no head, too little memory.
     """
+    config = config or QuantizeConfig()
     budget = Budget.begin(memory)
-    ranks = join_ranks(device)
+    ranks = join_ranks(config.device)
     console = console if ranks.rank == 0 else None
     with ranks.fail_together():
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        carried = pre_scale and save_format in CARRY_PRE_SCALES
-        means = EFFORTS[effort]
+        means = EFFORTS[config.effort]
+        feedback = config.error_compensation
         options = {
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "pre_scale": carried,
-            "clip": means.clip if clip is None else clip,
+            "group_size": config.group_size,
+            "symmetric": config.symmetric,
+            "pre_scale": config.pre_scale and config.save_format in CARRY_PRE_SCALES,
+            "clip": means.clip if config.clip is None else config.clip,
             "feedback": means.feedback if feedback is None else feedback,
-            "refit": refit,
+            "refit": config.refit,
         }
-        samples = means.windows if samples is None else samples
-        compute = (compute_dtype, compute_device(device))
-        plan = make_plan(checkpoint, options, method, calibration, samples, length, compute, save_format, lm_head)
+        samples = means.windows if config.calibration_samples is None else config.calibration_samples
+        plan = make_plan(
+            checkpoint,
+            options,
+            config.method,
+            config.calibration,
+            samples,
+            config.calibration_length,
+            (config.compute_dtype, compute_device(config.device)),
+            config.save_format,
+            config.lm_head,
+        )
     with ExitStack() as stack:
         with ranks.fail_together():
             key = work_key(plan) if ranks.rank == 0 else {}

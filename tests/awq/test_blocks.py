@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from awq_trt.awq.blocks import BlockStream, Inputs
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.states import States, StatesWriter
 from awq_trt.checkpoint.open import open_checkpoint
@@ -103,9 +104,9 @@ def test_embedding_rows_are_read_in_the_dtype_of_the_file_and_computed_in_fp32(m
 
 
 def test_computing_in_bfloat16_is_near_float32(models: Path, tmp_path: Path) -> None:
-    options = {"samples": 2, "length": 64}
-    exact = quantize(models / "llama", tmp_path / "a", **options)  # type: ignore[arg-type]
-    near = quantize(models / "llama", tmp_path / "b", compute_dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
+    options = {"calibration_samples": 2, "calibration_length": 64}
+    exact = quantize(models / "llama", tmp_path / "a", QuantizeConfig(**options))  # type: ignore[arg-type]
+    near = quantize(models / "llama", tmp_path / "b", QuantizeConfig(compute_dtype=torch.bfloat16, **options))  # type: ignore[arg-type]
     for a, b in zip(exact.layers, near.layers, strict=True):
         assert a.name == b.name
         assert b.error == pytest.approx(a.error, rel=0.5)  # where another scale was chosen

@@ -11,11 +11,12 @@ import transformers
 
 from awq_trt.awq import pipeline
 from awq_trt.awq.calibration import DEFAULT_TEXT, windows
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
 
-OPTIONS: dict[str, Any] = {"samples": 3, "length": 64}
+OPTIONS: dict[str, Any] = {"calibration_samples": 3, "calibration_length": 64}
 
 
 def second_block_inputs(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -47,7 +48,7 @@ def test_blocks_see_the_rounded_blocks_before_them(
         return quantize_block(block, calls, *rest)
 
     monkeypatch.setattr(pipeline, "quantize_block", noted)
-    quantize(models / "llama", tmp_path / "out", **OPTIONS)
+    quantize(models / "llama", tmp_path / "out", QuantizeConfig(**OPTIONS))
 
     checkpoint, quantized = open_checkpoint(models / "llama"), open_quantized(tmp_path / "out")
     samples = windows(DEFAULT_TEXT, checkpoint.tokenizer, *OPTIONS.values())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from awq_trt.awq import pipeline
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.estimate import Budget, StageTimer, extrapolate, resident_bytes, trim_heap
 from awq_trt.awq.quantize import quantize
 
@@ -28,7 +29,7 @@ def test_freed_memory_is_given_back() -> None:
 def test_after_every_block(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(pipeline, "trim_heap", lambda: calls.append(1))
-    quantize(models / "llama", tmp_path / "out", samples=2, length=64)
+    quantize(models / "llama", tmp_path / "out", QuantizeConfig(calibration_samples=2, calibration_length=64))
     assert len(calls) == 3, "the rehearsal and two blocks"
 
 

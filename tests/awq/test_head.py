@@ -20,6 +20,7 @@ from awq_trt import linear
 from awq_trt.awq import head, pipeline
 from awq_trt.awq.blocks import Weights
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.head import head_of, norms_outside, untied
 from awq_trt.awq.quantize import QuantizeReport, quantize
 from awq_trt.awq.search import Settings
@@ -37,7 +38,7 @@ from awq_trt.linear import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPTIONS = {"samples": 3, "length": 64, "lm_head": "int4"}
+OPTIONS = {"calibration_samples": 3, "calibration_length": 64, "lm_head": "int4"}
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -45,7 +46,7 @@ EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 def quantized(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizeReport, Path]:
     """The tiny llama with an INT4 head."""
     output = tmp_path_factory.mktemp("head") / "llama.awq"
-    return quantize(models / "llama", output, **OPTIONS), output  # type: ignore[arg-type]
+    return quantize(models / "llama", output, QuantizeConfig(**OPTIONS)), output  # type: ignore[arg-type]
 
 
 def gpt2(directory: Path, vocabulary: int) -> Path:
@@ -153,7 +154,7 @@ def test_the_errors_are_those_of_the_logits(quantized: tuple[QuantizeReport, Pat
 
 
 def test_only_rounded(models: Path, tmp_path: Path) -> None:
-    report = quantize(models / "llama", tmp_path / "out", method="rtn", lm_head="int4")
+    report = quantize(models / "llama", tmp_path / "out", QuantizeConfig(method="rtn", lm_head="int4"))
     output, original = open_quantized(tmp_path / "out"), open_checkpoint(models / "llama")
     expected = quantize_weight(original.tensor(EMBEDDING), 64, False, torch.float16)
     assert torch.equal(output.linears["lm_head"].q, expected.q)
@@ -180,12 +181,14 @@ class RowsOnly:
 @pytest.mark.parametrize("method", ["awq", "rtn"])
 def test_the_head_is_read_in_pieces(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     checkpoint = untied(open_checkpoint(models / "llama"))
-    quantize(checkpoint, tmp_path / "whole", method=method, **OPTIONS)  # type: ignore[arg-type]
+    quantize(checkpoint, tmp_path / "whole", QuantizeConfig(method=method, **OPTIONS))  # type: ignore[arg-type]
     asked: list[int] = []
     readers = {**checkpoint.readers, "lm_head.weight": RowsOnly(checkpoint.readers["lm_head.weight"], asked)}
     monkeypatch.setattr(linear, "CHUNK", 100 * 64)
     monkeypatch.setattr(head, "SAMPLE", 100 * 64)
-    quantize(dataclasses.replace(checkpoint, readers=readers), tmp_path / "pieces", method=method, **OPTIONS)  # type: ignore[arg-type]
+    quantize(
+        dataclasses.replace(checkpoint, readers=readers), tmp_path / "pieces", QuantizeConfig(method=method, **OPTIONS)
+    )  # type: ignore[arg-type]
     assert max(asked) == 100
     assert {96, 100, 84} <= set(asked) if method == "awq" else set(asked) == {100, 84}
     whole, pieces = (open_quantized(tmp_path / n).linears["lm_head"] for n in ("whole", "pieces"))
@@ -196,14 +199,14 @@ def test_the_head_is_read_in_pieces(models: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_head_that_cannot_be_int4_stays_tied_and_is_listed(models: Path, tmp_path: Path) -> None:
-    report = quantize(models / "llama", tmp_path / "out", group_size=128, method="rtn", lm_head="int4")
+    report = quantize(models / "llama", tmp_path / "out", QuantizeConfig(group_size=128, method="rtn", lm_head="int4"))
     assert report.left_in_float["lm_head"] == "in_features 64 is not a multiple of the group size 128"
     assert report.head is None
     output = open_quantized(tmp_path / "out")
     assert output.config.tie_word_embeddings
     assert output.report["lm_head"] == "float"
     assert output.scheme.method == "awq"
-    default = quantize(models / "llama", tmp_path / "default", method="rtn")
+    default = quantize(models / "llama", tmp_path / "default", QuantizeConfig(method="rtn"))
     assert "lm_head" in default.left_in_float
 
 
@@ -220,8 +223,8 @@ def test_a_head_narrower_than_the_blocks(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     source = tiny_models.save(transformers.OPTForCausalLM(config), tmp_path / "opt")
-    assert quantize(source, tmp_path / "float", method="rtn").group_size == 64
-    report = quantize(source, tmp_path / "int4", **OPTIONS)  # type: ignore[arg-type]
+    assert quantize(source, tmp_path / "float", QuantizeConfig(method="rtn")).group_size == 64
+    report = quantize(source, tmp_path / "int4", QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
     assert report.group_size == 32
     assert set(report.left_in_float) == {"model.decoder.project_in", "model.decoder.project_out"}
     assert report.layers[-1].folded_into is None
@@ -232,12 +235,12 @@ def test_a_head_narrower_than_the_blocks(tmp_path: Path) -> None:
 
 def test_no_head(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AwqTrtError, match=r"ViTForImageClassification has no linear layer that makes logits"):
-        quantize(models / "vit", tmp_path / "out", method="rtn", lm_head="int4")
+        quantize(models / "vit", tmp_path / "out", QuantizeConfig(method="rtn", lm_head="int4"))
     with pytest.raises(AwqTrtError, match="lm_head 'int8' is not one of float, int4"):
-        quantize(models / "llama", tmp_path / "out", method="rtn", lm_head="int8")
+        quantize(models / "llama", tmp_path / "out", QuantizeConfig(method="rtn", lm_head="int8"))
     monkeypatch.setattr(head.Tail, "run", lambda *_: None)
     with pytest.raises(AwqTrtError, match="LlamaForCausalLM never calls its head lm_head: leave it in float"):
-        quantize(models / "llama", tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        quantize(models / "llama", tmp_path / "out", QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,7 +254,7 @@ def test_nan_in_the_head_is_found_before_the_first_block(
     readers = {**checkpoint.readers, "lm_head.weight": RowsOnly(lambda: bad, [])}
     checkpoint = dataclasses.replace(checkpoint, readers=readers)
     with pytest.raises(AwqTrtError, match=r"tensor lm_head\.weight holds 1 NaN or Inf"):
-        quantize(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        quantize(checkpoint, tmp_path / "out", QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,7 +263,7 @@ def test_a_scale_that_folds_nowhere_is_a_pre_scale_or_none(
 ) -> None:
     monkeypatch.setattr(head, "find_fold", lambda *_: None)
     for allowed in (True, False):
-        report = quantize(models / "llama", tmp_path / str(allowed), pre_scale=allowed, **OPTIONS)  # type: ignore[arg-type]
+        report = quantize(models / "llama", tmp_path / str(allowed), QuantizeConfig(pre_scale=allowed, **OPTIONS))  # type: ignore[arg-type]
         output, layer = open_quantized(tmp_path / str(allowed)), report.layers[-1]
         assert layer.folded_into is None
         assert (layer.alpha > 0) == (output.linears["lm_head"].pre_scale is not None) == allowed
@@ -293,14 +296,14 @@ def test_a_run_that_ends_before_the_head_goes_on_with_it(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "process_head", failing)
         with pytest.raises(StopError):
-            quantize(models / "llama", tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+            quantize(models / "llama", tmp_path / "out", QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
     lines = StringIO()
     (states,) = (tmp_path / ".out.partial" / "states").iterdir()
     if damaged:
         states.write_bytes(states.read_bytes()[:1000])
     else:
         monkeypatch.setattr(pipeline, "process", lambda *_: pytest.fail("a finished block was quantized again"))
-    quantize(models / "llama", tmp_path / "out", console=Console(file=lines, width=200), **OPTIONS)  # type: ignore[arg-type]
+    quantize(models / "llama", tmp_path / "out", QuantizeConfig(**OPTIONS), console=Console(file=lines, width=200))  # type: ignore[arg-type]
     assert ("2 of 3 blocks are finished by an earlier run" in lines.getvalue()) == (not damaged)
     assert re.search(r"15 layers to INT4 .* 0 stay in float\..*Estimate: \d+ s, \d+ MiB", lines.getvalue())
     assert tiny_models.content(tmp_path / "out") == tiny_models.content(quantized[1])
@@ -313,9 +316,11 @@ def test_work_for_another_head_is_thrown_away(models: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "round_head", failing)
         with pytest.raises(StopError):
-            quantize(models / "llama", tmp_path / "out", method="rtn", lm_head="int4")
+            quantize(models / "llama", tmp_path / "out", QuantizeConfig(method="rtn", lm_head="int4"))
     lines = StringIO()
-    report = quantize(models / "llama", tmp_path / "out", method="rtn", console=Console(file=lines, width=200))
+    report = quantize(
+        models / "llama", tmp_path / "out", QuantizeConfig(method="rtn"), console=Console(file=lines, width=200)
+    )
     assert report.head is None
     assert "the work of an earlier run is thrown away (not the same: report)" in lines.getvalue()
     assert open_quantized(tmp_path / "out").config.tie_word_embeddings
@@ -357,7 +362,7 @@ def test_rounding_to_compare_with_rounds_the_head_too(models: Path, quantized: t
 def test_transformers_loads_it_from_compressed_tensors(models: Path, tmp_path: Path, symmetric: bool) -> None:
     """Of any vocabulary; the head's weight bit for bit."""
     source = tiny_models.llama(tmp_path / "llama", vocab_size=389)
-    quantize(source, tmp_path / "ct", save_format="compressed-tensors", symmetric=symmetric, **OPTIONS)  # type: ignore[arg-type]
+    quantize(source, tmp_path / "ct", QuantizeConfig(save_format="compressed-tensors", symmetric=symmetric, **OPTIONS))  # type: ignore[arg-type]
     ours = open_quantized(tmp_path / "ct")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ct", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
@@ -371,7 +376,7 @@ def test_transformers_loads_it_from_compressed_tensors(models: Path, tmp_path: P
 
 @pytest.mark.parametrize("format", ["plugin", pytest.param("qdq", marks=pytest.mark.slow)])
 def test_exported_with_a_vocabulary_that_8_does_not_divide(tmp_path: Path, format: str) -> None:
-    quantize(gpt2(tmp_path / "gpt2", 389), tmp_path / "awq", **OPTIONS)  # type: ignore[arg-type]
+    quantize(gpt2(tmp_path / "gpt2", 389), tmp_path / "awq", QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
     output = open_quantized(tmp_path / "awq")
     assert output.linears["lm_head"].q.shape == (389, 64)
     report = export_onnx(tmp_path / "awq", tmp_path / "model.onnx", format=format)
@@ -406,7 +411,7 @@ def test_a_tied_matrix_is_in_the_plan_once(tmp_path: Path) -> None:
         shape = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": 1}
         tied = {"tie_word_embeddings": name != "untied"}
         source = tiny_models.llama(tmp_path / name, **shape | tied | options)
-        quantize(source, tmp_path / "awq", method="rtn", lm_head="int4" if name == "int4" else "float")
+        quantize(source, tmp_path / "awq", QuantizeConfig(method="rtn", lm_head="int4" if name == "int4" else "float"))
         export_onnx(tmp_path / "awq", tmp_path / "model.onnx")
         report = build_engine(tmp_path / "model.onnx", tmp_path / "model.plan", runtime="tensorrt_rtx", quiet=True)
         sizes[name] = report.plan_bytes

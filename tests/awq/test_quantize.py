@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.plan import default_group_size
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.model import empty_model
@@ -22,11 +23,11 @@ from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import quantize_weight
 
-SHORT = {"samples": 2, "length": 128}
+SHORT = {"calibration_samples": 2, "calibration_length": 128}
 
 
 def test_report_and_folds_of_a_decoder(models: Path, tmp_path: Path) -> None:
-    report = quantize(models / "llama", tmp_path / "out", **SHORT)
+    report = quantize(models / "llama", tmp_path / "out", QuantizeConfig(**SHORT))
     assert report.group_size == 64
     assert len(report.quantized) == len(report.layers) == 14
     assert report.left_in_float == {"lm_head": "outside the repeated blocks (embeddings and heads stay in float)"}
@@ -48,7 +49,7 @@ def test_report_and_folds_of_a_decoder(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_other_architectures(models: Path, tmp_path: Path, name: str) -> None:
-    report = quantize(models / name, tmp_path / "out", **SHORT)
+    report = quantize(models / name, tmp_path / "out", QuantizeConfig(**SHORT))
     assert report.layers
     awq = open_quantized(tmp_path / "out")
     assert set(awq.linears) == set(report.quantized)
@@ -59,7 +60,7 @@ def test_other_architectures(models: Path, tmp_path: Path, name: str) -> None:
 def test_vision_model_calibrates_on_arrays(models: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, 32, 32), np.float32)
     np.savez(tmp_path / "images.npz", pixel_values=images)
-    report = quantize(models / "vit", tmp_path / "out", calibration=tmp_path / "images.npz")
+    report = quantize(models / "vit", tmp_path / "out", QuantizeConfig(calibration=tmp_path / "images.npz"))
     assert len(report.layers) == 12
     assert report.layers[0].tokens == 4 * 17
     with pytest.raises(AwqTrtError, match="no tokenizer"):
@@ -69,7 +70,9 @@ def test_vision_model_calibrates_on_arrays(models: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 def test_rounding_only(models: Path, tmp_path: Path, group_size: int, symmetric: bool) -> None:
-    report = quantize(models / "vit", tmp_path / "out", method="rtn", group_size=group_size, symmetric=symmetric)
+    report = quantize(
+        models / "vit", tmp_path / "out", QuantizeConfig(method="rtn", group_size=group_size, symmetric=symmetric)
+    )
     assert report.layers == ()
     assert len(report.quantized) == 12
     awq, original = open_quantized(tmp_path / "out"), open_checkpoint(models / "vit")
@@ -82,7 +85,7 @@ def test_rounding_only(models: Path, tmp_path: Path, group_size: int, symmetric:
 
 
 def test_layers_a_group_does_not_divide_stay_in_float_and_are_listed(models: Path, tmp_path: Path) -> None:
-    report = quantize(models / "llama", tmp_path / "out", group_size=128, **SHORT)
+    report = quantize(models / "llama", tmp_path / "out", QuantizeConfig(group_size=128, **SHORT))
     assert {n.split(".")[-1] for n in report.quantized} == {"down_proj"}
     reason = report.left_in_float["model.layers.0.self_attn.q_proj"]
     assert reason == "in_features 64 is not a multiple of the group size 128"
@@ -93,7 +96,7 @@ def test_layers_a_group_does_not_divide_stay_in_float_and_are_listed(models: Pat
 
 def test_nothing_to_quantize(models: Path, tmp_path: Path) -> None:
     with pytest.raises(AwqTrtError, match="no layer can be quantized with these settings: .*group size 48"):
-        quantize(models / "llama", tmp_path / "out", group_size=48, **SHORT)
+        quantize(models / "llama", tmp_path / "out", QuantizeConfig(group_size=48, **SHORT))
     assert not (tmp_path / "out").exists()
 
 
@@ -102,7 +105,7 @@ def test_an_error_in_the_middle_leaves_nothing(models: Path, tmp_path: Path) -> 
     bad = "model.layers.1.mlp.down_proj.weight"
     readers = {**checkpoint.readers, bad: lambda: torch.full((64, 128), float("nan"))}
     with pytest.raises(AwqTrtError, match=re.escape(bad)):
-        quantize(dataclasses.replace(checkpoint, readers=readers), tmp_path / "out", **SHORT)
+        quantize(dataclasses.replace(checkpoint, readers=readers), tmp_path / "out", QuantizeConfig(**SHORT))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,14 +114,14 @@ def test_weights_beyond_fp16_are_named(models: Path, tmp_path: Path) -> None:
     huge = {"model.norm.weight": lambda: torch.full((64,), 1e6)}
     checkpoint = dataclasses.replace(checkpoint, readers={**checkpoint.readers, **huge})
     with pytest.raises(AwqTrtError, match=r"model\.norm\.weight overflows float16 .*--dtype bfloat16"):
-        quantize(checkpoint, tmp_path / "out", method="rtn")
-    quantize(dataclasses.replace(checkpoint, dtype=torch.bfloat16), tmp_path / "out", method="rtn")
+        quantize(checkpoint, tmp_path / "out", QuantizeConfig(method="rtn"))
+    quantize(dataclasses.replace(checkpoint, dtype=torch.bfloat16), tmp_path / "out", QuantizeConfig(method="rtn"))
     assert open_quantized(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_estimate_and_progress_are_printed(models: Path, tmp_path: Path) -> None:
     text = StringIO()
-    quantize(models / "llama", tmp_path / "out", console=Console(file=text, width=200), **SHORT)
+    quantize(models / "llama", tmp_path / "out", QuantizeConfig(**SHORT), console=Console(file=text, width=200))
     assert re.search(
         r"14 layers to INT4 \(asymmetric, group 64\) by AWQ on 2 calibration inputs in float32 on cpu, 1 stay",
         text.getvalue(),
@@ -129,7 +132,7 @@ def test_estimate_and_progress_are_printed(models: Path, tmp_path: Path) -> None
 
 def test_same_input_same_bits(models: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        quantize(models / "llama", tmp_path / name, **SHORT)
+        quantize(models / "llama", tmp_path / name, QuantizeConfig(**SHORT))
     for file in sorted((tmp_path / "a").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 

@@ -14,6 +14,7 @@ from layer_rows import MODEL, layer
 from rich.console import Console
 
 from awq_trt.awq import report
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.errors import AwqTrtError
 
@@ -134,7 +135,7 @@ def _has_matplotlib() -> bool:
 def test_tool_on_a_directory_of_ours_and_of_another(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantize(models / "llama", tmp_path / "llama.awq", samples=2, length=64)
+    quantize(models / "llama", tmp_path / "llama.awq", QuantizeConfig(calibration_samples=2, calibration_length=64))
     main = runpy.run_path(str(TOOL))["main"]
     assert main([str(tmp_path / "llama.awq"), "--full"]) == 0
     printed = capsys.readouterr().out

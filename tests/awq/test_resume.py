@@ -17,6 +17,7 @@ import tiny_models
 from rich.console import Console
 
 from awq_trt.awq import pipeline
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.resume import WorkDirectory, content_digest
 from awq_trt.checkpoint.open import open_checkpoint
@@ -25,7 +26,7 @@ from awq_trt.errors import AwqTrtError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS = 4
-OPTIONS = {"samples": 3, "length": 64}
+OPTIONS = {"calibration_samples": 3, "calibration_length": 64}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
-    quantize(model, output, **OPTIONS)
+    quantize(model, output, QuantizeConfig(**OPTIONS))
     return tiny_models.content(output)
 
 
@@ -60,7 +61,7 @@ def in_child(model: Path, output: Path, log: Path, kill: Callable[[], bool] | No
         pipeline.process = logged  # type: ignore[assignment]
         code = 1
         try:
-            quantize(model, output, **OPTIONS)  # type: ignore[arg-type]
+            quantize(model, output, QuantizeConfig(**OPTIONS))  # type: ignore[arg-type]
             code = 0
         finally:
             os._exit(code)
@@ -152,11 +153,11 @@ def test_what_is_kept_is_said_and_used(
         with monkeypatch.context() as patch:
             stopped_before(3, error, patch)
             with pytest.raises(raised, match=words):
-                quantize(model, output, **OPTIONS)
+                quantize(model, output, QuantizeConfig(**OPTIONS))
         assert partial.is_dir()
         assert not output.exists()
     text = StringIO()
-    quantize(model, output, console=Console(file=text, width=200), **OPTIONS)
+    quantize(model, output, QuantizeConfig(**OPTIONS), console=Console(file=text, width=200))
     assert "3 of 4 blocks are finished by an earlier run" in text.getvalue()
     assert tiny_models.content(output) == uninterrupted
     assert not partial.exists()
@@ -170,7 +171,7 @@ def test_nothing_is_left_where_nothing_is_worth_keeping(
 ) -> None:
     stopped_before(block, error, monkeypatch)
     with pytest.raises((KeyboardInterrupt, AwqTrtError)):
-        quantize(model, tmp_path / "out", **OPTIONS)
+        quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +179,7 @@ def test_nothing_is_left_where_nothing_is_worth_keeping(
     ("change", "words"),
     [
         ({"symmetric": True}, "not the same: settings"),
-        ({"length": 65}, "not the same: calibration"),
+        ({"calibration_length": 65}, "not the same: calibration"),
         ({"resume": False}, "as asked"),
         ({"checkpoint": "another"}, "not the same: checkpoint"),
     ],
@@ -189,14 +190,16 @@ def test_another_key_starts_anew_and_says_so(
     with monkeypatch.context() as patch:
         stopped_before(2, StopError(), patch)
         with pytest.raises(StopError):
-            quantize(model, tmp_path / "out", **OPTIONS)
+            quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
     checkpoint = open_checkpoint(model)
     if change.pop("checkpoint", None):
         extra = tmp_path / "extra"
         extra.write_text("one more file")
         checkpoint = dataclasses.replace(checkpoint, files=(*checkpoint.files, extra))
     text = StringIO()
-    quantize(checkpoint, tmp_path / "out", console=Console(file=text, width=200), **{**OPTIONS, **change})
+    quantize(
+        checkpoint, tmp_path / "out", QuantizeConfig(**{**OPTIONS, **change}), console=Console(file=text, width=200)
+    )
     assert "thrown away" in text.getvalue()
     assert words in text.getvalue()
     assert "finished by an earlier run" not in text.getvalue()
@@ -217,21 +220,21 @@ def test_states_that_are_damaged_or_missing_start_anew(
     with monkeypatch.context() as patch:
         stopped_before(2, StopError(), patch)
         with pytest.raises(StopError):
-            quantize(model, tmp_path / "out", **OPTIONS)
+            quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
     (states,) = (tmp_path / ".out.partial" / "states").iterdir()
     states.write_bytes(states.read_bytes()[:1000])
-    quantize(model, tmp_path / "out", **OPTIONS)
+    quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
     assert tiny_models.content(tmp_path / "out") == uninterrupted
 
 
 def test_states_in_memory_give_the_same_bits(model: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
-    quantize(model, tmp_path / "out", memory=1 << 40, **OPTIONS)
+    quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS), memory=1 << 40)
     assert tiny_models.content(tmp_path / "out") == uninterrupted
 
 
 def test_too_little_memory_is_refused_before_the_first_block(model: Path, tmp_path: Path) -> None:
     with pytest.raises(AwqTrtError, match=r"this run needs \d+ MiB of memory, but --memory allows 64 MiB"):
-        quantize(model, tmp_path / "out", memory=64 << 20, **OPTIONS)
+        quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS), memory=64 << 20)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from awq_trt.awq.blocks import BlockStream, fill
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.report import warnings
 from awq_trt.checkpoint import names
@@ -216,7 +217,11 @@ def test_statistics_are_those_of_the_routed_tokens(saved: Saved) -> None:
 
 
 def test_quantized_experts_and_their_tokens_in_the_report(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(saved("mixtral"), tmp_path / "q", samples=2, length=64, calibration=__file__)
+    report = quantize(
+        saved("mixtral"),
+        tmp_path / "q",
+        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
+    )
     experts = [x for x in report.layers if ".experts." in x.name]
     assert len(experts) == 12
     assert sum(x.tokens for x in experts if x.name.endswith("down_proj")) == 2 * 2 * 64
@@ -250,7 +255,9 @@ def test_experts_that_few_or_no_tokens_reach(saved: Saved, tmp_path: Path, monke
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(directory, tmp_path / "q", samples=1, length=64, calibration=__file__)
+    report = quantize(
+        directory, tmp_path / "q", QuantizeConfig(calibration_samples=1, calibration_length=64, calibration=__file__)
+    )
     found = warnings([vars(x) for x in report.layers], report.quantized, "float16")
     assert len(found) == 2
     unseen = (
@@ -277,13 +284,17 @@ def test_a_fold_is_tried_on_an_expert_that_is_reached(
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(saved("mixtral"), tmp_path / "q", samples=2, length=64, calibration=__file__)
+    report = quantize(
+        saved("mixtral"),
+        tmp_path / "q",
+        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
+    )
     fold = {x.name.split(".")[-2]: x.folded_into for x in report.layers if x.name.endswith("down_proj")}
     assert fold == {e: f"model.layers.0.mlp.experts.{e}.up_proj" for e in "0123"}
 
 
 def test_a_linear_router_stays_in_float(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(saved("phimoe"), tmp_path / "q", method="rtn", group_size=32)
+    report = quantize(saved("phimoe"), tmp_path / "q", QuantizeConfig(method="rtn", group_size=32))
     assert report.left_in_float["model.layers.0.mlp.router"] == ROUTER
     assert not any("router" in name for name in report.quantized)
 
@@ -301,7 +312,7 @@ def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
 
 def test_experts_quantized_by_autoawq_are_read_under_their_names(saved: Saved, tmp_path: Path) -> None:
     """Our own, in AutoAWQ's layout, under the hub's names and under transformers'."""
-    quantize(saved("mixtral"), tmp_path / "a", method="rtn", group_size=32, pre_scale=False)
+    quantize(saved("mixtral"), tmp_path / "a", QuantizeConfig(method="rtn", group_size=32, pre_scale=False))
     tensors: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "a").glob("*.safetensors"):
         tensors |= load_file(file)

@@ -15,6 +15,7 @@ from quantized_models import edited, rounded
 from safetensors.torch import load_file, save_file
 
 from awq_trt.awq.blocks import fill
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
@@ -95,7 +96,7 @@ def test_a_quantized_vision_language_model_of_another_tool(vision_language: Path
 
 
 def test_a_quantized_part_is_a_checkpoint_of_its_own(vision_language: Path, tmp_path: Path) -> None:
-    report = quantize(vision_language, tmp_path / "q", samples=1, length=64)
+    report = quantize(vision_language, tmp_path / "q", QuantizeConfig(calibration_samples=1, calibration_length=64))
     assert not any("vision" in name for name in (*report.quantized, *report.left_in_float))
     quantized = open_quantized(tmp_path / "q")
     assert (quantized.config.model_type, quantized.config.architectures) == ("gemma3_text", ["Gemma3ForCausalLM"])
@@ -167,8 +168,8 @@ def test_the_encoder_of_whisper(tmp_path: Path, cls: str) -> None:
         expected = theirs.get_encoder()(sounds).last_hidden_state
         torch.testing.assert_close(filled(checkpoint)(sounds).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(AwqTrtError, match="this model has no tokenizer to read a text with"):
-        quantize(checkpoint, tmp_path / "q", samples=1, length=8)
+        quantize(checkpoint, tmp_path / "q", QuantizeConfig(calibration_samples=1, calibration_length=8))
     np.savez(tmp_path / "sounds.npz", input_features=sounds.numpy())
-    report = quantize(checkpoint, tmp_path / "q", calibration=tmp_path / "sounds.npz")
+    report = quantize(checkpoint, tmp_path / "q", QuantizeConfig(calibration=tmp_path / "sounds.npz"))
     assert len(report.layers) == len(report.quantized) == 12
     assert open_quantized(tmp_path / "q").config.architectures == ["WhisperEncoder"]

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from awq_trt.awq.blocks import fill
 from awq_trt.awq.calibration import HELD_OUT_TEXT, windows
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
@@ -78,8 +79,8 @@ def test_overflow_is_said(exported: Path, tmp_path: Path, tool: Run, capsys: pyt
 
 
 def test_settings_of_rounding_are_those_of_the_directory(models: Path, tmp_path: Path) -> None:
-    quantize(models / "llama", tmp_path / "a", method="rtn", group_size=64, symmetric=True)
-    quantize(models / "llama", tmp_path / "b", method="rtn", group_size=-1)
+    quantize(models / "llama", tmp_path / "a", QuantizeConfig(method="rtn", group_size=64, symmetric=True))
+    quantize(models / "llama", tmp_path / "b", QuantizeConfig(method="rtn", group_size=-1))
     found = [first_settings({"x": open_weights(str(tmp_path / name))}) for name in "ab"]
     assert [(s.group_size, s.symmetric) for s in found if s is not None] == [(64, True), (-1, False)]
     rows = evaluate([tmp_path / "a"], float_model=models / "llama", samples=1, length=64)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from onnx import numpy_helper
 
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.open import open_checkpoint
@@ -104,7 +105,7 @@ def test_files_onnx_runtime_refuses(tmp_path: Path) -> None:
 
 
 def test_a_model_without_inputs_gets_random_ones(models: Path, tmp_path: Path) -> None:
-    quantize(models / "vit", tmp_path / "vit.awq", method="rtn")
+    quantize(models / "vit", tmp_path / "vit.awq", QuantizeConfig(method="rtn"))
     export_onnx(tmp_path / "vit.awq", tmp_path / "vit.onnx")
     assert random_inputs(tmp_path / "vit.onnx")["pixel_values"].shape == (2, 3, 32, 32)
     found = verify(tmp_path / "vit.onnx", tmp_path / "vit.awq", None)

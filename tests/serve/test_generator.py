@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import awq_trt
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
@@ -425,7 +426,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     tiny_models.llama(folder / "llama", initializer_range=0.2)  # with less, it says one word over and over
     checkpoint = replace(open_checkpoint(folder / "llama"), dtype=torch.bfloat16)
-    quantize(checkpoint, folder / "llama.awq", method="rtn", group_size=32)
+    quantize(checkpoint, folder / "llama.awq", QuantizeConfig(method="rtn", group_size=32))
     sizes = DecoderOptions(capacity=96, prefill_chunk=16)
     export_onnx(folder / "llama.awq", folder / "llama.onnx", decoder=sizes)
     return folder

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize as quantize_directory
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
@@ -25,17 +26,16 @@ def load(directory: str) -> Checkpoint:
 def quantize(model: Checkpoint, ids: torch.Tensor, job: dict[str, Any]) -> None:
     """Quantize to `job["output"]`/model. The text is cut into the same windows as `ids`."""
     options = {} if job["effort"] is None else {"effort": job["effort"]}
-    quantize_directory(
-        model,
-        Path(job["output"]) / "model",
+    config = QuantizeConfig(
         method=job["method"],
         group_size=job["group_size"],
         symmetric=job["symmetric"],
         calibration=job["text"],
-        samples=len(ids),
-        length=ids.shape[1],
+        calibration_samples=len(ids),
+        calibration_length=ids.shape[1],
         **options,
     )
+    quantize_directory(model, Path(job["output"]) / "model", config)
 
 
 def deliver(model: Checkpoint, output: Path) -> list[str]:
