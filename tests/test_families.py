@@ -19,7 +19,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as t
-from test_export import export
+from commands import export
 
 from awq_trt.checkpoint.model import main_output
 from awq_trt.evaluate.verify import onnx_session

@@ -95,8 +95,8 @@ def child(options: dict[str, Any]) -> None:
     from awq_trt.awq.quantize import quantize
 
     options["compute_dtype"] = getattr(torch, options["compute_dtype"])
-    model, output, memory = (options.pop(name) for name in ("model", "output", "memory"))
-    report = quantize(model, Path(output), QuantizeConfig(**options), memory=memory, console=Console(stderr=True))
+    model, output = options.pop("model"), options.pop("output")
+    report = quantize(model, Path(output), QuantizeConfig(**options), console=Console(stderr=True))
     print(
         json.dumps({"estimate": asdict(report.estimate) if report.estimate else None, "actual": asdict(report.actual)})
     )
@@ -157,7 +157,7 @@ def main() -> None:
             "model": str(folder / "model"),
             "output": str(folder / "quantized"),
             "calibration": str(folder / "ids.npz"),
-            "samples": args.samples,
+            "calibration_samples": args.samples,
             "compute_dtype": args.compute_dtype,
         }
         options |= {"effort": args.effort} if args.effort else {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -13,44 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import safetensors.torch
+from commands import EXPORT, Result, export
 
 from awq_trt.export.metadata import read_graph
 
 ROOT = Path(__file__).parents[2]
-EXPORT = ROOT / "tools" / "export.py"
 SHORT = ("--calibration-samples", "2", "--calibration-length", "128")
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def load_export() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("export", EXPORT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def export(*arguments: object) -> Result:
-    """tools/export.py in this process: importing torch and transformers anew for every case takes minutes."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        code = load_export().main([str(a) for a in arguments])
-    return Result(code, stdout.getvalue(), " ".join(stderr.getvalue().split()))
 
 
 def refused(result: Result, message: str) -> None:

@@ -42,7 +42,7 @@ def test_writes_one_json(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_sanitizer(tmp_path: Path, library: Path) -> None:
+def test_sanitizer(tmp_path: Path, host_check: Path) -> None:
     """Every tool runs the short list; a tool that finds something fails the whole; without a GPU nothing is clean."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -50,7 +50,7 @@ def test_sanitizer(tmp_path: Path, library: Path) -> None:
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     for code, gpu, clean in ((0, '"H100"', True), (9, '"H100"', False), (0, "null", None)):
         fake.write_text(
-            f'#!/bin/sh\n[ "$5" = "{library.with_name("awq_trt_host_check")}" ] && [ "$6" = few ] || exit 7\n'
+            f'#!/bin/sh\n[ "$5" = "{host_check}" ] && [ "$6" = few ] || exit 7\n'
             f"echo '========= ERROR SUMMARY: of '$2\necho '{{\"summary\": true, \"gpu\": {gpu}}}'\nexit {code}\n"
         )
         fake.chmod(0o755)
