@@ -1,8 +1,8 @@
 """Will this plan run here? Compares its sidecar with this machine and says what will fail, before anything is loaded.
 
-    python tools/check.py out.plan
-    python tools/check.py out.plan --load     # also load it, in a process of its own: the last word
-    python tools/check.py out.plan --json     # for programs
+    awq-trt check out.plan
+    awq-trt check out.plan --load     # also load it, in a process of its own: the last word
+    awq-trt check out.plan --json     # for programs
 
 Exit code 0: nothing will fail (there may be warnings); 1: something will; 2: no plan, or no sidecar beside it.
 """
@@ -11,38 +11,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from awq_trt.cli.console import table_console
+from awq_trt.engine import sidecar
 from awq_trt.engine.check import FAILS, OK, WARNING, Finding, check
-from awq_trt.errors import AwqTrtError
+from awq_trt.serve.triton.repository import launch_plan
 
-FILE_WIDTH = 160
-"""Columns where the output goes to a file or a pipe."""
 COLORS = {OK: "green", WARNING: "yellow", FAILS: "red"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of `awq-trt check`."""
     p.add_argument("plan", type=Path, help="with its sidecar, PLAN.json, beside it")
     p.add_argument(
         "--device", type=int, default=0, metavar="N", help="GPU, as CUDA numbers them (default: %(default)s)"
     )
     p.add_argument("--load", action="store_true", help="also load the plan, in a process of its own")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = p.parse_args(arguments)
-    try:
-        findings = check(args.plan, device=args.device, load=args.load)
-    except AwqTrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print; 1 where something will fail."""
+    findings = [*check(args.plan, device=args.device, load=args.load), *check_triton(args.plan)]
     fails = sum(finding.status == FAILS for finding in findings)
     if args.json:
         print(json.dumps({"plan": str(args.plan), "runs": not fails, "checks": list(map(asdict, findings))}, indent=1))
@@ -51,11 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if fails else 0
 
 
+def check_triton(plan: Path) -> Iterator[Finding]:
+    """Whether Triton can serve the plan, and by which line."""
+    launch = launch_plan(sidecar.read_sidecar(sidecar.path_of(plan)))
+    for warning in launch.warnings:
+        happened, _, advice = warning.partition(". ")
+        yield Finding("Triton", WARNING, happened, advice)
+    if launch.command:
+        yield Finding("Triton", OK, launch.command)
+
+
 def show(plan: Path, findings: Sequence[Finding], fails: int) -> None:
     """Print the table and the verdict."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = table_console()
     table = Table("check", "", "found", "what to do", title=escape(str(plan)), title_justify="left")
     for finding in findings:
         status = f"[{COLORS[finding.status]}]{finding.status}[/]"
@@ -64,7 +68,3 @@ def show(plan: Path, findings: Sequence[Finding], fails: int) -> None:
     warnings = sum(finding.status == WARNING for finding in findings)
     verdict = f"[red]{fails} will fail[/]" if fails else "[green]nothing will fail[/]"
     console.print(f"{verdict}, {warnings} {'warning' if warnings == 1 else 'warnings'}", highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Perplexity and top-1 agreement of a model at every stage, on the same windows of text.
 
-    python tools/eval.py --float DIR out.awq out.onnx --output eval.json
+    awq-trt eval --float DIR out.awq out.onnx --output eval.json
 
 A model is a Hugging Face directory (float, or quantized by this or another tool), a .gguf or an .onnx file. With
 --float and a quantized directory, plain rounding with the same settings is measured too.
@@ -10,27 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from awq_trt.cli.console import progress_console, table_console
 from awq_trt.errors import AwqTrtError
 
-FILE_WIDTH = 160
-"""Columns where the output goes to a file or a pipe."""
 
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of `awq-trt eval`."""
     p.add_argument("models", nargs="+", metavar="MODEL", help="directories, .gguf or .onnx files of one model")
     p.add_argument("--float", dest="float_model", metavar="DIR", help="the model before quantization")
     p.add_argument("--text", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs "
@@ -41,19 +32,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas (pip install lm_eval)")
     p.add_argument("--lm-eval-limit", type=int, metavar="N", help="documents per task (default: all)")
     p.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="directory with task files of your own")
-    return p
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error the user can mend."""
-    args = parser().parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except AwqTrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if args.windows < 1 or args.length < 2:
         raise AwqTrtError(f"--windows {args.windows} --length {args.length}: at least 1 and 2, please.")
     tasks = [t.strip() for t in (args.lm_eval or "").split(",") if t.strip()]
-    with Console(stderr=True).status("Evaluating"):
+    with progress_console().status("Evaluating"):
         rows = evaluate(
             args.models,
             float_model=args.float_model,
@@ -87,9 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """The table, and under it what lm_eval found."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = table_console()
     table = Table("model", "perplexity", f"top-1 as {next(iter(rows))}", "seconds")
     for name, row in rows.items():
         perplexity = "-" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
@@ -99,7 +75,3 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         for task, metrics in row.get("tasks", {}).items():
             values = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
             console.print(f"{name}  {task}: {values}", highlight=False, markup=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

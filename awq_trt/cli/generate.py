@@ -1,8 +1,8 @@
 """Talk to an exported model: a chat in the terminal, an answer to one prompt, or answers to a file of prompts.
 
-    python tools/generate.py out.plan                              # chat; Ctrl-C stops an answer, Ctrl-D ends
-    python tools/generate.py out.onnx --prompt "Why is the sky blue?" --temperature 0.7 --seed 1
-    python tools/generate.py out.onnx --prompts questions.txt --json > answers.jsonl
+    awq-trt generate out.plan                              # chat; Ctrl-C stops an answer, Ctrl-D ends
+    awq-trt generate out.onnx --prompt "Why is the sky blue?" --temperature 0.7 --seed 1
+    awq-trt generate out.onnx --prompts questions.txt --json > answers.jsonl
 
 A plan runs on the GPU, an ONNX file on the CPU. A prompt is a message of a chat where the tokenizer has a chat
 template, and text to be continued where it has none, or with --raw.
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 CHAT_HELP = "Type a message. /reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("model", type=Path, help=".onnx file or TensorRT plan of tools/export.py")
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of `awq-trt generate`."""
+    p.add_argument("model", type=Path, help=".onnx file or TensorRT plan of `awq-trt export`")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="answer every line of a text file, together")
@@ -55,54 +52,33 @@ def parser() -> argparse.ArgumentParser:
     r = p.add_argument_group("runtime")
     r.add_argument("--max-batch", type=int, metavar="N", help="prompts at once (default: 4, or what the plan allows)")
     r.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime (default: one per core)")
-    return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error the user can mend."""
-    args = parser().parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except AwqTrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Load the model, then answer or chat."""
     from awq_trt.serve.generator import Generator, open_tokenizer
     from awq_trt.serve.open import open_decoder
     from awq_trt.serve.sampling import Sampling
 
-    sampling = Sampling(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop),
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-    )
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)}
+    sampling = Sampling(**fields | {"stop": tuple(args.stop)})
     texts = [args.prompt] if args.prompt is not None else read_lines(args.prompts) if args.prompts else None
-    one = texts is not None and len(texts) == 1
-    with open_decoder(
-        args.model, max_batch=1 if texts is None or one else args.max_batch, threads=args.threads
-    ) as model:
-        tokenizer = open_tokenizer(model, args.tokenizer)
-        generator = Generator(model, tokenizer)
-        plain = args.raw or not tokenizer.chat_template
-        if plain and args.system is not None:
-            raise AwqTrtError("a system message needs a chat template; without one, put it into the prompt.")
-        if texts is None:
-            chat(generator, sampling, args.system, plain, args.quiet)
-        else:
-            prompts: list[Prompt] = [text if plain else messages(args.system, text) for text in texts]
-            answer(generator, texts, prompts, sampling, args.json, args.quiet)
+    rows = args.max_batch if texts is not None and len(texts) > 1 else 1
+    try:
+        with open_decoder(args.model, max_batch=rows, threads=args.threads) as model:
+            tokenizer = open_tokenizer(model, args.tokenizer)
+            generator = Generator(model, tokenizer)
+            plain = args.raw or not tokenizer.chat_template
+            if plain and args.system is not None:
+                raise AwqTrtError("a system message needs a chat template; without one, put it into the prompt.")
+            if texts is None:
+                chat(generator, sampling, args.system, plain, args.quiet)
+            else:
+                prompts: list[Prompt] = [text if plain else messages(args.system, text) for text in texts]
+                answer(generator, texts, prompts, sampling, args.json, args.quiet)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def answer(
@@ -219,7 +195,3 @@ def described(speed: Speed) -> str:
     """Tokens and tokens per second, of prompts and of answers."""
     parts = (("prompt", speed.prompt_tokens, speed.prompt_seconds), ("answer", speed.tokens, speed.seconds))
     return "; ".join(f"{name} {n} tokens, {n / s if s else 0:.1f}/s" for name, n, s in parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

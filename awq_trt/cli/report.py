@@ -1,8 +1,8 @@
 """Show what quantizing found for each layer: alpha, clipping, error before and after, tokens seen, largest activation.
 
-    python tools/report.py out.awq --plot out.svg
-    python tools/report.py out.plan --html out.html      # a page about everything: layers, accuracy, memory, speed
-    python tools/report.py out.awq out.plan --html out.html --record decode.json prefill.json out.trtexec/*.json
+    awq-trt report out.awq --plot out.svg
+    awq-trt report out.plan --html out.html      # a page about everything: layers, accuracy, memory, speed
+    awq-trt report out.awq out.plan --html out.html --record decode.json prefill.json out.trtexec/*.json
 
 The same numbers as data are under "layers" in DIR/awq_trt.json and in the plan's sidecar. --record takes what was
 measured on a GPU, by bench_gemm.py or by the plan's trtexec.sh.
@@ -11,51 +11,43 @@ measured on a GPU, by bench_gemm.py or by the plan's trtexec.sh.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from awq_trt.awq import report
 from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.cli.console import table_console
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.html_report import write_html_report
 
-FILE_WIDTH = 160
-"""Columns where the output goes to a file or a pipe."""
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error the user can mend."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of `awq-trt report`."""
     p.add_argument(
         "inputs",
         type=Path,
         nargs="+",
         metavar="INPUT",
-        help="quantized directory as export.py writes it, plan, or both",
+        help="quantized directory as `awq-trt quantize` writes it, plan, or both",
     )
     p.add_argument("--full", action="store_true", help="one line per layer instead of one per kind of layer")
     p.add_argument("--plot", type=Path, metavar="FILE", help="also draw it: .svg, .png or .pdf (needs matplotlib)")
     p.add_argument("--html", type=Path, metavar="FILE", help="also write a page for a browser")
     p.add_argument("--record", type=Path, nargs="+", default=[], metavar="FILE", help="measurements, for the page")
-    args = p.parse_args(arguments)
-    try:
-        directory, engine = sort_out(args.inputs)
-        if args.record and not args.html:
-            raise AwqTrtError("--record is for the page: give --html FILE too.")
-        if directory is not None:
-            show(directory, args.full, args.plot)
-        elif not args.html or args.full or args.plot:
-            raise AwqTrtError(f"{engine}: a plan alone has no layers to show: give --html FILE, or the directory too.")
-        if args.html:
-            write_html_report(args.html, awq_dir=directory, engine=engine, records=args.record)
-            print(args.html)
-    except AwqTrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """The table, and what else was asked for."""
+    directory, engine = sort_out(args.inputs)
+    if args.record and not args.html:
+        raise AwqTrtError("--record is for the page: give --html FILE too.")
+    if directory is not None:
+        show(directory, args.full, args.plot)
+    elif not args.html or args.full or args.plot:
+        raise AwqTrtError(f"{engine}: a plan alone has no layers to show: give --html FILE, or the directory too.")
+    if args.html:
+        write_html_report(args.html, awq_dir=directory, engine=engine, records=args.record)
+        print(args.html)
 
 
 def sort_out(inputs: Sequence[Path]) -> tuple[Path | None, Path | None]:
@@ -77,9 +69,7 @@ def show(directory: Path, full: bool, plot: Path | None) -> None:
         raise AwqTrtError(f"{directory}: no awq_trt.json here: another tool quantized it, and left no report to show.")
     layers = checkpoint.report["layers"]
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = table_console()
     if layers:
         console.print(report.table(layers, full=full))
     else:
@@ -89,7 +79,3 @@ def show(directory: Path, full: bool, plot: Path | None) -> None:
     if plot:
         report.plot(layers, plot, directory.resolve().name, dtype)
         console.print(f"[bold]{plot}[/]", highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

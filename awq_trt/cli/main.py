@@ -1,0 +1,106 @@
+"""`awq-trt`, also `python -m awq_trt`: one command with a subcommand for each stage."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from awq_trt.errors import AwqTrtError, OtherRankError
+from awq_trt.files import package_version
+
+COMMANDS = {
+    "export": "all stages: checkpoint in, TensorRT plan out",
+    "quantize": "checkpoint in, quantized checkpoint out",
+    "onnx": "quantized checkpoint in, ONNX file out",
+    "engine": "ONNX file in, TensorRT plan out",
+    "triton": "plan or ONNX file in, Triton model repository out",
+    "generate": "chat with a plan or an ONNX file, or answer prompts",
+    "eval": "perplexity and agreement of a model at every stage",
+    "check": "will a plan run on this machine?",
+    "report": "what quantizing found for each layer",
+}
+"""Subcommand -> one line about it. Each is a module of this folder with `add_options(parser)` and `run(args)`."""
+
+
+TENSORS = r"(?:lm_head|pre_scale)\b"
+"""Keywords that are names of tensors, too: they are options in a message only with their value."""
+
+
+def parser(names: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The command line, with the options of the subcommands `names`: the others' modules are not imported."""
+    top = argparse.ArgumentParser(
+        prog="awq-trt", description="Hugging Face checkpoint in, TensorRT plan out, with 4-bit AWQ weights."
+    )
+    top.add_argument("--version", action="version", version=f"awq_trt {package_version()}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        module = importlib.import_module(f"awq_trt.cli.{name}") if name in names else None
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=module.__doc__ if module else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if module:
+            module.add_options(sub)
+            sub.set_defaults(run=module.run, options=sub)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done; `check`: nothing will fail. 1: `check` found something that will. 2: an error that the user can mend, said
+    in one message on standard error. 130: Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser(words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code: int | None = args.run(args)
+    except AwqTrtError as error:
+        print(f"error: {with_flags(str(error), args.options)}", file=sys.stderr)
+        return 2
+    except OtherRankError:
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def with_flags(text: str, options: argparse.ArgumentParser) -> str:
+    """A library's message with its keyword arguments as the options of this command.
+
+    The library writes `calibration_length`, kv_cache="fixed", pre_scale=False; the command line has
+    --calibration-length, --kv-cache fixed, --no-pre-scale. A keyword of one word counts as one only with its value or
+    in backticks.
+    """
+    flags = {action.dest: action for action in options._actions if action.option_strings}
+
+    def flag(match: re.Match[str]) -> str:
+        action = flags.get(match["name"])
+        if action is None:
+            return match[0]
+        value = (match["value"] or "").strip("\"'")
+        switches = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction))
+        names = action.option_strings
+        if value == "False" and not switches:
+            names = [name for name in names if name.startswith("--no-")] or names
+        return names[0] if switches or value in ("", "True", "False") else f"{names[0]} {value}"
+
+    with_value = r"(?P<name>[a-z][a-z_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w./-]*\w)"
+    text = re.sub(rf"`?(?<![\w.-]){with_value}`?", flag, text)
+    text = re.sub(r"`(?P<name>[a-z_]+)(?P<value>)`", flag, text)
+    return re.sub(rf"(?<![\w./=-])(?!{TENSORS})(?P<name>[a-z]+_[a-z_]+)(?P<value>)(?![\w/=(]|\.\w)", flag, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

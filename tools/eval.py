@@ -1,0 +1,17 @@
+"""Perplexity and agreement of a model at every stage: the same as `awq-trt eval`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from awq_trt.cli.main import main as command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `awq-trt eval`; returns its exit code."""
+    return command(["eval", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
