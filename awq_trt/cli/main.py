@@ -31,15 +31,15 @@ TENSORS = r"(?:lm_head|pre_scale)\b"
 """Keywords that are names of tensors, too: they are options in a message only with their value."""
 
 
-def parser(names: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """The command line, with the options of the subcommands `names`: the others' modules are not imported."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The command line, with the options of one subcommand: the other modules, and torch with some, stay unloaded."""
     top = argparse.ArgumentParser(
         prog="awq-trt", description="Hugging Face checkpoint in, TensorRT plan out, with 4-bit AWQ weights."
     )
     top.add_argument("--version", action="version", version=f"awq_trt {package_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
-        module = importlib.import_module(f"awq_trt.cli.{name}") if name in names else None
+        module = importlib.import_module(f"awq_trt.cli.{name}") if name == command else None
         sub = commands.add_parser(
             name,
             help=about,
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in one message on standard error. 130: Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = parser(words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
+    args = parser(words[0] if words else None).parse_args(words)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
