@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 import triton_server
 
 from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.cli.main import COMMANDS, parser
 from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.export.metadata import read_graph
 from awq_trt.serve.generator import Prompt, encode, generate
@@ -23,49 +27,102 @@ from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.triton.repository import write_triton_repo
 
 ROOT = Path(__file__).parents[1]
+READMES = sorted(f for f in ROOT.rglob("README.md") if not {"build", ".venv"} & set(f.relative_to(ROOT).parts))
 README = (ROOT / "README.md").read_text()
+SERVE = (ROOT / "awq_trt" / "serve" / "README.md").read_text()
 
 
-def code(language: str) -> str:
-    """The README's first block of a language."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+def blocks(text: str, language: str = r"\w*") -> list[str]:
+    """The fenced blocks of a language, of any by default."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every line of a README that calls this project: (file, words), without comments, `$ ` and what comes before."""
+    found = []
+    for file in READMES:
+        for line in "".join(blocks(file.read_text())).splitlines():
+            for step in line.removeprefix("$ ").split(" && "):
+                words = shlex.split(step, comments=True) if "awq" in step or "tools/" in step else []
+                start = next(
+                    (i for i, w in enumerate(words) if w in ("awq-trt", "awq_trt") or w.startswith("tools/")), None
+                )
+                if start is not None and words[0] in ("awq-trt", "python", "torchrun"):
+                    found.append((str(file.relative_to(ROOT)), words[start:]))
+    return found
 
 
 def test_python_lines(models: Path, tmp_path: Path) -> None:
-    script = code("python").replace("path/to/checkpoint", str(models / "llama"))
+    script = blocks(README, "python")[0].replace("path/to/checkpoint", str(models / "llama"))
     assert str(models) in script
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "models" / "out" / "config.pbtxt").exists()
 
 
+def test_every_command_of_every_readme_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its subcommand or tool is there, and takes its options. What can run without a GPU is run below."""
+    found = commands()
+    assert len(found) > 12
+    for file, (program, *words) in found:
+        if program in ("awq-trt", "awq_trt"):
+            with contextlib.suppress(SystemExit):
+                assert parser(words[0]).parse_args(words).run, (file, words)
+                continue
+            assert words[-1] == "--help", (file, words, capsys.readouterr().err)
+        else:
+            text = help_of(program)
+            assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", text)), (
+                file,
+                words,
+            )
+
+
+@cache
+def help_of(tool: str) -> str:
+    """What a tool says of itself."""
+    return subprocess.run([sys.executable, ROOT / tool, "--help"], capture_output=True, text=True, check=True).stdout
+
+
 def test_options_exist() -> None:
-    """Every option the README names is one of the command line's."""
-    text = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "export.py"), "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    ours = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r"tools/export\.py.* (--[a-z-]+)", README))
-    foreign = {"--versionCompatible", "--dynamicPlugins", "--version", "--dynamic"}
-    assert len(ours) > 10
-    assert {option for option in ours - foreign if option not in text} == set()
+    """Every option that a README names in its text is one of the commands'."""
+    ours = {option for file in READMES for option in re.findall(r"`(--[a-z-]+)", file.read_text())}
+    known = set(re.findall(r"--[a-z-]+", "".join(parser(name).format_help() + sub_help(name) for name in COMMANDS)))
+    foreign = {"--versionCompatible", "--dynamicPlugins", "--backend-config", "--version", "--dynamic"}
+    tools = "".join(help_of(f"tools/{tool.name}") for tool in sorted((ROOT / "tools").glob("*.py")))
+    assert len(ours) > 5
+    assert ours - foreign - known - set(re.findall(r"--[a-z-]+", tools)) == set()
+
+
+def sub_help(name: str) -> str:
+    """The help of a subcommand."""
+    return str(vars(parser(name)._subparsers._group_actions[0])["choices"][name].format_help())  # type: ignore[union-attr]
+
+
+def test_links_lead_somewhere() -> None:
+    for file in READMES:
+        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            assert target.startswith("http") or (file.parent / target).exists(), (file, target)
+
+
+def test_the_top_readme_fits_on_two_screens() -> None:
+    assert len(README.splitlines()) <= 110
 
 
 def test_recorded_numbers_are_the_ones_printed() -> None:
-    record = json.loads((ROOT / "tools" / "results" / "smollm2-135m-export.json").read_text())
-    held_out = record["accuracy"]["held_out"]
-    for name in ("float", "rounding", "awq"):
-        assert f"{held_out[name]['perplexity']:.2f}" in README
-    assert f"| {record['sizes']['plan'] / 1e6:.0f} MB" in README
-    assert f"| {record['seconds']:.0f} s |" in README
+    rows = json.loads((ROOT / "tools" / "results" / "awq-smollm2-135m.json").read_text())["rows"]
+    assert f"(float: {rows['float']['perplexity']:.2f})" in README
+    for name in ("rounding", "llm-awq", "fast", "default", "best-48", "best-symmetric", "llm-compressor-gptq"):
+        row = rows[name]
+        cells = f"+{row['increase']:.2f}", f"{row['top1']:.1%}".replace("%", " %"), f"{row['seconds']:.0f}"
+        assert re.search(r"\|[ *]+".join(re.escape(cell) + r"[ *]+" for cell in cells), README), (name, cells)
 
 
 @pytest.fixture(scope="module")
 def first_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What the first line makes of SmolLM2, and what it prints, without its installation: these tests run in that."""
     folder = tmp_path_factory.mktemp("readme")
-    steps = code("bash").splitlines()[0].split(" && ")
+    steps = blocks(README, "bash")[0].splitlines()[0].split(" && ")
     assert steps[2].startswith("pip install -c tools/constraints.txt")
     (folder / "tools").symlink_to(ROOT / "tools")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -107,6 +164,38 @@ def test_first_line_on_a_real_model(first_line: tuple[Path, str]) -> None:
     )
     assert check.returncode == 0
     assert json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_commands_of_the_readme_print_what_it_shows(first_line: tuple[Path, str]) -> None:
+    """Shown lines are in the output, in their order; numbers are any numbers, and … is anything."""
+    folder, printed = first_line
+    number = r"[\d.]+(?:e-\d+)?"
+    shown = "\n".join(blocks(README, "console"))
+    (first, *others) = re.split(r"^\$ ", shown, flags=re.MULTILINE)[1:]
+    outputs = [(first, printed)]
+    for text in others:
+        line = text.splitlines()[0]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=folder,
+            env={**os.environ, "PATH": path, "COLUMNS": "160"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        outputs.append((text, done.stdout + done.stderr))
+    assert len(outputs) == 5
+    for text, output in outputs:
+        command, *lines = text.splitlines()
+        words = " ".join(" ".join(lines).split())
+        pattern = re.escape(words).replace("…", ".*?")
+        pattern = re.sub(r"\d+(?:\\\.\d+)?(?:e\\-\d+)?", lambda _: number, pattern)
+        assert re.search(pattern, " ".join(output.split())), (command, words, output)
 
 
 PROMPTS: list[Prompt] = [
@@ -157,14 +246,14 @@ def test_the_real_model_says_the_same_everywhere(first_line: tuple[Path, str], t
             assert served["text_output"] == answer.text
             assert served["num_output_tokens"] == len(answer.token_ids)
 
-        script = next(block for block in README.split("```\n") if "tritonclient" in block)
+        script = next(block for block in blocks(SERVE) if "tritonclient" in block)
         script = script.replace("localhost:8001", server.grpc)
         client = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False
         )
         assert client.returncode == 0, client.stderr
         assert client.stdout == answers[PROMPTS.index("Once upon a time")].text
-        for command in re.findall(r"^curl .*$", README, re.MULTILINE):
+        for command in re.findall(r"^curl .*$", SERVE, re.MULTILINE):
             shown = subprocess.run(
                 ["bash", "-c", command.replace("localhost:8000", server.http)],
                 capture_output=True,
