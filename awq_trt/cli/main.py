@@ -27,8 +27,8 @@ COMMANDS = {
 """Subcommand -> one line about it. Each is a module of this folder with `add_options(parser)` and `run(args)`."""
 
 
-TENSORS = r"(?:lm_head|pre_scale)\b"
-"""Keywords that are names of tensors, too: they are options in a message only with their value."""
+OTHER_NAMES = r"(?:group_size|lm_head|pre_scale)\b"
+"""Keywords that also name tensors or fields of nodes: options in a message only with their value, or in backticks."""
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -99,7 +99,7 @@ def with_flags(text: str, options: argparse.ArgumentParser) -> str:
     with_value = r"(?P<name>[a-z][a-z_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w./-]*\w)"
     text = re.sub(rf"`?(?<![\w.-]){with_value}`?", flag, text)
     text = re.sub(r"`(?P<name>[a-z_]+)(?P<value>)`", flag, text)
-    return re.sub(rf"(?<![\w./=-])(?!{TENSORS})(?P<name>[a-z]+_[a-z_]+)(?P<value>)(?![\w/=(]|\.\w)", flag, text)
+    return re.sub(rf"(?<![\w./=-])(?!{OTHER_NAMES})(?P<name>[a-z]+_[a-z_]+)(?P<value>)(?![\w/=(]|\.\w)", flag, text)
 
 
 if __name__ == "__main__":
