@@ -90,11 +90,13 @@ def with_flags(text: str, options: argparse.ArgumentParser) -> str:
         if action is None:
             return match[0]
         value = (match["value"] or "").strip("\"'")
-        switches = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction))
         names = action.option_strings
-        if value == "False" and not switches:
-            names = [name for name in names if name.startswith("--no-")] or names
-        return names[0] if switches or value in ("", "True", "False") else f"{names[0]} {value}"
+        if action.nargs == 0 and value in ("True", "False"):
+            sets = action.const  # True or False for a switch; None for --x and --no-x in one
+            if sets is None:
+                names = [name for name in names if name.startswith("--no-") == (value == "False")]
+            return names[0] if str(sets) in (value, "None") else match[0]
+        return f"{names[0]} {value}".rstrip()
 
     with_value = r"(?P<name>[a-z][a-z_]*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w./-]*\w)"
     text = re.sub(rf"`?(?<![\w.-]){with_value}`?", flag, text)

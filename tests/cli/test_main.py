@@ -72,6 +72,8 @@ def test_the_tools_are_the_same_commands(tool: str, capsys: pytest.CaptureFixtur
         ('exported with kv_cache="fixed", the default', "exported with --kv-cache fixed, the default"),
         ("search with pre_scale=False.", "search with --no-pre-scale."),
         ("set error_compensation=False", "set --no-error-compensation"),
+        ("or error_compensation=True, symmetric=False, symmetric=True",
+         "or --error-compensation, symmetric=False, --symmetric"),
         ("pass trust_remote_code=True", "pass --trust-remote-code"),
         ("but `memory` allows 3 MiB of memory", "but --memory allows 3 MiB of memory"),
         ("try compute_dtype=torch.float32", "try --compute-dtype torch.float32"),
