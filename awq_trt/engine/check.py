@@ -140,7 +140,14 @@ def check_gpu(content: Mapping[str, Any], machine: Machine) -> Iterator[Finding]
             "GPU", FAILS, problem, "run on a machine with an NVIDIA GPU and its driver (nvidia-smi shows both)"
         )
         return
-    yield Finding("GPU", OK, f"{gpu.name}, {_size(gpu.total_bytes)}" + (f", one of {count}" if count > 1 else ""))
+    words = ", ".join(
+        [gpu.name, *([_size(gpu.total_bytes)] if gpu.total_bytes else []), *([f"one of {count}"] if count > 1 else [])]
+    )
+    if len({g.name for g in machine.driver.gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        advice = "CUDA may number them otherwise: CUDA_DEVICE_ORDER=PCI_BUS_ID makes it number them as nvidia-smi does"
+        yield Finding("GPU", WARNING, words, advice)
+    else:
+        yield Finding("GPU", OK, words)
     built = content["gpu_architectures"]
     found = f"{gpu.capability}; the plan is for {', '.join(built) or 'unknown'}"
     rtx = content["versions"]["runtime"] == "tensorrt_rtx"
@@ -248,8 +255,8 @@ def check_memory(content: Mapping[str, Any], machine: Machine, activations: int 
     if gpu is None:
         yield Finding("GPU memory", WARNING, words, "there is nothing here to compare it with")
         return
-    free, kind = (gpu.total_bytes, "in all (NVML is missing)") if gpu.free_bytes is None else (gpu.free_bytes, "free")
-    words += f"; {_size(free)} {kind}"
+    free = gpu.free_bytes if gpu.free_bytes is not None else machine.host_bytes or 0
+    words += f"; {_size(free)} free" + (" on the host, whose memory the GPU shares" if gpu.free_bytes is None else "")
     advice = "end what uses the GPU (nvidia-smi), or build with a smaller --max-batch or --max-seq"
     if needed > free:
         yield Finding("GPU memory", FAILS, words, advice)

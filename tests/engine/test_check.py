@@ -120,15 +120,28 @@ def test_another_model_of_gpu(tmp_path: Path, machine: SimpleNamespace) -> None:
 
 def test_no_gpu(tmp_path: Path, machine: SimpleNamespace) -> None:
     engine = plan_in(tmp_path)
-    machine.driver = Driver(problem="there is no NVIDIA driver here (libcuda.so.1 is missing)")
+    machine.driver = Driver(problem="there is no NVIDIA driver here (libnvidia-ml.so.1 is missing)")
     findings = {f.check: f for f in check.check(engine, load=True)}
     assert (findings["GPU"].status, findings["loading"].status) == (FAILS, FAILS)
-    assert "libcuda.so.1" in findings["GPU"].found
+    assert "libnvidia-ml.so.1" in findings["GPU"].found
     assert findings["GPU memory"].status == WARNING
     assert "needed" in findings["GPU memory"].found
     assert "header" not in findings
     machine.driver = Driver("580", (13, 0), (RTX_4090,))
     assert "there is no GPU 3: 1 are visible" in found(engine, "GPU", device=3).found
+
+
+def test_gpus_that_differ_may_be_numbered_otherwise(
+    tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    machine.driver = Driver("580", (13, 0), (RTX_4090, Gpu("NVIDIA L4", "8.9", 24 * GIB, 23 * GIB)))
+    engine = plan_in(tmp_path)
+    finding = found(engine, "GPU", device=1)
+    assert (finding.status, finding.found) == (WARNING, "NVIDIA L4, 24.0 GiB, one of 2")
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in finding.advice
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert found(engine, "GPU", device=1).status == OK
 
 
 @pytest.mark.parametrize(
@@ -324,8 +337,8 @@ def test_gpu_memory_of_which_little_is_known(tmp_path: Path, machine: SimpleName
     assert (found(engine, "GPU memory").status, found(engine, "GPU memory").advice) == (
         WARNING, "ask the engine with --load",
     )  # fmt: skip
-    machine.driver = Driver("580", (13, 0), (Gpu("a GPU", "8.9", 24 * GIB, None),))
-    assert "24.0 GiB in all (NVML is missing)" in found(engine, "GPU memory").found
+    machine.driver = Driver("580", (13, 0), (Gpu("a GPU", "8.9", None, None),))
+    assert "64.0 GiB free on the host, whose memory the GPU shares" in found(engine, "GPU memory").found
 
 
 def test_host_memory_and_disk(tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,15 +420,6 @@ def test_loading(
     assert ("activations, says the engine 123.0 MiB" in findings["GPU memory"].found) == (status == OK)
 
 
-def test_one_gpu_of_several_is_the_only_one_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    from awq_trt.engine.driver import visible
-
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert visible(2) == "2"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
-    assert (visible(0), visible(1)) == ("5", "GPU-abc")
-
-
 # ---- the command line
 
 
@@ -434,6 +438,7 @@ def test_the_tool_with_a_driver(tmp_path: Path) -> None:
     engine = plan_in(tmp_path, "tensorrt")
     gpus = f"NVIDIA H100;9;0;{80 * GIB};{70 * GIB},{RTX_4090.name};8;9;{24 * GIB};{20 * GIB}"
     environment = {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(package.parent), "FAKE_GPUS": gpus}
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     done = run(str(engine), "--json", "--device", "1", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(done.stdout)
