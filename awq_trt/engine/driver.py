@@ -67,11 +67,13 @@ def _visible_gpus(nvml: Any) -> list[Gpu]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         handles.sort(key=lambda handle: -_speed(nvml, handle))
-    numbered, by_uuid = [], {}
+    numbered = [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    by_uuid: dict[str, Gpu] = {}
     for handle in handles:
         parts = _mig_parts(nvml, handle)
-        by_uuid |= {nvml.nvmlDeviceGetUUID(h): _gpu(nvml, h, whole=handle) for h in (handle, *parts)}
-        numbered.append(nvml.nvmlDeviceGetUUID(parts[0] if parts else handle))  # CUDA takes the first MIG part
+        usable = [parts[0] if parts else handle, *parts]  # of a whole GPU that MIG divides, CUDA takes the first part
+        for named, used in zip([handle, *parts], usable, strict=True):
+            by_uuid[nvml.nvmlDeviceGetUUID(named)] = _gpu(nvml, used, whole=handle)
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     found: list[str] = []
     for name in numbered if names is None else map(str.strip, names.split(",")):

@@ -78,6 +78,7 @@ def test_parts_of_a_gpu(driver: Path) -> None:
     }  # fmt: skip
     assert names(driver, FAKE_GPUS=gpus, CUDA_VISIBLE_DEVICES="MIG-02") == ["H100 MIG 1g.10gb"]
     assert names(driver, FAKE_GPUS=gpus, CUDA_VISIBLE_DEVICES="MIG-03") == []
+    assert names(driver, FAKE_GPUS=gpus, CUDA_VISIBLE_DEVICES="GPU-00") == ["H100 MIG 1g.10gb"]
 
 
 def test_memory_that_the_gpu_shares_with_the_host(driver: Path) -> None:
