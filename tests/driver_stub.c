@@ -44,7 +44,7 @@ int nvmlSystemGetDriverVersion(char* version, unsigned length) {
 }
 int nvmlSystemGetCudaDriverVersion_v2(int* version) {
   *version = Number("FAKE_CUDA", 13000);
-  return 0;
+  return *version ? 0 : 12; /* library not found: libcuda.so.1 */
 }
 int nvmlDeviceGetCount_v2(unsigned* count) {
   struct Gpu gpus[8];

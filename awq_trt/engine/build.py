@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from awq_trt.engine import sidecar, trtexec
-from awq_trt.engine.child import run_child
+from awq_trt.engine.child import Send, run_child
 from awq_trt.engine.plugin import library_path
 from awq_trt.engine.runtimes import RTX_ARCHITECTURES, choose_runtime
 from awq_trt.engine.sidecar import EngineReport
@@ -33,8 +33,6 @@ W4A16Gemm with one output, which needs no attribute `splits`."""
 SHOWN_DEPTH = 3
 """Phases of the builder below this depth come and go in milliseconds: they get no bar."""
 
-OnEvent = Callable[[dict[str, Any]], None]
-
 
 def build_engine(
     onnx_path: Path,
@@ -48,7 +46,7 @@ def build_engine(
     architectures: Sequence[str] | None = None,
     accuracy: dict[str, Any] | None = None,
     quiet: bool = False,
-    on_event: OnEvent | None = None,
+    on_event: Send | None = None,
 ) -> EngineReport:
     """Build a strongly typed engine and write it with its sidecar (`sidecar.path_of(engine_path)`).
 
@@ -117,7 +115,7 @@ def build_engine(
     return report
 
 
-def _run(job: dict[str, Any], quiet: bool, on_event: OnEvent | None) -> tuple[dict[str, Any], list[str]]:
+def _run(job: dict[str, Any], quiet: bool, on_event: Send | None) -> tuple[dict[str, Any], list[str]]:
     """Run one build. Returns what the child reports and the warnings."""
     logs: list[tuple[str, str]] = []  # severity, text
     columns = (TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn())

@@ -81,9 +81,7 @@ def _monitor(trt: Any, send: Send) -> Any:
     class Monitor(trt.IProgressMonitor):
         """Passes on the phases, and a step now and then."""
 
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.next_step = 0.0
+        next_step = 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             send({"phase": name, "parent": parent, "steps": steps})

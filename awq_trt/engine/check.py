@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 from awq_trt.engine import memory, plugin, sidecar
 from awq_trt.engine.child import run_child
 from awq_trt.engine.driver import Driver, Gpu, query
+from awq_trt.engine.probe_process import PROBE_SECONDS
 from awq_trt.engine.runtimes import RTX_ARCHITECTURES
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import sha256
@@ -254,6 +256,8 @@ def ask(engine_path: Path, runtime: str, library: Path | None, device: int, load
     job = {"runtime": runtime, "plan": str(engine_path.resolve()), "device": device, "load": load}
     job["plugin"] = None if library is None else str(library.resolve())
     outcome, status, printed = run_child("probe_process", job)
+    if status == -signal.SIGALRM:
+        return {"error": f"no answer after {PROBE_SECONDS} seconds"}
     if not outcome:
         last = (printed.strip().splitlines() or ["nothing"])[-1]
         return {"error": f"the process that asked it ended with status {status}, and said: {last}"}

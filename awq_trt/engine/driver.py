@@ -52,7 +52,8 @@ def query() -> Driver:
         nvml.nvmlShutdown()
     except nvml.NVMLError as error:
         if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-            return Driver(problem="there is no NVIDIA driver here (libnvidia-ml.so.1 is missing)")
+            library = "libcuda.so.1" if version else "libnvidia-ml.so.1"
+            return Driver(version, problem=f"there is no NVIDIA driver here ({library} is missing)")
         return Driver(version, cuda, problem=f"the NVIDIA driver offers no GPU: {error} (NVML error {error.value})")
     nothing = "the NVIDIA driver offers no GPU: no GPU is visible (CUDA_VISIBLE_DEVICES may hide them)"
     return Driver(version, cuda, gpus, None if gpus else nothing)

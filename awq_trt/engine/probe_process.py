@@ -18,12 +18,12 @@ from awq_trt.engine.child import Send, run_job
 from awq_trt.engine.driver import visible
 from awq_trt.engine.runtimes import trt_logger
 
-SECONDS = 900
+PROBE_SECONDS = 900
 
 
 def probe(job: dict[str, Any], send: Send) -> dict[str, Any]:
     """The answer to a job."""
-    signal.alarm(SECONDS)  # ends this process, wherever in TensorRT it hangs
+    signal.alarm(PROBE_SECONDS)  # ends this process, wherever in TensorRT it hangs
     os.environ["CUDA_VISIBLE_DEVICES"] = visible(job["device"])
     trt = importlib.import_module(job["runtime"])
     words: list[str] = []

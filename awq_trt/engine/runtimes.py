@@ -45,9 +45,6 @@ def trt_logger(trt: Any, say: Callable[[str, str], object]) -> Any:
     """An ILogger of the module `trt` that passes on warnings and worse as say("WARNING", text)."""
 
     class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.WARNING:
                 say(getattr(severity, "name", str(severity)), text.strip())

@@ -40,8 +40,6 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
 """What the exporter wrote into the ONNX file and whoever runs the plan needs."""
 
-RANGE = ("min", "opt", "max")
-
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -107,7 +105,7 @@ def describe(
         "gpu_architectures": list(report.architectures),
         "model": {"onnx": graph.path.name, **model},
         "profiles": [
-            {"name": p.name, "inputs": {name: dict(zip(RANGE, s, strict=True)) for name, s in p.shapes.items()}}
+            {"name": p.name, "inputs": {n: {"min": s[0], "opt": s[1], "max": s[2]} for n, s in p.shapes.items()}}
             for p in report.profiles
         ],
         "inputs": [_tensor(t) for t in graph.inputs],

@@ -318,6 +318,7 @@ def test_tensorrt_rtx_judges_a_real_header_without_a_gpu(tmp_path: Path) -> None
         ('for level in (1, 3): self.logger.log(level, f"words {level}")', FAILS, "could not be loaded: words 1"),
         ("raise ValueError('no such GPU')", FAILS, "ValueError: no such GPU"),
         ("import os; os.abort()", FAILS, "ended with status -6"),
+        ("import signal; signal.raise_signal(signal.SIGALRM)", FAILS, "no answer after 900 seconds"),
     ],
 )  # fmt: skip
 def test_loading(
