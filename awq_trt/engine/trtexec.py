@@ -18,6 +18,7 @@ from awq_trt.export.metadata import GraphFacts, Profile, Tensor, fixed_cache_fac
 from awq_trt.files import PACKAGE
 
 Ranges = dict[str, tuple[int, int, int]]
+"""Option of the script -> smallest, default, largest value."""
 
 TOOLS = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}
 """What times the plans of each runtime."""
