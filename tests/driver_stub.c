@@ -1,94 +1,92 @@
-/* Stands in for libcuda.so.1 and libnvidia-ml.so.1 (it is loaded under both names): what awq_trt/engine/driver.py asks
-   of them, with the answers from the environment. FAKE_GPUS="name;major;minor;total;free,..." */
+/* Stands in for libnvidia-ml.so.1: what awq_trt/engine/driver.py asks of it through pynvml, with the answers from the
+   environment. FAKE_GPUS="name;major;minor;total;free;cores;MIG parts,..."; the last three may be left out. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct Gpu {
   char name[64];
-  int major, minor;
+  int major, minor, cores, parts;
   unsigned long long total, free;
 };
+
+/* Handles are no indices: 100 + the GPU's, and 1000 more for each of its MIG parts. */
+static int IndexOf(size_t device) { return device % 1000 - 100; }
+static int PartOf(size_t device) { return device / 1000; }
 
 static int Gpus(struct Gpu* gpus) {
   char const* text = getenv("FAKE_GPUS");
   int count = 0;
   while (text && *text) {
     struct Gpu* gpu = &gpus[count++];
-    sscanf(text, "%63[^;];%d;%d;%llu;%llu", gpu->name, &gpu->major, &gpu->minor, &gpu->total, &gpu->free);
+    memset(gpu, 0, sizeof *gpu);
+    sscanf(text, "%63[^;];%d;%d;%llu;%llu;%d;%d", gpu->name, &gpu->major, &gpu->minor, &gpu->total, &gpu->free,
+           &gpu->cores, &gpu->parts);
     text = strchr(text, ',');
     if (text) ++text;
   }
   return count;
 }
 
+static struct Gpu Find(size_t device) {
+  struct Gpu gpus[8];
+  Gpus(gpus);
+  return gpus[IndexOf(device)];
+}
+
 static int Number(char const* name, int other) { return getenv(name) ? atoi(getenv(name)) : other; }
 
-int cuInit(unsigned flags) { return flags ? 1 : Number("FAKE_INIT", 0); }
-int cuDriverGetVersion(int* version) {
-  *version = Number("FAKE_CUDA", 13000);
-  return 0;
-}
-int cuDeviceGetCount(int* count) {
-  struct Gpu gpus[8];
-  *count = Gpus(gpus);
-  return 0;
-}
-int cuDeviceGet(int* device, int ordinal) {
-  *device = ordinal + 10; /* a handle, no index */
-  return 0;
-}
-int cuDeviceGetName(char* name, int length, int device) {
-  struct Gpu gpus[8];
-  Gpus(gpus);
-  snprintf(name, length, "%s", gpus[device - 10].name);
-  return 0;
-}
-int cuDeviceTotalMem_v2(size_t* bytes, int device) {
-  struct Gpu gpus[8];
-  Gpus(gpus);
-  *bytes = gpus[device - 10].total;
-  return 0;
-}
-int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  struct Gpu gpus[8];
-  Gpus(gpus);
-  *value = attribute == 75 ? gpus[device - 10].major : attribute == 76 ? gpus[device - 10].minor : -1;
-  return 0;
-}
-int cuDeviceGetUuid_v2(unsigned char* uuid, int device) {
-  for (int i = 0; i < 16; ++i) uuid[i] = 16 * (device - 10) + i;
-  return 0;
-}
-int cuGetErrorString(int error, char const** text) {
-  *text = "initialization error";
-  return error == 3 ? 0 : 1;
-}
-
-int nvmlInit_v2(void) { return Number("FAKE_NVML", 0); }
+int nvmlInitWithFlags(unsigned flags) { return flags ? 2 : Number("FAKE_INIT", 0); }
 int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char* version, unsigned length) {
   snprintf(version, length, "580.65.06");
   return 0;
 }
-int nvmlDeviceGetHandleByUUID(char const* uuid, void** device) {
-  char const* kind = getenv("FAKE_KIND") ? getenv("FAKE_KIND") : "GPU";
-  for (int i = 0; i < 8; ++i) { /* NVML's handles are no indices either */
-    char text[64];
-    snprintf(text, sizeof text, "%s-%x%x%x%x%x%x%x%x-%x%x%x%x-%x%x%x%x-%x%x%x%x-%x%x%x%x%x%x%x%x%x%x%x%x", kind, i, 0,
-             i, 1, i, 2, i, 3, i, 4, i, 5, i, 6, i, 7, i, 8, i, 9, i, 10, i, 11, i, 12, i, 13, i, 14, i, 15);
-    if (!strcmp(text, uuid)) {
-      *device = (void*)(size_t)(i + 100);
-      return 0;
-    }
-  }
-  return 6;
+int nvmlSystemGetCudaDriverVersion_v2(int* version) {
+  *version = Number("FAKE_CUDA", 13000);
+  return *version ? 0 : 12; /* library not found: libcuda.so.1 */
 }
-int nvmlDeviceGetMemoryInfo(void* device, unsigned long long* memory) {
+int nvmlDeviceGetCount_v2(unsigned* count) {
   struct Gpu gpus[8];
-  Gpus(gpus);
-  memory[0] = gpus[(size_t)device - 100].total;
-  memory[1] = gpus[(size_t)device - 100].free;
+  *count = Gpus(gpus);
+  return Number("FAKE_COUNT", 0);
+}
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, size_t* device) {
+  *device = index + 100;
+  return 0;
+}
+int nvmlDeviceGetMaxMigDeviceCount(size_t device, unsigned* count) {
+  *count = Find(device).parts ? 7 : 0;
+  return 0;
+}
+int nvmlDeviceGetMigDeviceHandleByIndex(size_t device, unsigned index, size_t* part) {
+  *part = device + 1000 * index;
+  return 1 <= index && index <= (unsigned)Find(device).parts ? 0 : 6; /* not found: numbers have gaps */
+}
+int nvmlDeviceGetUUID(size_t device, char* uuid, unsigned length) {
+  snprintf(uuid, length, PartOf(device) ? "MIG-%d%d00" : "GPU-%d%d00", IndexOf(device), PartOf(device));
+  return 0;
+}
+int nvmlDeviceGetName(size_t device, char* name, unsigned length) {
+  snprintf(name, length, PartOf(device) ? "%s MIG 1g.10gb" : "%s", Find(device).name);
+  return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(size_t device, int* major, int* minor) {
+  *major = Find(device).major;
+  *minor = Find(device).minor;
+  return PartOf(device) ? 2 : 0; /* invalid argument */
+}
+int nvmlDeviceGetMemoryInfo(size_t device, unsigned long long* memory) {
+  memory[0] = Find(device).total / (PartOf(device) ? 8 : 1);
+  memory[1] = Find(device).free / (PartOf(device) ? 8 : 1);
   memory[2] = memory[0] - memory[1];
+  return memory[0] ? 0 : 3; /* not supported: memory that is the host's */
+}
+int nvmlDeviceGetNumGpuCores(size_t device, unsigned* cores) {
+  *cores = Find(device).cores;
+  return 0;
+}
+int nvmlDeviceGetMaxClockInfo(size_t device, int type, unsigned* megahertz) {
+  *megahertz = type == 1 ? 2000 : 0;
   return 0;
 }

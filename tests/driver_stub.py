@@ -1,4 +1,4 @@
-"""A small C library that answers as libcuda and libnvidia-ml do."""
+"""A small C library that answers as NVML does."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ GIB = 1 << 30
 TWO = f"NVIDIA GeForce RTX 4090;8;9;{24 * GIB};{20 * GIB},NVIDIA H100 80GB;9;0;{80 * GIB};{7 * GIB}"
 
 
-def fake_driver(folder: Path, *names: str) -> Path:
-    """A folder for LD_LIBRARY_PATH with the stand-in under these names."""
+def fake_driver(folder: Path) -> Path:
+    """The folder, with the stand-in in it, for LD_LIBRARY_PATH."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     assert compiler, "a C compiler is needed to install this package at all"
-    library = folder / "fake.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", SOURCE, "-o", library], check=True)
-    for name in names or ("libcuda.so.1", "libnvidia-ml.so.1"):
-        (folder / name).symlink_to(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", SOURCE, "-o", library], check=True)
     return folder

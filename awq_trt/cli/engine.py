@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_engine_options(args: argparse.Namespace) -> None:
     """Find out now, not after the calibration, that no engine can be built."""
-    from awq_trt.engine.build import choose_runtime
+    from awq_trt.engine.runtimes import choose_runtime
 
     choose_runtime(args.runtime)
     if args.max_batch < 1 or (args.max_seq or 2) < 2:

@@ -5,7 +5,7 @@
 writes  out.awq/              the quantized checkpoint, a Hugging Face directory
         out.onnx, .data       the network with W4A16Gemm nodes; runs in ONNX Runtime as it is
         out.plan, .plan.json  the TensorRT engine and its sidecar: profiles, layers, accuracy
-        out.trtexec.sh        times the plan with trtexec
+        out.trtexec.sh, .bin  times the plan with trtexec
 
 `--model` may also name what an earlier run wrote: a quantized directory, or a .onnx file.
 """

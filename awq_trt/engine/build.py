@@ -1,74 +1,37 @@
 """ONNX file in, TensorRT plan and its sidecar out. One code path for `tensorrt` and `tensorrt_rtx`.
 
-The build runs in a child process (`build_process.py`), because a failing build may abort the process it runs in. The
-plan, `<plan>.json` and the script that times it (trtexec.py) appear together at the end, or none does.
+The build runs in a child process (build_process.py). The plan, `<plan>.json`, the script that times it and the inputs
+of that script (trtexec.py) appear together at the end, or none does.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
 from awq_trt.engine import sidecar, trtexec
+from awq_trt.engine.child import Send, run_child
 from awq_trt.engine.plugin import library_path
-from awq_trt.engine.progress import Phases
+from awq_trt.engine.runtimes import RTX_ARCHITECTURES, choose_runtime
+from awq_trt.engine.sidecar import EngineReport
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import Profile, optimization_profiles, read_graph
+from awq_trt.export.metadata import optimization_profiles, read_graph
 from awq_trt.export.operator import OP_TYPE
-from awq_trt.files import PACKAGE, replacing
-
-RUNTIMES = {
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13==1.7.1.116   (builds without a GPU; runs on GeForce/RTX)",
-    "tensorrt": "pip install tensorrt-cu13   (builds on the GPU it is to run on; for Triton and trtexec)",
-}
-"""Python module of each TensorRT, and how to get it."""
-
-RTX_ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
-"""Compute capabilities that TensorRT-RTX builds for and the plugin has machine code for."""
+from awq_trt.files import replacing
 
 ERRORS = ("ERROR", "INTERNAL_ERROR")
 NOISE = ("Int64 binding", "Thread context has not been set", "catchCudaError", "Attribute splits not found")
 """Parts of messages that say nothing about the model: printed at every build, wherever there is no GPU, or for every
 W4A16Gemm with one output, which needs no attribute `splits`."""
 
-OnEvent = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """What was built.
-
-    Attributes:
-        engine, sidecar: the two files written. runtime: Python module that built it. architectures: compute
-        capabilities like "8.6". seconds, peak_bytes: of the build, peak resident memory of the child process.
-        plugin_layers: W4A16Gemm layers of the engine, each one layer of the model or several.
-        warnings: TensorRT's, without the ones at every build. gpu: that it was tuned on; None for
-        TensorRT-RTX.
-    """
-
-    engine: Path
-    sidecar: Path
-    runtime: str
-    runtime_version: str
-    architectures: tuple[str, ...]
-    profiles: tuple[Profile, ...]
-    plugin_layers: int
-    plugin_embedded: bool
-    plan_bytes: int
-    seconds: float
-    peak_bytes: int
-    warnings: tuple[str, ...]
-    gpu: str | None = None
+SHOWN_DEPTH = 3
+"""Phases of the builder below this depth come and go in milliseconds: they get no bar."""
 
 
 def build_engine(
@@ -83,7 +46,7 @@ def build_engine(
     architectures: Sequence[str] | None = None,
     accuracy: dict[str, Any] | None = None,
     quiet: bool = False,
-    on_event: OnEvent | None = None,
+    on_event: Send | None = None,
 ) -> EngineReport:
     """Build a strongly typed engine and write it with its sidecar (`sidecar.path_of(engine_path)`).
 
@@ -117,10 +80,13 @@ def build_engine(
         raise AwqTrtError("architectures can be chosen for tensorrt_rtx only; tensorrt builds for the GPU it runs on.")
 
     # the plan last: none is ever without the others
-    targets = [sidecar.path_of(engine_path), trtexec.path_of(engine_path), engine_path]
-    if timing_cache is not None:
-        targets.append(timing_cache)
-    with replacing(*targets) as (sidecar_file, script_file, plan_file, *cache_file):
+    targets = [
+        sidecar.path_of(engine_path),
+        *(trtexec.path_of(engine_path, kind) for kind in ("sh", "bin")),
+        engine_path,
+    ]
+    targets[:0] = [] if timing_cache is None else [timing_cache]
+    with replacing(*targets) as (*cache_file, sidecar_file, script_file, inputs_file, plan_file):
         job = {
             "runtime": runtime,
             "onnx": str(onnx_path.resolve()),
@@ -133,78 +99,58 @@ def build_engine(
             "timing_cache": str(timing_cache.resolve()) if timing_cache else None,
             "timing_cache_out": str(cache_file[0].resolve()) if cache_file else None,
         }
-        done, warnings = _run_child(job, quiet, on_event)
+        done, warnings = _run(job, quiet, on_event)
         report = EngineReport(
             engine=engine_path,
-            sidecar=targets[0],
+            sidecar=sidecar.path_of(engine_path),
             runtime=runtime,
-            runtime_version=done["runtime_version"],
-            architectures=tuple(done["architectures"]),
             profiles=profiles,
-            plugin_layers=done["plugin_layers"],
             plugin_embedded=plugin is not None and embed_plugin,
             plan_bytes=plan_file.stat().st_size,
-            seconds=done["seconds"],
-            peak_bytes=done["peak_bytes"],
             warnings=(*notes, *warnings),
-            gpu=done["gpu"],
+            **done | {"architectures": tuple(done["architectures"])},
         )
         sidecar.write(sidecar_file, sidecar.describe(report, graph, plugin, accuracy))
-        trtexec.write(script_file, trtexec.script(report, graph, plugin))
+        trtexec.write(script_file, inputs_file, report, graph, plugin)
     return report
 
 
-def choose_runtime(runtime: str) -> str:
-    """The Python module to build with.
-
-    Raises:
-        AwqTrtError: unknown name, or the module is not installed (the message says the pip line).
-    """
-    if runtime not in ("auto", *RUNTIMES):
-        raise AwqTrtError(f"runtime {runtime!r} is unknown; choose auto, {' or '.join(RUNTIMES)}.")
-    installed = [name for name in RUNTIMES if importlib.util.find_spec(name) is not None]
-    if runtime == "auto":
-        if "tensorrt" in installed and ("tensorrt_rtx" not in installed or has_gpu()):
-            return "tensorrt"
-        runtime = "tensorrt_rtx"
-        lines = list(RUNTIMES.values())
-    else:
-        lines = [RUNTIMES[runtime]]
-    if runtime not in installed:
-        raise AwqTrtError("\n    ".join([f"no {'TensorRT' if len(lines) > 1 else runtime} is installed. Run:", *lines]))
-    return runtime
-
-
-def has_gpu() -> bool:
-    """Whether the machine has an NVIDIA GPU with its driver loaded; asks no library."""
-    return Path("/dev/nvidiactl").exists()
-
-
-def _run_child(job: dict[str, Any], quiet: bool, on_event: OnEvent | None) -> tuple[dict[str, Any], list[str]]:
-    """Run one build. Returns what the child reports and the warnings; no child is left however this ends."""
+def _run(job: dict[str, Any], quiet: bool, on_event: Send | None) -> tuple[dict[str, Any], list[str]]:
+    """Run one build. Returns what the child reports and the warnings."""
     logs: list[tuple[str, str]] = []  # severity, text
-    outcome: dict[str, Any] = {}
-    with _child(job) as (process, events, output), Phases(quiet) as phases:
-        for line in events:
-            event = json.loads(line)
-            if "log" in event:
-                logs.append((event["log"][0], event["log"][1].strip()))
-            elif "done" in event or "failed" in event:
-                outcome = event
-            else:
-                phases.show(event)
-            if on_event is not None:
-                on_event(event)
-        status = process.wait()
-        output.seek(0)
-        printed = output.read().splitlines()
+    columns = (TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+    phases: dict[str, tuple[TaskID, int]] = {}
+
+    def show(event: dict[str, Any]) -> None:
+        if "log" in event:
+            logs.append(event["log"])
+        _show(bars, phases, event)
+        if on_event is not None:
+            on_event(event)
+
+    with bars:
+        outcome, status, printed = run_child("build_process", job, show)
+    lines = printed.splitlines()
     if "done" in outcome:
-        said = [text for _, text in logs] + [line for line in printed if line.startswith(OP_TYPE)]
+        said = [text for _, text in logs] + [line for line in lines if line.startswith(OP_TYPE)]
         return outcome["done"], _without_noise(said)
     if outcome.get("errno"):
         raise OSError(outcome["errno"], os.strerror(outcome["errno"]))
     errors = [text for severity, text in logs if severity in ERRORS and not text.startswith("ModelImporter.cpp")]
-    raise AwqTrtError(_why(job, outcome, status, [*errors, *printed]))
+    raise AwqTrtError(_why(job, outcome, status, [*errors, *lines]))
+
+
+def _show(bars: Progress, phases: dict[str, tuple[TaskID, int]], event: dict[str, Any]) -> None:
+    """A phase of the builder begins, is at a step, or ends. phases: name -> its bar, and its depth below the first."""
+    if "phase" in event:
+        depth = phases[event["parent"]][1] + 1 if event["parent"] in phases else 0
+        if depth < SHOWN_DEPTH and (depth or not event["parent"]):
+            phases[event["phase"]] = bars.add_task("  " * depth + event["phase"], total=event["steps"]), depth
+    elif event.get("step") in phases:
+        bars.update(phases[event["step"]][0], completed=event["at"])
+    elif event.get("end") in phases:
+        bars.remove_task(phases.pop(event["end"])[0])
 
 
 def _why(job: dict[str, Any], outcome: dict[str, Any], status: int, said: list[str]) -> str:
@@ -227,50 +173,3 @@ def _why(job: dict[str, Any], outcome: dict[str, Any], status: int, said: list[s
 def _without_noise(lines: list[str]) -> list[str]:
     """The lines without repetitions and without those that come with every build."""
     return [line for line in dict.fromkeys(lines) if line.strip() and not any(part in line for part in NOISE)]
-
-
-@contextmanager
-def _child(job: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], Any, Any]]:
-    """Start the child and hand it the job; kill it and whatever it started when the block ends for any reason."""
-    read_end, write_end = os.pipe()
-    root = str(PACKAGE.parent)
-    with tempfile.TemporaryDirectory() as links, tempfile.TemporaryFile("w+", errors="replace") as output:
-        libraries = [links, os.environ.get("LD_LIBRARY_PATH", "")]
-        path = [root, os.environ.get("PYTHONPATH", "")]
-        _link_unversioned(job["runtime"], Path(links))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "awq_trt.engine.build_process", str(write_end)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=[write_end],
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child
-            env=os.environ
-            | {"LD_LIBRARY_PATH": ":".join(filter(None, libraries)), "PYTHONPATH": ":".join(filter(None, path))},
-            text=True,
-        )
-        try:
-            os.close(write_end)
-            with os.fdopen(read_end) as events:
-                assert process.stdin is not None
-                with process.stdin:
-                    process.stdin.write(json.dumps(job))
-                yield process, events, output
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _link_unversioned(runtime: str, folder: Path) -> None:
-    """Give every `libX.so.N` of the wheel its plain name `libX.so` in `folder`, for LD_LIBRARY_PATH.
-
-    The ONNX parser of TensorRT-RTX opens `libtensorrt_rtx.so` at the first plugin node, a name the wheel does not
-    have, and aborts the process when it is not found.
-    """
-    spec = importlib.util.find_spec(f"{runtime}_libs")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        for library in Path(place).glob("lib*.so.*"):
-            link = folder / (library.name.split(".so.")[0] + ".so")
-            if not link.exists():
-                link.symlink_to(library)

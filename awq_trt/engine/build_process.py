@@ -1,57 +1,47 @@
-"""Builds one TensorRT engine in a process of its own, because a failing build may abort the process it runs in.
+"""Builds one TensorRT engine; started by build.py, see child.py. Of this package it imports as little as it can: the
+less is loaded, the less memory a build takes.
 
-Started by build.py as `python -m awq_trt.engine.build_process FD`. In: one JSON object on standard input. Out: the plan
-at `job["plan"]`, and on file descriptor FD one JSON object a line:
+In: the job that build.py puts together. Out: the plan at `job["plan"]`, and one JSON object a line:
 
     {"log": [severity, text]}                        what TensorRT said, warnings and worse
     {"phase": name, "parent": name|null, "steps": n} a phase begins;  {"step": name, "at": i}  {"end": name}
-    {"done": {...}}  or  {"failed": text, "errno": number|null}
-
-Of this package only driver.py is imported: the less is loaded, the less memory a build takes.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import json
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from awq_trt.engine.child import Send, run_job
 from awq_trt.engine.driver import query
-
-Send = Callable[[dict[str, Any]], None]
+from awq_trt.engine.runtimes import trt_logger
+from awq_trt.errors import AwqTrtError
 
 STEP_SECONDS = 0.05
 """Progress is sent at most this often; a build has some hundred thousand steps."""
-
-
-class BuildError(Exception):
-    """The build cannot go on; the text is for the user, TensorRT's own messages have been sent before."""
 
 
 def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     """Parse the ONNX file, build the engine, write the plan. Returns facts for the report."""
     started = time.monotonic()
     trt = importlib.import_module(job["runtime"])
-    logger = _logger(trt, send)
+    logger = trt_logger(trt, lambda severity, text: send({"log": [severity, text]}))
     builder = trt.Builder(logger)
     if job["plugin"] and not builder.get_plugin_registry().load_library(job["plugin"]):
-        raise BuildError(f"{job['runtime']} {trt.__version__} could not load the plugin library {job['plugin']}.")
+        raise AwqTrtError(f"{job['runtime']} {trt.__version__} could not load the plugin library {job['plugin']}.")
     # TensorRT 11 has strongly typed networks only, and may drop the flag
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)  # holds the weights: it must outlive the build
     if not parser.parse_from_file(job["onnx"]):
-        raise BuildError("\n".join(_parser_error(parser.get_error(i)) for i in range(parser.num_errors)))
-    plugin_layers = _count_plugin_layers(trt, network)
+        raise AwqTrtError("\n".join(_parser_error(parser.get_error(i)) for i in range(parser.num_errors)))
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    plugin_layers = kinds.count(trt.LayerType.PLUGIN_V3)
     if plugin_layers != job["plugin_nodes"]:
-        raise BuildError(
+        raise AwqTrtError(
             f"{job['plugin_nodes']} W4A16Gemm nodes are in the ONNX file, but the parser gave {plugin_layers} of them "
             'to the plugin. Every node must carry the attribute plugin_namespace="".'
         )
@@ -65,11 +55,11 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
         for name, (low, best, high) in shapes.items():
             profile.set_shape(name, low, best, high)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError("TensorRT refused an optimization profile.")
+            raise AwqTrtError("TensorRT refused an optimization profile.")
     cache = _timing_cache(config, job["timing_cache"])
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError("TensorRT could not build the engine.")
+        raise AwqTrtError("TensorRT could not build the engine.")
     with Path(job["plan"]).open("wb") as file:
         file.write(memoryview(plan))
         file.flush()
@@ -80,7 +70,6 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     return {
         "runtime_version": trt.__version__,
         "plugin_layers": plugin_layers,
-        "layers": network.num_layers,
         "architectures": job["architectures"] or [gpu.capability for gpu in gpus],
         "gpu": gpus[0].name if gpus else None,
         "peak_bytes": _peak_bytes(),
@@ -88,22 +77,11 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     }
 
 
-def _logger(trt: Any, send: Send) -> Any:
-    class Logger(trt.ILogger):
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                send({"log": [severity.name if hasattr(severity, "name") else str(severity), text]})
-
-    return Logger()
-
-
 def _monitor(trt: Any, send: Send) -> Any:
     class Monitor(trt.IProgressMonitor):
         """Passes on the phases, and a step now and then."""
 
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.next_step = 0.0
+        next_step = 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             send({"phase": name, "parent": parent, "steps": steps})
@@ -125,11 +103,6 @@ def _parser_error(error: Any) -> str:
     return f"the ONNX parser stopped at {where}: {error.desc()}"
 
 
-def _count_plugin_layers(trt: Any, network: Any) -> int:
-    kinds = (network.get_layer(i).type for i in range(network.num_layers))
-    return sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds)
-
-
 def _set_architectures(trt: Any, config: Any, architectures: list[str]) -> None:
     """Compute capabilities to compile for, "8.6" as SM86. TensorRT-RTX only; TensorRT builds for the GPU it runs on."""
     if not architectures:
@@ -140,7 +113,7 @@ def _set_architectures(trt: Any, config: Any, architectures: list[str]) -> None:
         capability = getattr(trt.ComputeCapability, name, None)
         if capability is None:
             known = [c[2:-1] + "." + c[-1] for c in dir(trt.ComputeCapability) if c.startswith("SM")]
-            raise BuildError(f"{trt.__name__} cannot build for compute capability {architecture}; it can for {known}.")
+            raise AwqTrtError(f"{trt.__name__} cannot build for compute capability {architecture}; it can for {known}.")
         config.set_compute_capability(capability, i)
 
 
@@ -150,7 +123,7 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     old = Path(path)
     cache = config.create_timing_cache(old.read_bytes() if old.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
-        raise BuildError(
+        raise AwqTrtError(
             f"{path} is no timing cache of this TensorRT version and GPU. Delete it, or give another path."
         )
     return cache
@@ -162,24 +135,5 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def main() -> int:
-    """Read the job, build, report. The exit status is 0 whenever a report was sent."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive a parent that was killed
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as pipe:
-
-        def send(event: dict[str, Any]) -> None:
-            pipe.write(json.dumps(event) + "\n")
-
-        job = json.load(sys.stdin)
-        try:
-            send({"done": build(job, send)})
-        except OSError as error:
-            send({"failed": str(error), "errno": error.errno})
-        except Exception as error:  # whatever TensorRT's bindings raise becomes text for the parent
-            text = str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {error}"
-            send({"failed": text, "errno": None})
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_job(build)

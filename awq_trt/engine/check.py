@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.util
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from awq_trt.engine import memory, plugin, sidecar
-from awq_trt.engine.build import RTX_ARCHITECTURES
+from awq_trt.engine.child import run_child
 from awq_trt.engine.driver import Driver, Gpu, query
+from awq_trt.engine.probe_process import PROBE_SECONDS
+from awq_trt.engine.runtimes import RTX_ARCHITECTURES
 from awq_trt.errors import AwqTrtError
-from awq_trt.files import PACKAGE, sha256
+from awq_trt.files import sha256
 
 OK, WARNING, FAILS = "ok", "warning", "fails"
 
@@ -34,7 +34,6 @@ CONTEXT_BYTES = 512 << 20
 """Assumed for the CUDA context, kernels and the runtime's own buffers: they are not in any sum."""
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}
 """CUDA -> the first Linux driver that runs it (CUDA toolkit release notes, minor version compatibility)."""
-PROBE_SECONDS = 900
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 REASONS = {
@@ -50,34 +49,12 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. status: "ok", "warning" or "fails". found: what was compared. advice: what to do, "" if ok."""
+    """One check."""
 
     check: str
-    status: str
-    found: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is here: the driver's answers, which GPU is meant, and the runtime of the plan, if it is installed.
-
-    Attributes:
-        device: index of the GPU. runtime_version: of the installed module, "" where it does not say, None where it is
-        not installed. cuda: major version of CUDA that it was made with, None if unknown.
-        host_bytes: memory that is free on the host.
-    """
-
-    driver: Driver
-    device: int
-    runtime_version: str | None
-    cuda: int | None
-    host_bytes: int | None
-
-    @property
-    def gpu(self) -> Gpu | None:
-        """The GPU that is meant, if it is there."""
-        return self.driver.gpus[self.device] if self.device < len(self.driver.gpus) else None
+    status: str  # OK, WARNING or FAILS
+    found: str  # what was compared
+    advice: str = ""  # what to do, "" if OK
 
 
 def check(engine_path: Path, *, device: int = 0, load: bool = False) -> list[Finding]:
@@ -93,34 +70,39 @@ def check(engine_path: Path, *, device: int = 0, load: bool = False) -> list[Fin
     if not engine_path.is_file():
         raise AwqTrtError(f"{engine_path}: no such file. Give the path of a plan.")
     if device < 0:
-        raise AwqTrtError(f"device {device}: GPUs are numbered from 0.")
+        raise AwqTrtError(f"device is {device}; GPUs are numbered from 0.")
     content = sidecar.read_sidecar(sidecar.path_of(engine_path))
     runtime = content["versions"].get("runtime")
     if runtime not in NAMES:
         raise AwqTrtError(f"{sidecar.path_of(engine_path)}: the runtime is {runtime!r}. Build the engine again.")
-    machine = look(runtime, device)
-    plugin_finding, library = check_plugin(content)
-    findings = [*check_gpu(content, machine), *check_runtime(content, machine), *plugin_finding]
-    runs = machine.gpu is not None and machine.runtime_version is not None
-    answer: dict[str, Any] = {}
-    if runs and (load or runtime == "tensorrt_rtx"):
+    driver, (version, cuda) = query(), installed(runtime)
+    gpu = driver.gpus[device] if device < len(driver.gpus) else None
+    facts = content["plugin"]
+    library = None  # the plan brings its plugin along, or needs none
+    if facts is not None and not facts["embedded"]:
+        library = Path(os.environ.get(plugin.ENVIRONMENT_VARIABLE) or facts["path"]).expanduser()
+    findings = [
+        *check_gpu(content, driver, device, gpu),
+        *check_runtime(content, driver, version, cuda),
+        *check_plugin(content, library),
+    ]
+    activations = None
+    if gpu is not None and version is not None and (load or runtime == "tensorrt_rtx"):
         answer = ask(engine_path, runtime, library, device, load)
         findings += check_answer(answer, load)
+        activations = answer.get("device_memory")
     elif load:
         findings.append(Finding("loading", FAILS, "cannot be tried", "see above"))
-    findings += check_memory(content, machine, answer.get("device_memory"))
-    findings += check_host(engine_path, content, machine)
-    return [*findings]
-
-
-def look(runtime: str, device: int) -> Machine:
-    """Ask the machine."""
-    version, cuda = installed(runtime)
-    return Machine(query(), device, version, cuda, host_memory())
+    host = host_memory()
+    return [*findings, check_memory(content, gpu, host, activations), *check_host(engine_path, content, host)]
 
 
 def installed(runtime: str) -> tuple[str | None, int | None]:
-    """Version of a TensorRT module, and the CUDA major version its package is for, without importing it."""
+    """Version of a TensorRT module, and the CUDA major version its package is for, without importing it.
+
+    Returns:
+        the version, "" where it does not say, None where it is not installed; the CUDA version, None if unknown.
+    """
     spec = importlib.util.find_spec(runtime)
     if spec is None or not spec.origin:
         return None, None
@@ -131,85 +113,82 @@ def installed(runtime: str) -> tuple[str | None, int | None]:
     return written[1] if written else metadata.version(packages[0]) if packages else "", cuda
 
 
-def check_gpu(content: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
+def check_gpu(content: Mapping[str, Any], driver: Driver, device: int, gpu: Gpu | None) -> Iterator[Finding]:
     """A GPU, and the kernels for it in the plan."""
-    gpu, count = machine.gpu, len(machine.driver.gpus)
     if gpu is None:
-        problem = machine.driver.problem or f"there is no GPU {machine.device}: {count} are visible"
-        yield Finding(
-            "GPU", FAILS, problem, "run on a machine with an NVIDIA GPU and its driver (nvidia-smi shows both)"
-        )
+        problem = driver.problem or f"there is no GPU {device}: {len(driver.gpus)} are visible"
+        advice = "run on a machine with an NVIDIA GPU and its driver (nvidia-smi shows both)"
+        yield Finding("GPU", FAILS, problem, advice)
         return
-    yield Finding("GPU", OK, f"{gpu.name}, {_size(gpu.total_bytes)}" + (f", one of {count}" if count > 1 else ""))
+    size = "memory of the host" if gpu.total_bytes is None else _size(gpu.total_bytes)
+    words = f"{gpu.name}, {size}" + (f", one of {len(driver.gpus)}" if len(driver.gpus) > 1 else "")
+    differ = len({g.name for g in driver.gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
+    advice = "CUDA may number them otherwise: CUDA_DEVICE_ORDER=PCI_BUS_ID makes it number them as nvidia-smi does"
+    yield _finding("GPU", WARNING if differ else OK, words, advice)
+
     built = content["gpu_architectures"]
-    found = f"{gpu.capability}; the plan is for {', '.join(built) or 'unknown'}"
-    rtx = content["versions"]["runtime"] == "tensorrt_rtx"
+    status, advice = FAILS, f'build it for this GPU too: build_engine(..., architectures=["{gpu.capability}"])'
     if gpu.capability in built:
-        yield Finding("compute capability", OK, found)
-    elif rtx and gpu.capability in RTX_ARCHITECTURES:
-        advice = f'build it for this GPU too: build_engine(..., architectures=["{gpu.capability}"])'
-        yield Finding("compute capability", FAILS, found, advice)
-    elif rtx:
-        advice = f"TensorRT-RTX plans are for {', '.join(RTX_ARCHITECTURES)}: build it here with --runtime tensorrt"
-        yield Finding("compute capability", FAILS, found, advice)
-    else:
-        yield Finding("compute capability", FAILS if built else WARNING, found, "build the engine on this GPU")
+        status = OK
+    elif content["versions"]["runtime"] == "tensorrt":
+        status, advice = FAILS if built else WARNING, "build the engine on this GPU"
+    elif gpu.capability not in RTX_ARCHITECTURES:
+        advice = f'TensorRT-RTX plans are for {", ".join(RTX_ARCHITECTURES)}: build it here with runtime="tensorrt"'
+    found = f"{gpu.capability}; the plan is for {', '.join(built) or 'unknown'}"
+    yield _finding("compute capability", status, found, advice)
     other = content["build"].get("gpu")
-    if other and other != gpu.name and gpu.capability in built:
+    if other and other != gpu.name and status == OK:
         advice = "TensorRT tuned it for that one: build it here for the best speed"
         yield Finding("GPU model", WARNING, f"{gpu.name}; built on {other}", advice)
 
 
-def check_runtime(content: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
-    """The module that built the plan, in the version that did, and a driver that runs it."""
+def check_runtime(
+    content: Mapping[str, Any], driver: Driver, version: str | None, cuda: int | None
+) -> Iterator[Finding]:
+    """The module that built the plan, in the version that did, and a driver that runs it; see `installed`."""
     runtime, needed = content["versions"]["runtime"], content["versions"].get("runtime_version", "")
-    found, name = machine.runtime_version, NAMES[runtime]
-    package = f"{runtime.replace('_', '-')}-cu{machine.cuda or min((machine.driver.cuda or (13, 0))[0], 13)}"
-    advice = f"pip install {package}=={needed}, or build the engine again with what is installed"
-    if found is None:
-        yield Finding(name, FAILS, "is not installed", f"pip install {package}=={needed}")
-    elif not found:
+    name = NAMES[runtime]
+    install = f"pip install {runtime.replace('_', '-')}-cu{cuda or min((driver.cuda or (13, 0))[0], 13)}=={needed}"
+    advice = f"{install}, or build the engine again with what is installed"
+    if version is None:
+        yield Finding(name, FAILS, "is not installed", install)
+    elif not version:
         yield Finding(name, WARNING, f"installed, of unknown version; the plan needs {needed}", advice)
-    elif found == needed:
-        yield Finding(name, OK, found)
-    else:
-        build_only = found.split(".")[:3] == needed.split(".")[:3]
-        yield Finding(name, WARNING if build_only else FAILS, f"{found}; the plan was built by {needed}", advice)
-    newest = machine.driver.cuda
-    if newest is None:
+    elif version == needed:
+        yield Finding(name, OK, version)
+    else:  # only the last number may differ: that of NVIDIA's build
+        status = WARNING if version.split(".")[:3] == needed.split(".")[:3] else FAILS
+        yield Finding(name, status, f"{version}; the plan was built by {needed}", advice)
+    if driver.cuda is None:
         return
-    words = f"{machine.driver.version or 'of unknown version'}, runs CUDA up to {newest[0]}.{newest[1]}"
-    if machine.cuda is not None and newest[0] < machine.cuda:
-        advice = f"update the driver to {DRIVERS.get(machine.cuda, 'a newer one')} or newer"
-        advice += f", or install the package for CUDA {newest[0]}" if newest[0] in DRIVERS else ""
-        yield Finding("driver", FAILS, f"{words}; the installed {name} needs CUDA {machine.cuda}", advice)
-    else:
+    words = f"{driver.version}, runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
+    if cuda is None or cuda <= driver.cuda[0]:
         yield Finding("driver", OK, words)
+    else:
+        advice = f"update the driver to {DRIVERS.get(cuda, 'a newer one')} or newer"
+        advice += f", or install the package for CUDA {driver.cuda[0]}" if driver.cuda[0] in DRIVERS else ""
+        yield Finding("driver", FAILS, f"{words}; the installed {name} needs CUDA {cuda}", advice)
 
 
-def check_plugin(content: Mapping[str, Any]) -> tuple[list[Finding], Path | None]:
-    """The plugin library, and its path where the plan does not bring it along."""
+def check_plugin(content: Mapping[str, Any], library: Path | None) -> Iterator[Finding]:
+    """The plugin library: `library` where the plan does not bring it along."""
     facts = content["plugin"]
     if facts is None:
-        return [Finding("plugin", OK, "the plan needs none")], None
-    findings, library = [], None
-    if facts["embedded"]:
-        findings.append(Finding("plugin", OK, f"{facts['version']}, inside the plan (allow host code to load it)"))
+        yield Finding("plugin", OK, "the plan needs none")
+        return
+    if library is None:
+        yield Finding("plugin", OK, f"{facts['version']}, inside the plan (allow host code to load it)")
     else:
-        library = Path(os.environ.get(plugin.ENVIRONMENT_VARIABLE) or facts["path"]).expanduser()
-        findings.append(_library(facts, library))
+        yield _library(facts, library)
     if content["versions"]["runtime"] == "tensorrt_rtx":
-        words = "NVIDIA's manual says that TensorRT-RTX supports no plugin layers; it builds them all the same"
-        findings.append(Finding("plugin layers", WARNING, words, "try it with --load; TensorRT itself supports them"))
-    if any(_rows(p) >= memory.LARGE_TOKENS for p in content["profiles"]):
+        words = "TensorRT-RTX runs plugins of this kind (IPluginV3), NVIDIA's own too; ours has not been run there"
+        yield Finding("plugin layers", WARNING, words, "load the plan to try it (load=True)")
+    shapes = [profile["inputs"].get("input_ids", {"max": [0]})["max"] for profile in content["profiles"]]
+    if any(shape[0] * shape[-1] >= memory.LARGE_TOKENS for shape in shapes):
         place = os.environ.get("AWQ_TRT_CUBLASLT") or ctypes.util.find_library("cublasLt")
-        if place is None:
-            advice = "pip install nvidia-cublas, and its path in AWQ_TRT_CUBLASLT; without it our own kernel runs"
-            words = "is not in the linker's path: long prompts may be slower"
-            findings.append(Finding("cuBLASLt", WARNING, words, advice))
-        else:
-            findings.append(Finding("cuBLASLt", OK, place))
-    return findings, library
+        words = "is not in the linker's path: long prompts may be slower"
+        advice = "pip install nvidia-cublas, and its path in AWQ_TRT_CUBLASLT; without it our own kernel runs"
+        yield _finding("cuBLASLt", OK if place else WARNING, place or words, advice)
 
 
 def _library(facts: Mapping[str, Any], library: Path) -> Finding:
@@ -227,123 +206,97 @@ def _library(facts: Mapping[str, Any], library: Path) -> Finding:
     return Finding("plugin", OK, f"{version}, {library}, the very file (SHA-256)")
 
 
-def check_memory(content: Mapping[str, Any], machine: Machine, activations: int | None) -> Iterator[Finding]:
+def check_memory(content: Mapping[str, Any], gpu: Gpu | None, host: int | None, activations: int | None) -> Finding:
     """Free memory of the GPU against weights, cache and activations at the largest batch.
 
     Args:
-        activations: what the loaded engine says, None takes the estimate in the sidecar.
+        host: bytes that are free on the host. activations: what the loaded engine says, None takes the estimate in the
+            sidecar.
     """
-    sizes, batch = content["sizes"], memory.max_batch(content)
-    cache, io = memory.cache_and_io(content)
-    parts = {"weights": sizes["quantized_weights"] + sizes["other_weights"], f"KV cache for {batch} sequences": cache}
-    parts["inputs and outputs"] = io
-    if activations is not None:
-        parts["activations, says the engine"] = activations
-    elif sizes.get("activations") is not None:
-        parts["activations, estimated from the graph"] = sizes["activations"]
-    unknown = ", activations unknown (--load asks the engine)" if len(parts) == 3 else ""
+    sizes, (cache, io) = content["sizes"], memory.cache_and_io(content)
+    parts = {
+        "weights": sizes["quantized_weights"] + sizes["other_weights"],
+        f"KV cache for {memory.max_batch(content)} sequences": cache,
+        "inputs and outputs": io,
+    }
+    unknown = activations is None and sizes.get("activations") is None
+    if not unknown:
+        source = "estimated from the graph" if activations is None else "says the engine"
+        parts[f"activations, {source}"] = sizes["activations"] if activations is None else activations
     needed = sum(parts.values())
-    words = f"{_size(needed)} needed: {', '.join(f'{k} {_size(v)}' for k, v in parts.items() if v)}{unknown}"
-    gpu = machine.gpu
-    if gpu is None:
-        yield Finding("GPU memory", WARNING, words, "there is nothing here to compare it with")
-        return
-    free, kind = (gpu.total_bytes, "in all (NVML is missing)") if gpu.free_bytes is None else (gpu.free_bytes, "free")
-    words += f"; {_size(free)} {kind}"
-    advice = "end what uses the GPU (nvidia-smi), or build with a smaller --max-batch or --max-seq"
-    if needed > free:
-        yield Finding("GPU memory", FAILS, words, advice)
-    elif needed + CONTEXT_BYTES > free:
+    words = f"{_size(needed)} needed: {', '.join(f'{k} {_size(v)}' for k, v in parts.items() if v)}"
+    words += ", activations unknown (loading the plan tells)" if unknown else ""
+    free, kind = (gpu.free_bytes, "") if gpu and gpu.free_bytes is not None else (host, " on the host")
+    if gpu is None or free is None:
+        return Finding("GPU memory", WARNING, words, "there is nothing here to compare it with")
+    words += f"; {_size(free)} free{kind}"
+    if needed + CONTEXT_BYTES <= free:
+        return _finding("GPU memory", WARNING if unknown else OK, words, "load the plan to ask the engine (load=True)")
+    if needed <= free:
         words += f", of which CUDA itself takes about {_size(CONTEXT_BYTES)}"
-        yield Finding("GPU memory", WARNING, words, advice)
-    else:
-        yield Finding("GPU memory", WARNING if unknown else OK, words, "ask the engine with --load" if unknown else "")
+    advice = "end what uses the GPU (nvidia-smi), or build with a smaller max_batch or max_seq"
+    return Finding("GPU memory", WARNING if needed <= free else FAILS, words, advice)
 
 
-def check_host(engine_path: Path, content: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
+def check_host(engine_path: Path, content: Mapping[str, Any], host: int | None) -> Iterator[Finding]:
     """Host memory to read the plan, and a folder for the plugin, which TensorRT unpacks."""
-    needed = 2 * engine_path.stat().st_size  # the file's bytes, and what the runtime makes of them
-    if machine.host_bytes is not None:
-        short = needed > machine.host_bytes
-        words = f"{_size(needed)} to load the plan; {_size(machine.host_bytes)} free"
-        yield Finding(
-            "host memory", WARNING if short else OK, words, "end other programs, or add swap" if short else ""
-        )
+    if host is not None:
+        needed = 2 * engine_path.stat().st_size  # the file's bytes, and what the runtime makes of them
+        words = f"{_size(needed)} to load the plan; {_size(host)} free"
+        yield _finding("host memory", WARNING if needed > host else OK, words, "end other programs, or add swap")
     if content["plugin"] is not None and content["plugin"]["embedded"]:
-        folder = Path(tempfile.gettempdir())
-        size, free = content["sizes"].get("plugin") or 0, shutil.disk_usage(folder).free
-        words = f"{_size(size)} for the plugin; {_size(free)} free in {folder}"
-        short = size > free
-        yield Finding("disk", FAILS if short else OK, words, "free some space, or set TMPDIR" if short else "")
+        folder = tempfile.gettempdir()
+        needed, free = content["sizes"].get("plugin") or 0, shutil.disk_usage(folder).free
+        words = f"{_size(needed)} for the plugin; {_size(free)} free in {folder}"
+        yield _finding("disk", FAILS if needed > free else OK, words, "free some space, or set TMPDIR")
 
 
 def ask(engine_path: Path, runtime: str, library: Path | None, device: int, load: bool) -> dict[str, Any]:
     """What the runtime itself says of a plan (probe_process.py); {"error": text} where it says nothing."""
     job = {"runtime": runtime, "plan": str(engine_path.resolve()), "device": device, "load": load}
     job["plugin"] = None if library is None else str(library.resolve())
-    root = str(PACKAGE.parent)
-    path = ":".join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    read_end, write_end = os.pipe()
-    with os.fdopen(read_end) as pipe:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "awq_trt.engine.probe_process", str(write_end)],
-                input=json.dumps(job),
-                pass_fds=[write_end],
-                env=os.environ | {"PYTHONPATH": path},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=PROBE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"no answer after {PROBE_SECONDS} seconds"}
-        finally:
-            os.close(write_end)
-        text = pipe.read()
-    if not text:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {"error": f"the process that asked it ended with status {done.returncode}, and said: {last}"}
-    return json.loads(text)
+    outcome, status, printed = run_child("probe_process", job)
+    if status == -signal.SIGALRM:
+        return {"error": f"no answer after {PROBE_SECONDS} seconds"}
+    if not outcome:
+        last = (printed.strip().splitlines() or ["nothing"])[-1]
+        return {"error": f"the process that asked it ended with status {status}, and said: {last}"}
+    return outcome["done"] if "done" in outcome else {"error": outcome["failed"]}
 
 
 def check_answer(answer: Mapping[str, Any], load: bool) -> Iterator[Finding]:
     """What the runtime says of the plan, by its header or by loading it."""
-    words = list(answer.get("log", []))[-3:]
-    said = ": " + "; ".join(words) if words else ""
     if "error" in answer:
         yield Finding("loading" if load else "header", FAILS, answer["error"], "see the lines above")
         return
-    if "validity" in answer:
+    said = "; ".join(answer.get("log", [])[-3:])
+    if answer.get("validity") == "INVALID":
         reasons = "; ".join(REASONS.get(r, r.lower()) for r in answer["reasons"])
-        if answer["validity"] == "INVALID":
-            yield Finding(
-                "header", FAILS, f"TensorRT-RTX refuses the plan: {reasons or said[2:]}", "build the engine again"
-            )
-        elif answer["validity"] == "SUBOPTIMAL":
-            advice = "build the engine with a newer TensorRT-RTX"
-            yield Finding("header", WARNING, "TensorRT-RTX is older than this GPU: not its best speed", advice)
-        else:
-            yield Finding("header", OK, "TensorRT-RTX accepts the plan's header")
-    if answer.get("loaded") is True:
+        yield Finding("header", FAILS, f"TensorRT-RTX refuses the plan: {reasons or said}", "build the engine again")
+    elif answer.get("validity") == "SUBOPTIMAL":
+        advice = "build the engine with a newer TensorRT-RTX"
+        yield Finding("header", WARNING, "TensorRT-RTX is older than this GPU: not its best speed", advice)
+    elif "validity" in answer:
+        yield Finding("header", OK, "TensorRT-RTX accepts the plan's header")
+    if answer.get("loaded"):
         yield Finding("loading", OK, "the plan was loaded")
     elif load:
-        yield Finding("loading", FAILS, f"the plan could not be loaded{said}", "see the lines above, or build it again")
+        words = "the plan could not be loaded" + (f": {said}" if said else "")
+        yield Finding("loading", FAILS, words, "see the lines above, or build it again")
 
 
 def host_memory() -> int | None:
     """Bytes of memory that programs may still take, None if unknown."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return int(found[1]) * 1024 if found else None
 
 
-def _rows(profile: Mapping[str, Any]) -> int:
-    """The most tokens of a call in a profile, 0 where it has none."""
-    largest = profile["inputs"].get("input_ids", {}).get("max", [0, 0])
-    return int(largest[0] * largest[-1])
+def _finding(check: str, status: str, found: str, advice: str) -> Finding:
+    """A finding whose advice counts only where it is not OK."""
+    return Finding(check, status, found, "" if status == OK else advice)
 
 
 def _size(size: int) -> str:

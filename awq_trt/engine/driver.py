@@ -1,55 +1,35 @@
-"""What the NVIDIA driver says of this machine: its GPUs and versions, asked through ctypes, without any CUDA context.
+"""What the NVIDIA driver says of this machine: its versions and the GPUs that CUDA would use here.
 
-libcuda.so.1 (CUDA driver API, cuda.h) knows the GPUs that this process may use, in the order that CUDA numbers them;
-libnvidia-ml.so.1 (NVML, nvml.h) knows how much of their memory is free, and the driver's version.
+NVML (the package nvidia-ml-py, module pynvml) answers without making a CUDA context. It numbers GPUs as nvidia-smi
+does and knows nothing of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER; `query` applies both.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-
-CAPABILITY = (75, 76)
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR"""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. capability: like "8.9". total_bytes, free_bytes: of its memory; free_bytes None without NVML."""
+    """One GPU, or the part of one that MIG made."""
 
     name: str
-    capability: str
-    total_bytes: int
+    capability: str  # like "8.9"
+    total_bytes: int | None  # of its memory; None where it has none of its own (DGX Spark, Jetson)
     free_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Driver:
-    """The driver of this machine.
+    """The driver of this machine."""
 
-    Attributes:
-        version: like "580.65.06", None if unknown. cuda: newest CUDA it can run, as (13, 0); None if unknown.
-        gpus: in CUDA's order, as CUDA_VISIBLE_DEVICES leaves them. problem: why there are none, else None.
-    """
-
-    version: str | None = None
-    cuda: tuple[int, int] | None = None
-    gpus: tuple[Gpu, ...] = ()
-    problem: str | None = None
-
-
-def query() -> Driver:
-    """Ask the driver; never raises."""
-    nvml = _open("libnvidia-ml.so.1")
-    if nvml is not None and nvml.nvmlInit_v2():
-        nvml = None
-    try:
-        return _query(_open("libcuda.so.1"), nvml)
-    finally:
-        if nvml is not None:
-            nvml.nvmlShutdown()
+    version: str | None = None  # like "580.65.06", None if unknown
+    cuda: tuple[int, int] | None = None  # newest CUDA it can run, as (13, 0); None if unknown
+    gpus: tuple[Gpu, ...] = ()  # in CUDA's order, as CUDA_VISIBLE_DEVICES leaves them
+    problem: str | None = None  # why there are no GPUs, else None
 
 
 def visible(device: int) -> str:
@@ -58,58 +38,75 @@ def visible(device: int) -> str:
     return now[device] if device < len(now) else str(device)
 
 
-def _query(cuda: Any, nvml: Any) -> Driver:
-    version = None
-    if nvml is not None:
-        text = ctypes.create_string_buffer(80)
-        version = text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, 80) == 0 else None
-    if cuda is None:
-        return Driver(version, problem="there is no NVIDIA driver here (libcuda.so.1 is missing)")
-    number = ctypes.c_int()
-    newest = None
-    if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
-        newest = (number.value // 1000, number.value % 1000 // 10)
-    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number))
-    if status or number.value == 0:
-        words = _words(cuda, status) if status else "no GPU is visible (CUDA_VISIBLE_DEVICES may hide them)"
-        return Driver(version, newest, problem=f"the NVIDIA driver offers no GPU: {words}")
-    return Driver(version, newest, tuple(_gpu(cuda, nvml, i) for i in range(number.value)))
+def query() -> Driver:
+    """Ask the driver; never raises."""
+    import pynvml as nvml  # not at the top: `visible` is also used in Triton's Python, which has no packages
 
-
-def _gpu(cuda: Any, nvml: Any, index: int) -> Gpu:
-    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    name, total = ctypes.create_string_buffer(256), ctypes.c_size_t()
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, 256, device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
-    for attribute, number in zip(CAPABILITY, numbers, strict=True):
-        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    capability = f"{numbers[0].value}.{numbers[1].value}"
-    return Gpu(name.value.decode(errors="replace"), capability, total.value, _free_bytes(cuda, nvml, device))
-
-
-def _free_bytes(cuda: Any, nvml: Any, device: ctypes.c_int) -> int | None:
-    """NVML numbers GPUs in another order than CUDA: the UUID says which one is meant."""
-    raw = (ctypes.c_ubyte * 16)()
-    if nvml is None or cuda.cuDeviceGetUuid_v2(raw, device):
-        return None
-    digits = bytes(raw).hex()
-    uuid = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-    handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-    for kind in ("GPU", "MIG"):
-        if nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}".encode(), ctypes.byref(handle)) == 0:
-            return int(memory[1]) if nvml.nvmlDeviceGetMemoryInfo(handle, memory) == 0 else None
-    return None
-
-
-def _words(cuda: Any, status: int) -> str:
-    text = ctypes.c_char_p()
-    known = cuda.cuGetErrorString(status, ctypes.byref(text)) == 0 and text.value
-    return f"{text.value.decode()} (CUDA error {status})" if known and text.value else f"CUDA error {status}"
-
-
-def _open(name: str) -> Any:
+    version = cuda = None
     try:
-        return ctypes.CDLL(name)
-    except OSError:
-        return None
+        nvml.nvmlInit()
+        version = nvml.nvmlSystemGetDriverVersion()
+        number = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        cuda = (number // 1000, number % 1000 // 10)
+        gpus = tuple(_visible_gpus(nvml))
+        nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+            library = "libcuda.so.1" if version else "libnvidia-ml.so.1"
+            return Driver(version, problem=f"there is no NVIDIA driver here ({library} is missing)")
+        return Driver(version, cuda, problem=f"the NVIDIA driver offers no GPU: {error} (NVML error {error.value})")
+    nothing = "the NVIDIA driver offers no GPU: no GPU is visible (CUDA_VISIBLE_DEVICES may hide them)"
+    return Driver(version, cuda, gpus, None if gpus else nothing)
+
+
+def _visible_gpus(nvml: Any) -> list[Gpu]:
+    """The GPUs that this process may use, by CUDA's rules for CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
+
+    NVML cannot tell CUDA's default order, "fastest first", which is documented no further. Cores times clock stands
+    for it; GPUs of one model stay in the order of the PCI bus, as they do in CUDA.
+    """
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        handles.sort(key=lambda handle: -_speed(nvml, handle))
+    numbered = [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    by_uuid: dict[str, Gpu] = {}
+    for handle in handles:
+        parts = _mig_parts(nvml, handle)
+        usable = [parts[0] if parts else handle, *parts]  # of a whole GPU that MIG divides, CUDA takes the first part
+        for named, used in zip([handle, *parts], usable, strict=True):
+            by_uuid[nvml.nvmlDeviceGetUUID(named)] = _gpu(nvml, used, whole=handle)
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found: list[str] = []
+    for name in numbered if names is None else map(str.strip, names.split(",")):
+        if name.isdigit():
+            chosen = numbered[int(name) : int(name) + 1]
+        else:  # the beginning of a UUID is enough
+            chosen = [uuid for uuid in by_uuid if name and uuid.startswith(name)]
+        if len(chosen) != 1:  # CUDA ignores this name and all after it
+            break
+        found += chosen
+    return [by_uuid[uuid] for uuid in found]
+
+
+def _speed(nvml: Any, handle: Any) -> int:
+    with suppress(nvml.NVMLError):
+        return int(nvml.nvmlDeviceGetNumGpuCores(handle) * nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))
+    return 0
+
+
+def _mig_parts(nvml: Any, handle: Any) -> list[Any]:
+    parts = []
+    for i in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):  # 0 where MIG is off
+        with suppress(nvml.NVMLError_NotFound):  # numbers may have gaps
+            parts.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i))
+    return parts
+
+
+def _gpu(nvml: Any, handle: Any, whole: Any) -> Gpu:
+    """Of a GPU, or of a MIG part, which has the capability of the whole."""
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(whole)
+    total = free = None
+    with suppress(nvml.NVMLError_NotSupported):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = memory.total, memory.free
+    return Gpu(nvml.nvmlDeviceGetName(handle), f"{major}.{minor}", total, free)

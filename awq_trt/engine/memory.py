@@ -10,6 +10,7 @@ operator is taken for a fused one, which stores no scores.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,42 +25,38 @@ VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")
 
 SMALL_WORKSPACE, LARGE_WORKSPACE = 48 << 20, 160 << 20
 SMALL_TOKENS, LARGE_TOKENS = 33, 1024
-"""Bytes of workspace that W4A16Gemm may ask for, and from how many tokens on (plugins/plan)."""
-
-
-def workspace_bytes(tokens: int) -> int:
-    """The most that W4A16Gemm asks for, in calls of up to this many tokens; all layers share it."""
-    return LARGE_WORKSPACE if tokens >= LARGE_TOKENS else SMALL_WORKSPACE if tokens >= SMALL_TOKENS else 0
+"""Bytes of workspace that W4A16Gemm may ask for, all layers together, and from how many tokens on (plugins/plan)."""
 
 
 def activation_bytes(onnx_path: Path, profiles: Sequence[Profile]) -> int | None:
     """Estimate for the largest profile, with the plugin's workspace; None where shapes are unknown."""
     model = onnx.load(str(onnx_path), load_external_data=False)
-    found = [_peak(_at_largest(model, profile).graph) for profile in profiles]
+    found = [_peak(_at_largest(model, profile)) for profile in profiles]
     return None if None in found else max(x for x in found if x is not None)
 
 
-def _at_largest(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
-    """The model with every shape that follows from the largest shapes of its inputs."""
+def _at_largest(model: onnx.ModelProto, profile: Profile) -> onnx.GraphProto:
+    """The graph with every shape that follows from the largest shapes of its inputs."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    graph = copy.graph
     sizes: dict[str, int] = {}
-    for value in copy.graph.input:
+    for value in graph.input:
         _, _, largest = profile.shapes.get(value.name, ((), (), ()))
         for dim, size in zip(value.type.tensor_type.shape.dim, largest, strict=False):
             if dim.dim_param:
                 sizes[dim.dim_param] = max(size, sizes.get(dim.dim_param, 0))
-    for value in (*copy.graph.input, *copy.graph.output, *copy.graph.value_info):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]
-    known = [value for value in copy.graph.value_info if _bytes(value) is not None]
-    del copy.graph.value_info[:]
-    copy.graph.value_info.extend(known)
+    known = [value for value in graph.value_info if _sizes(value) is not None]
+    del graph.value_info[:]
+    graph.value_info.extend(known)
     try:
-        return onnx.shape_inference.infer_shapes(copy, data_prop=True)
+        return onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
     except (onnx.shape_inference.InferenceError, ValueError):  # a foreign operator; a file beyond protobuf's 2 GB
-        return copy
+        return graph
 
 
 def _peak(graph: onnx.GraphProto) -> int | None:
@@ -67,48 +64,35 @@ def _peak(graph: onnx.GraphProto) -> int | None:
     values = {v.name: v for v in (*graph.value_info, *graph.output)}
     outside = {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
     root: dict[str, str] = {}  # a view -> the tensor that holds its data
-    last: dict[str, int] = {}
+    last: dict[str, int] = {}  # tensor -> the last operator that reads it
     for i, node in enumerate(graph.node):
         if node.op_type in VIEWS and node.input[0] not in outside:
             root[node.output[0]] = root.get(node.input[0], node.input[0])
         last |= {root.get(name, name): i for name in node.input}
-    live: dict[str, int] = {}
+    live: dict[str, int] = {}  # bytes of the tensors that are stored
     peak = tokens = 0
     for i, node in enumerate(graph.node):
         for name in filter(None, node.output):
-            size = _bytes(values[name]) if name in values else None
-            if size is None:
+            sizes = _sizes(values[name]) if name in values else None
+            if sizes is None:
                 return None
             if name not in outside and name not in root:
-                live[name] = size
+                item = onnx.helper.tensor_dtype_to_np_dtype(values[name].type.tensor_type.elem_type).itemsize
+                live[name] = math.prod(sizes) * int(item)
             if node.op_type == OP_TYPE:
-                tokens = max(tokens, _rows(values[name]))
+                tokens = max(tokens, math.prod(sizes[:-1]))
         peak = max(peak, sum(live.values()))
         for name in {root.get(name, name) for name in (*node.input, *node.output)}:
             if last.get(name, i) <= i:
                 live.pop(name, None)
-    return peak + workspace_bytes(tokens)
+    return peak + (LARGE_WORKSPACE if tokens >= LARGE_TOKENS else SMALL_WORKSPACE if tokens >= SMALL_TOKENS else 0)
 
 
 def _sizes(value: onnx.ValueInfoProto) -> list[int] | None:
+    """The shape, None where a part of it is unknown."""
     kind = value.type.tensor_type
     known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
     return [dim.dim_value for dim in kind.shape.dim] if known else None
-
-
-def _bytes(value: onnx.ValueInfoProto) -> int | None:
-    sizes = _sizes(value)
-    if sizes is None:
-        return None
-    return math.prod(sizes) * int(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize)
-
-
-def _rows(value: onnx.ValueInfoProto) -> int:
-    return math.prod((_sizes(value) or [0])[:-1])
-
-
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int64": 8, "int32": 4, "int8": 1, "uint8": 1,
-              "bool": 1}  # fmt: skip
 
 
 def cache_and_io(sidecar: Mapping[str, Any]) -> tuple[int, int]:
@@ -119,24 +103,22 @@ def cache_and_io(sidecar: Mapping[str, Any]) -> tuple[int, int]:
     Args:
         sidecar: content of a plan's sidecar.
     """
-    fixed = bool(fixed_cache_facts(sidecar["model"]))
-    pasts, others = 0, 0
+    tensors = [*sidecar["inputs"], *sidecar["outputs"]]
+    if fixed_cache_facts(sidecar["model"]):
+        tensors = [t for t in tensors if not t["name"].startswith("present.")]
+    caches, others = [0], [0]
     for profile in sidecar["profiles"]:
-        dims: dict[str, int] = {}
+        dims: dict[Any, int] = {}
         for tensor in sidecar["inputs"]:
-            dims |= zip(map(str, tensor["dims"]), profile["inputs"][tensor["name"]]["max"], strict=True)
-        past = other = 0
-        for tensor in (*sidecar["inputs"], *sidecar["outputs"]):
-            sizes = [d if isinstance(d, int) else dims.get(d, 1) for d in tensor["dims"]]
-            size = math.prod(sizes) * ITEM_BYTES.get(tensor["dtype"], 4)
-            if tensor["name"].startswith("present.") and fixed:
-                continue  # the buffer of its past
-            if tensor["name"].startswith(("past_key_values.", "present.")):
-                past += size
-            else:
-                other += size
-        pasts, others = max(pasts, past), max(others, other)
-    return pasts, others
+            dims |= zip(tensor["dims"], profile["inputs"][tensor["name"]]["max"], strict=True)
+        sums = [0, 0]
+        for tensor in tensors:
+            bits = int(re.sub(r"\D", "", tensor["dtype"]) or 8)  # "bool" is the one without a number
+            size = math.prod(d if isinstance(d, int) else dims.get(d, 1) for d in tensor["dims"]) * bits // 8
+            sums[not tensor["name"].startswith(("past_key_values.", "present."))] += size
+        caches.append(sums[0])
+        others.append(sums[1])
+    return max(caches), max(others)
 
 
 def max_batch(sidecar: Mapping[str, Any]) -> int:

@@ -22,37 +22,22 @@ def library_path() -> Path:
     Raises:
         AwqTrtError: the file is missing, unreadable, not a plugin library, or of another version than this package.
     """
+    expected = package_version()
     override = os.environ.get(ENVIRONMENT_VARIABLE)
-    if override:
-        path = Path(override).expanduser().absolute()
-        if not path.is_file():
-            raise AwqTrtError(
-                f"{ENVIRONMENT_VARIABLE} is {override}, which is not a file. Correct it, or unset it to use the "
-                "library that was installed with the package."
-            )
-    else:
-        path = installed_file(LIBRARY)
-    version, expected = library_version(path), package_version()
+    path = Path(override or str(metadata.distribution("awq_trt").locate_file(LIBRARY))).expanduser().absolute()
+    if not path.is_file():
+        raise AwqTrtError(
+            f"{ENVIRONMENT_VARIABLE} is {override}, which is not a file. Correct it, or unset it to use the library "
+            "that was installed with the package."
+            if override
+            else f"{path} is missing from the installation of awq_trt {expected}. Install it again with "
+            "`pip install --force-reinstall --no-deps .` in the source folder."
+        )
+    version = library_version(path)
     if version != expected:
         raise AwqTrtError(
             f"the plugin library {path} is version {version}, this is awq_trt {expected}. Install the package again "
             f"with `pip install .` in its source folder, or unset {ENVIRONMENT_VARIABLE} if it points to another one."
-        )
-    return path
-
-
-def installed_file(name: str) -> Path:
-    """Absolute path of a file that the build installed, in a normal and in an editable installation.
-
-    Args:
-        name: path inside site-packages, `LIBRARY` say.
-    """
-    version = package_version()
-    path = Path(str(metadata.distribution("awq_trt").locate_file(name))).absolute()
-    if not path.is_file():
-        raise AwqTrtError(
-            f"{path} is missing from the installation of awq_trt {version}. Install it again with "
-            "`pip install --force-reinstall --no-deps .` in the source folder."
         )
     return path
 

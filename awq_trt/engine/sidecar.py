@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from awq_trt.engine import memory
 from awq_trt.engine.plugin import library_version
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import GraphFacts, Tensor
+from awq_trt.export.metadata import GraphFacts, Profile, Tensor
 from awq_trt.files import package_version, sha256
-
-if TYPE_CHECKING:
-    from awq_trt.engine.build import EngineReport
 
 SCHEMA, READ = 2, (1, 2)
 """Raised when a key changes its meaning or goes away; new keys do not raise it. Schema 1 also had launch lines."""
@@ -39,6 +37,28 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 }
 """Every key of the file, in its order, with the JSON type of its value."""
 
+MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
+"""What the exporter wrote into the ONNX file and whoever runs the plan needs."""
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What was built."""
+
+    engine: Path  # the plan
+    sidecar: Path
+    runtime: str  # Python module that built it
+    runtime_version: str
+    architectures: tuple[str, ...]  # compute capabilities like "8.6"
+    profiles: tuple[Profile, ...]
+    plugin_layers: int  # W4A16Gemm layers of the engine, each one layer of the model or several
+    plugin_embedded: bool
+    plan_bytes: int
+    seconds: float  # of the build
+    peak_bytes: int  # resident memory of the child process
+    warnings: tuple[str, ...]  # TensorRT's, without the ones at every build
+    gpu: str | None = None  # that it was tuned on; None for TensorRT-RTX
+
 
 def path_of(engine_path: Path) -> Path:
     """Where the sidecar of a plan lies."""
@@ -55,71 +75,53 @@ def describe(
         accuracy: what the verification measured, or None where it did not run.
     """
     facts = graph.metadata
+    model = {key: facts[key] for key in MODEL_FACTS if key in facts}
+    if model.get("tokenizer") is not None:  # relative to the ONNX file; here to the plan
+        folder = graph.path.resolve().parent
+        model["tokenizer"] = os.path.relpath(folder / model["tokenizer"], report.engine.resolve().parent)
+    library = plugin and {
+        "file": plugin.name,
+        "path": str(plugin.resolve()),
+        "sha256": sha256(plugin),
+        "version": library_version(plugin),
+        "embedded": report.plugin_embedded,
+        "layers": report.plugin_layers,
+    }
+    sizes = {
+        "plan": report.plan_bytes,
+        "onnx": graph.onnx_bytes,
+        "onnx_data": graph.data_bytes,
+        "quantized_weights": graph.quantized_bytes,
+        "other_weights": graph.float_bytes,
+        "plugin": plugin and plugin.stat().st_size,
+        "activations": memory.activation_bytes(graph.path, report.profiles),  # estimate; see memory.py
+    }
+    build = {"seconds": round(report.seconds, 1), "peak_bytes": report.peak_bytes, "strongly_typed": True}
+    versions = {"runtime": report.runtime, "runtime_version": report.runtime_version, "onnx_opset": graph.opset}
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "awq_trt": package_version(),
-            "runtime": report.runtime,
-            "runtime_version": report.runtime_version,
-            "onnx_opset": graph.opset,
-        },
+        "versions": {"awq_trt": package_version(), **versions},
         "gpu_architectures": list(report.architectures),
-        "model": _model(report, graph),
+        "model": {"onnx": graph.path.name, **model},
         "profiles": [
-            {
-                "name": profile.name,
-                "inputs": {
-                    name: {"min": list(low), "opt": list(best), "max": list(high)}
-                    for name, (low, best, high) in profile.shapes.items()
-                },
-            }
-            for profile in report.profiles
+            {"name": p.name, "inputs": {n: {"min": s[0], "opt": s[1], "max": s[2]} for n, s in p.shapes.items()}}
+            for p in report.profiles
         ],
         "inputs": [_tensor(t) for t in graph.inputs],
         "outputs": [_tensor(t) for t in graph.outputs],
         "quantized": facts.get("quantized", []),
         "fused": facts.get("fused", []),
         "left_in_float": facts.get("left_in_float", {}),
-        "plugin": None
-        if plugin is None
-        else {
-            "file": plugin.name,
-            "path": str(plugin.resolve()),
-            "sha256": sha256(plugin),
-            "version": library_version(plugin),
-            "embedded": report.plugin_embedded,
-            "layers": report.plugin_layers,
-        },
-        "sizes": {
-            "plan": report.plan_bytes,
-            "onnx": graph.onnx_bytes,
-            "onnx_data": graph.data_bytes,
-            "quantized_weights": graph.quantized_bytes,
-            "other_weights": graph.float_bytes,
-            "plugin": None if plugin is None else plugin.stat().st_size,
-            "activations": memory.activation_bytes(graph.path, report.profiles),  # estimate; see memory.py
-        },
-        "build": {
-            "seconds": round(report.seconds, 1),
-            "peak_bytes": report.peak_bytes,
-            "strongly_typed": True,
-            "gpu": report.gpu,
-            "warnings": list(report.warnings),
-        },
+        "plugin": library,
+        "sizes": sizes,
+        "build": {**build, "gpu": report.gpu, "warnings": list(report.warnings)},
         "accuracy": accuracy,
     }
 
 
-MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
-"""What the exporter wrote into the ONNX file and whoever runs the plan needs."""
-
-
-def _model(report: EngineReport, graph: GraphFacts) -> dict[str, Any]:
-    facts = {key: graph.metadata[key] for key in MODEL_FACTS if key in graph.metadata}
-    if (tokenizer := facts.get("tokenizer")) is not None:  # relative to the ONNX file; here to the plan
-        facts["tokenizer"] = os.path.relpath(graph.path.resolve().parent / tokenizer, report.engine.resolve().parent)
-    return {"onnx": graph.path.name, **facts}
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.dims), "dims": list(tensor.shape)}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -155,15 +157,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             f"{plan.stat().st_size}. The two are not from the same build; build the engine again."
         )
     return content
-
-
-def _tensor(tensor: Tensor) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.dims),
-        "dims": list(tensor.shape),
-    }
 
 
 def _pretty(value: Any, indent: str = "") -> str:

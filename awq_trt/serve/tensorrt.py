@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from awq_trt.engine.build import RUNTIMES
-from awq_trt.engine.probe_process import collecting_logger
+from awq_trt.engine.runtimes import RUNTIMES, trt_logger
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve.decoder import Decoder
 
@@ -61,7 +60,7 @@ class TensorRtDecoder(Decoder):
         self._trt = _module(sidecar["versions"]["runtime"])
         self._gpu = Gpu()
         self._words: deque[str] = deque(maxlen=4)  # TensorRT's last warnings and errors
-        self._logger = collecting_logger(self._trt, self._words)
+        self._logger = trt_logger(self._trt, lambda severity, text: self._words.append(text))
         self._runtime, self._engine = self._load(sidecar)
         self._dtypes = {
             self._trt.DataType.HALF: torch.float16,

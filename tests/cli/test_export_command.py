@@ -57,7 +57,7 @@ def test_checkpoint_to_plan(models: Path, out: Path, name: str, layers: int) -> 
     assert len(sidecar["quantized"]) == layers
     assert (out / "m.plan").stat().st_size == sidecar["sizes"]["plan"]
     assert sidecar["accuracy"]["onnx"]["relative"] < 5e-3
-    files = {"m.awq", "m.onnx", "m.onnx.data", "m.plan", "m.plan.json", "m.trtexec.sh", "repo"}
+    files = {"m.awq", "m.onnx", "m.onnx.data", "m.plan", "m.plan.json", "m.trtexec.sh", "m.trtexec.bin", "repo"}
     assert files == {p.name for p in out.iterdir()}
     assert f"{layers} quantized layers" in result.stderr
     if name == "llama":

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tiny_onnx
 import torch
 from driver_stub import TWO, fake_driver
 from onnx import TensorProto, helper
 
-from awq_trt.engine.build import RTX_ARCHITECTURES, EngineReport, build_engine, choose_runtime
+from awq_trt.engine.build import build_engine
 from awq_trt.engine.plugin import ENVIRONMENT_VARIABLE
-from awq_trt.engine.sidecar import path_of, read_sidecar
+from awq_trt.engine.runtimes import RTX_ARCHITECTURES, choose_runtime
+from awq_trt.engine.sidecar import EngineReport, path_of, read_sidecar
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import optimization_profiles, read_graph
 
 tensorrt_rtx_libs = pytest.importorskip("tensorrt_rtx_libs")
 
-HANGS = "import time\ndef __getattr__(name):\n    time.sleep(600)\n"
 ABORTS = (
     "import os, sys\ndef __getattr__(name):\n    print('last words', file=sys.stderr, flush=True)\n    os.abort()\n"
 )
@@ -90,7 +82,9 @@ def test_a_decoder_gets_two_profiles_and_a_sidecar(tmp_path: Path) -> None:
     assert report.peak_bytes > 100 << 20  # the builder's own libraries; the parent holds torch and has far more
     assert report.warnings == ()
     assert read_sidecar(report.sidecar)["sizes"]["plan"] == report.plan_bytes
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.onnx", "d.plan", "d.plan.json", "d.trtexec.sh"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "d.onnx", "d.plan", "d.plan.json", "d.trtexec.bin", "d.trtexec.sh",
+    ]  # fmt: skip
     assert os.access(tmp_path / "d.trtexec.sh", os.X_OK)
 
     started = [e["phase"] for e in events if "phase" in e]
@@ -123,26 +117,19 @@ def test_fused_layers_are_one_layer_of_the_engine(tmp_path: Path, splits: tuple[
     assert report.warnings == ()
 
 
-def test_nodes_without_splits_are_no_reason_for_a_warning(tmp_path: Path) -> None:
-    assert build(tiny_onnx.quantized(tmp_path / "q.onnx")).warnings == ()
-
-
 def test_the_plugin_is_embedded_unless_told_otherwise(tmp_path: Path) -> None:
-    model = tiny_onnx.quantized(tmp_path / "q.onnx")
+    model = tiny_onnx.quantized(tmp_path / "q.onnx", external=True)
     embedded = build(model)
+    assert embedded.warnings == (), "nodes without splits are no reason for one"
     without = build(model, embed_plugin=False)
     assert embedded.plan_bytes - without.plan_bytes > 300_000
     assert not without.plugin_embedded
-    assert read_sidecar(without.sidecar)["plugin"]["embedded"] is False
-
-
-def test_fixed_dimensions_and_weights_in_a_second_file(tmp_path: Path) -> None:
-    model = tiny_onnx.quantized(tmp_path / "q.onnx", external=True)
-    report = build(model, max_batch=2, max_seq=16)
-    sizes = read_sidecar(report.sidecar)["sizes"]
+    content = read_sidecar(without.sidecar)
+    assert content["plugin"]["embedded"] is False
     # 64 x 256 in 4 bits, 64 x 4 fp16 scales, 64 x 4 4-bit zeros
-    assert sizes["quantized_weights"] == 64 * 256 // 2 + 64 * 4 * 2 + 64 * 4 // 2
-    assert (sizes["other_weights"], sizes["onnx_data"]) == (0, (tmp_path / "q.onnx.data").stat().st_size)
+    assert content["sizes"]["quantized_weights"] == 64 * 256 // 2 + 64 * 4 * 2 + 64 * 4 // 2
+    assert content["sizes"]["other_weights"] == 0
+    assert content["sizes"]["onnx_data"] == (tmp_path / "q.onnx.data").stat().st_size
 
 
 def test_chosen_architectures(tmp_path: Path) -> None:
@@ -202,7 +189,7 @@ def test_choice_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_runtime("auto") == "tensorrt"
     installed.add("tensorrt_rtx")
     for gpu, expected in ((True, "tensorrt"), (False, "tensorrt_rtx")):
-        monkeypatch.setattr("awq_trt.engine.build.has_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("awq_trt.engine.runtimes.has_gpu", lambda gpu=gpu: gpu)
         assert choose_runtime("auto") == expected
 
 
@@ -266,14 +253,11 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], words: str) -> Non
     assert words in refusal(tiny_onnx.decoder(tmp_path / "d.onnx"), **options)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip, say", b"\x08\x0a"], ids=["empty", "zip", "no graph"])
-def test_not_an_onnx_file(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x.onnx").write_bytes(content)
-    assert "not an ONNX" in refusal(tmp_path / "x.onnx")
-
-
-def test_missing_files(tmp_path: Path) -> None:
+def test_files_that_are_missing_or_no_model(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "none.onnx")
+    for content in (b"", b"PK\x03\x04 a zip, say", b"\x08\x0a"):
+        (tmp_path / "x.onnx").write_bytes(content)
+        assert "not an ONNX" in refusal(tmp_path / "x.onnx")
     model = tiny_onnx.quantized(tmp_path / "q.onnx", external=True)
     data = tmp_path / "q.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
@@ -293,17 +277,15 @@ def test_dimensions_of_unknown_meaning(tmp_path: Path, dim: str | None, words: s
     assert "sequence_length" in message
 
 
-def test_a_plugin_library_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_library_of_another_version_and_a_folder_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_onnx.quantized(tmp_path / "q.onnx")
     (tmp_path / "old.so").write_bytes(b"\x7fELF AWQ_TRT_PLUGIN_VERSION=0.0.9;")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "old.so"))
     assert "is version 0.0.9" in refusal(model)
     (tmp_path / "old.so").write_bytes(b"\x7fELF AWQ_TRT_PLUGIN_VERSION=0.1.0;")
     assert "could not load the plugin library" in refusal(model)
-
-
-def test_a_folder_in_the_way(tmp_path: Path) -> None:
-    model = tiny_onnx.quantized(tmp_path / "q.onnx")
     (tmp_path / "q.plan").mkdir()
     assert "is a folder" in refusal(model)
 
@@ -328,84 +310,3 @@ def test_a_build_that_aborts_is_an_error_with_its_last_words(tmp_path: Path, sta
     message = refusal(tiny_onnx.decoder(tmp_path / "d.onnx"), runtime="tensorrt")
     assert "TensorRT aborted the build (SIGABRT)" in message
     assert "last words" in message
-
-
-# ---- interruption
-
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from awq_trt.engine.build import build_engine
-build_engine(Path(sys.argv[1]), Path(sys.argv[2]), runtime="tensorrt", quiet=True)
-"""
-
-
-def children(pid: int) -> list[int]:
-    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_no_child_outlives_the_build(tmp_path: Path, stand_in: Any, sent: signal.Signals) -> None:
-    stand_in(HANGS)
-    model = tiny_onnx.decoder(tmp_path / "d.onnx")
-    command = [sys.executable, "-c", INTERRUPTED, str(model), str(tmp_path / "d.plan")]
-    with subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True) as parent:
-        deadline = time.monotonic() + 60
-        while not (running := children(parent.pid)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        (child,) = running
-        time.sleep(0.5)  # past the interpreter's start, into the build
-        assert alive(child)
-        parent.send_signal(sent)
-        _, printed = parent.communicate(timeout=20)
-    deadline = time.monotonic() + 5
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
-    assert parent.returncode != 0
-    if sent == signal.SIGINT:
-        assert "KeyboardInterrupt" in printed
-        assert printed.count("Traceback") == 1  # the child is ended by its own process group, without a second error
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["d.onnx", "packages"]
-    assert not (tmp_path / "d.plan").exists()
-
-
-# ---- reading the graph
-
-
-def test_graph_facts(tmp_path: Path) -> None:
-    metadata = {"format": "plugin", "quantized": [{"name": "linear_0"}]}
-    graph = read_graph(tiny_onnx.quantized(tmp_path / "q.onnx", dtype=torch.bfloat16, layers=2, metadata=metadata))
-    assert (graph.opset, graph.plugin_nodes, graph.metadata) == (23, 2, metadata)
-    assert graph.inputs[0].dtype == "bfloat16"
-    assert graph.inputs[0].shape == ("batch_size", "sequence_length", 256)
-    assert graph.outputs[1].dims == (-1, -1, 64)
-    assert graph.onnx_bytes == (tmp_path / "q.onnx").stat().st_size
-    assert json.dumps(optimization_profiles(graph, 1, 1)[0].shapes) == '{"x": [[1, 1, 256], [1, 1, 256], [1, 1, 256]]}'
-
-
-def test_learned_positions_limit_the_sequence(tmp_path: Path) -> None:
-    graph = read_graph(tiny_onnx.quantized(tmp_path / "m.onnx"))
-    assert optimization_profiles(graph, 1, None)[0].shapes["x"][2] == (1, 2048, 256)
-    bert = replace(graph, metadata={"max_positions": 512})
-    assert optimization_profiles(bert, 1, None)[0].shapes["x"][2] == (1, 512, 256)
-    assert optimization_profiles(bert, 1, 100)[0].shapes["x"][2] == (1, 100, 256)
-    with pytest.raises(AwqTrtError, match="max_seq is 513, and the model of .* has positions for 512 tokens"):
-        optimization_profiles(bert, 1, 513)
-
-
-def test_metadata_that_is_not_json(tmp_path: Path) -> None:
-    path = tiny_onnx.quantized(tmp_path / "q.onnx")
-    model = onnx.load(str(path))
-    for text in ("{", "[]"):
-        helper.set_model_props(model, {"awq_trt": text})
-        onnx.save(model, str(path))
-        assert "its metadata 'awq_trt' is not" in refusal(path)

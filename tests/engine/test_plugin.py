@@ -56,9 +56,11 @@ def test_not_a_plugin_library(tmp_path: Path, content: bytes) -> None:
         plugin.library_version(path)
 
 
-def test_missing_from_the_installation() -> None:
+def test_missing_from_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(plugin.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(plugin, "LIBRARY", "awq_trt/lib/nothing.so")
     with pytest.raises(AwqTrtError, match=r"lib/nothing\.so is missing .* --force-reinstall"):
-        plugin.installed_file("awq_trt/lib/nothing.so")
+        plugin.library_path()
 
 
 def test_package_not_installed(tmp_path: Path) -> None:
