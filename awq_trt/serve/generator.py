@@ -13,25 +13,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve.decoder import Decoder
-from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampler, Sampling
 from awq_trt.serve.text_stream import TextStream
 
 SHARED_PREFILL = 256
 """Most tokens of a prefill call while other rows decode: so long they wait for it."""
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to be continued; token ids; or the messages of a chat, {"role": ..., "content": ...}."""
 
 
 @dataclass(frozen=True)
@@ -285,123 +279,3 @@ class Generator:
             text += request.text.finish()
             row.request = None
         self._news.append(Event(request.id, (token,), text, reason))
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What became of one prompt.
-
-    Attributes:
-        text: what follows the prompt, without special tokens and stop string. token_ids: all new tokens, the
-            end-of-sequence token too. finish_reason: see `Event`. prompt_tokens: how many the prompt has.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-
-
-def generate(
-    model: str | Path | Decoder,
-    prompts: str | Sequence[Prompt],
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    *,
-    tokenizer: Any = None,
-    stream: Callable[[int, str], None] | None = None,
-    max_batch: int | None = None,
-    threads: int | None = None,
-) -> list[Generated]:
-    """Continue prompts, as many at once as the decoder has rows.
-
-    Args:
-        model: an .onnx file (ONNX Runtime on the CPU), a plan (TensorRT on the GPU), or an open decoder.
-        prompts: one text, or several prompts; a prompt is text, token ids, or the messages of a chat.
-        sampling: for all, or one for each; None is greedy. A seed gives every prompt the same random numbers.
-        tokenizer: of transformers, or its directory; None is the one that the model's file names.
-        stream: is called with the number of a prompt and a new piece of its text.
-        max_batch, threads: see `open_decoder`.
-
-    Raises:
-        AwqTrtError: the model or tokenizer cannot be loaded, a prompt is empty or too long, the output is NaN.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    if len(settings) != len(prompts):
-        raise AwqTrtError(
-            f"{len(prompts)} prompts and settings for {len(settings)}; give one for each, or one for all."
-        )
-    if not isinstance(model, Decoder):
-        with open_decoder(model, max_batch=max_batch, threads=threads) as decoder:
-            return generate(decoder, prompts, settings, tokenizer=tokenizer, stream=stream)
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = open_tokenizer(model, tokenizer)
-    generator = Generator(model, tokenizer)
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    numbers = {generator.add(ids, s): i for i, (ids, s) in enumerate(zip(encoded, settings, strict=True))}
-    events: list[list[Event]] = [[] for _ in prompts]
-    while generator.busy:
-        for event in generator.step():
-            number = numbers[event.id]
-            if event.error is not None:
-                raise AwqTrtError(f"{model.path}: prompt {number}: {event.error}")
-            events[number].append(event)
-            if stream is not None and event.text:
-                stream(number, event.text)
-    return [
-        Generated(
-            text="".join(event.text for event in of_one),
-            token_ids=tuple(token for event in of_one for token in event.token_ids),
-            finish_reason=str(of_one[-1].finish_reason),
-            prompt_tokens=len(ids),
-        )
-        for of_one, ids in zip(events, encoded, strict=True)
-    ]
-
-
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt; a chat goes through the tokenizer's chat template and ends where the answer begins.
-
-    Raises:
-        AwqTrtError: none of the three kinds of prompt, or text that is not Unicode; or messages, and the tokenizer's
-            chat template does not take them, or it has none.
-    """
-    if isinstance(prompt, str):
-        return _tokens(tokenizer, prompt)
-    ids = [int(item) for item in prompt if isinstance(item, Integral)]
-    if len(ids) == len(prompt):
-        return ids
-    if not all(isinstance(item, Mapping) for item in prompt):
-        raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
-    if not tokenizer.chat_template:
-        raise AwqTrtError("the tokenizer has no chat template: it cannot say how a chat is written. Give text instead.")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise whatever they like
-        raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
-    return _tokens(tokenizer, text, add_special_tokens=False)
-
-
-def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
-        raise AwqTrtError(f"character {error.start} of the prompt is not Unicode: {error.reason}.") from error
-    return list(tokenizer(text, **options)["input_ids"])
-
-
-def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:
-    """The tokenizer in a directory, or in the one that the model's file names. Code that it brings is not run.
-
-    Raises:
-        AwqTrtError: there is none, or it cannot be loaded.
-    """
-    from awq_trt.checkpoint.directory import load_tokenizer
-
-    named = decoder.facts.get("tokenizer")
-    if directory is None and named is None:
-        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is with --tokenizer DIR.")
-    path = Path(directory) if directory is not None else decoder.path.parent / str(named)
-    if not path.is_dir():
-        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; --tokenizer says another.")
-    return load_tokenizer(path, trust_remote_code=False)

@@ -13,7 +13,8 @@ import pytest
 import tiny_onnx
 from decoders import letters
 
-from awq_trt.serve.generator import Event, Generator, encode, generate
+from awq_trt.serve.generate import encode, generate
+from awq_trt.serve.generator import Event, Generator
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 

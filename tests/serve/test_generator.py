@@ -23,7 +23,8 @@ from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.export import DecoderOptions, export_onnx
-from awq_trt.serve.generator import SHARED_PREFILL, Event, Generator, encode, generate, open_tokenizer
+from awq_trt.serve.generate import encode, generate, open_tokenizer
+from awq_trt.serve.generator import SHARED_PREFILL, Event, Generator
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 

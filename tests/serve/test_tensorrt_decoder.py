@@ -24,7 +24,7 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.export.metadata import read_graph
 from awq_trt.serve import tensorrt
 from awq_trt.serve.decoder import Decoder
-from awq_trt.serve.generator import generate
+from awq_trt.serve.generate import generate
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.tensorrt import ALIGNMENT, DECODE, PREFILL, TensorRtDecoder

@@ -24,7 +24,7 @@ from stand_ins import plan_of
 from transformers import AutoTokenizer
 from triton_server import Server
 
-from awq_trt.serve.generator import Generated, generate
+from awq_trt.serve.generate import Generated, generate
 from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.triton.repository import write_triton_repo
 

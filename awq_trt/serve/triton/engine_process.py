@@ -79,7 +79,7 @@ class Service:
         return news
 
     def _encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
-        from awq_trt.serve.generator import encode
+        from awq_trt.serve.generate import encode
 
         limit = self.max_prompt_tokens
         size = len(prompt if isinstance(prompt, str) else json.dumps(prompt))
@@ -100,7 +100,8 @@ def load_generator(folder: Path, settings: dict[str, Any]) -> Generator:
     Raises:
         AwqTrtError: what could not be loaded, and why.
     """
-    from awq_trt.serve.generator import Generator, open_tokenizer
+    from awq_trt.serve.generate import open_tokenizer
+    from awq_trt.serve.generator import Generator
     from awq_trt.serve.open import open_decoder
 
     rows, threads = settings.get("max_batch"), settings.get("threads")
