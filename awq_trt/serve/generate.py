@@ -20,17 +20,12 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Generated:
-    """What became of one prompt.
+    """The continuation of one prompt."""
 
-    Attributes:
-        text: what follows the prompt, without special tokens and stop string. token_ids: all new tokens, the
-            end-of-sequence token too. finish_reason: see `Event`. prompt_tokens: how many the prompt has.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
+    text: str  # what follows the prompt, without special tokens and stop string
+    token_ids: tuple[int, ...]  # all new tokens, the end-of-sequence token too
+    finish_reason: str  # see `Event`
+    prompt_tokens: int  # length of the prompt
 
 
 def generate(
@@ -57,11 +52,9 @@ def generate(
         AwqTrtError: the model or tokenizer cannot be loaded, a prompt is empty or too long, the output is NaN.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+    settings = list(sampling) if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
     if len(settings) != len(prompts):
-        raise AwqTrtError(
-            f"{len(prompts)} prompts and settings for {len(settings)}; give one for each, or one for all."
-        )
+        raise AwqTrtError(f"{len(prompts)} prompts, but {len(settings)} settings; give one for each, or one for all.")
     if not isinstance(model, Decoder):
         with open_decoder(model, max_batch=max_batch, threads=threads) as decoder:
             return generate(decoder, prompts, settings, tokenizer=tokenizer, stream=stream)
@@ -97,23 +90,21 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
         AwqTrtError: none of the three kinds of prompt, or text that is not Unicode; or messages, and the tokenizer's
             chat template does not take them, or it has none.
     """
-    if isinstance(prompt, str):
-        return _tokens(tokenizer, prompt)
-    ids = [int(item) for item in prompt if isinstance(item, Integral)]
-    if len(ids) == len(prompt):
-        return ids
-    if not all(isinstance(item, Mapping) for item in prompt):
-        raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
-    if not tokenizer.chat_template:
-        raise AwqTrtError("the tokenizer has no chat template: it cannot say how a chat is written. Give text instead.")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise whatever they like
-        raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
-    return _tokens(tokenizer, text, add_special_tokens=False)
-
-
-def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    text: Any = prompt
+    options = {}
+    if not isinstance(prompt, str):
+        ids = [int(item) for item in prompt if isinstance(item, Integral)]
+        if len(ids) == len(prompt):
+            return ids
+        if not all(isinstance(item, Mapping) for item in prompt):
+            raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
+        if not tokenizer.chat_template:
+            raise AwqTrtError("the tokenizer has no chat template, which would say how a chat is written. Give text.")
+        try:
+            text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates raise whatever they like
+            raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
+        options = {"add_special_tokens": False}  # the template has written them
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
@@ -122,7 +113,7 @@ def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:
-    """The tokenizer in a directory, or in the one that the model's file names. Code that it brings is not run.
+    """The tokenizer in a directory, or in the one that the model's file names. Code in the directory is not run.
 
     Raises:
         AwqTrtError: there is none, or it cannot be loaded.
@@ -131,8 +122,8 @@ def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any
 
     named = decoder.facts.get("tokenizer")
     if directory is None and named is None:
-        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is with --tokenizer DIR.")
+        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is (tokenizer).")
     path = Path(directory) if directory is not None else decoder.path.parent / str(named)
     if not path.is_dir():
-        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; --tokenizer says another.")
+        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; give another (tokenizer).")
     return load_tokenizer(path, trust_remote_code=False)

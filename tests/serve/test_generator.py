@@ -394,7 +394,7 @@ def test_generate() -> None:
     assert generate(decoder, [prompts[0]], Sampling(max_tokens=4), tokenizer=TOKENIZER) == generate(
         decoder, [prompts[0]], [Sampling(max_tokens=4)], tokenizer=TOKENIZER
     )
-    with pytest.raises(AwqTrtError, match="5 prompts and settings for 2"):
+    with pytest.raises(AwqTrtError, match="5 prompts, but 2 settings"):
         generate(decoder, prompts, settings[:2], tokenizer=TOKENIZER)
     decoder.broken.add(0)
     with pytest.raises(AwqTrtError, match="prompt 0: the output is NaN"):

@@ -286,7 +286,7 @@ def test_an_onnx_decoder_runs_on_the_cpu(tmp_path: Path) -> None:
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
     assert config.parameters["model"].string_value == "d.onnx"
     assert (model / "1" / "d.onnx").read_bytes() == path.read_bytes()
-    with pytest.raises(AwqTrtError, match=r"q\.onnx: .* --kv-cache fixed"):
+    with pytest.raises(AwqTrtError, match=r"q\.onnx: .* kv_cache=.fixed"):
         write_triton_repo(tiny_onnx.quantized(tmp_path / "q.onnx"), tmp_path / "repo")
 
 
