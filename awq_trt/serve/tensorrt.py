@@ -214,6 +214,19 @@ class TensorRtPlan:
         self.gpu.synchronize()
         return context
 
+    def run(self, profile: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One call of any graph on the CPU's tensors; all outputs, on the GPU."""
+        context = self.context(profile)
+        memory = {name: self.gpu.bytes(x.nbytes).view(x.dtype).view(x.shape).copy_(x) for name, x in inputs.items()}
+        places = {name: (tuple(x.shape), x.data_ptr()) for name, x in memory.items()}
+        self.bind(context, places, {})  # then the shapes of outputs are known
+        outputs = {name: self.empty(name, tuple(context.get_tensor_shape(name))) for name in self._dtypes}
+        self.bind(context, places, {name: x.data_ptr() for name, x in outputs.items()})
+        self.gpu.synchronize()
+        self.execute(context)
+        self.gpu.synchronize()
+        return outputs
+
     def empty(self, output: str, shape: tuple[int, ...]) -> torch.Tensor:
         """GPU memory for an output."""
         dtype = self._dtypes[output]
