@@ -94,6 +94,23 @@ class Decoder:
         self.close()
 
 
+def tokenizer_folder(path: Path, facts: dict[str, Any], given: str | Path | None) -> Path:
+    """The directory of a model's tokenizer: the one that is given, or the one that the model's facts name.
+
+    Raises:
+        AwqTrtError: there is none.
+    """
+    named = facts.get("tokenizer")
+    if given is None and named is None:
+        raise AwqTrtError(f"{path} names no tokenizer; say where its files are (tokenizer).")
+    folder = path.parent / str(named) if given is None else Path(given)
+    if not folder.is_dir():
+        raise AwqTrtError(
+            f"{folder}: no such directory. It should hold the tokenizer of {path}; give another (tokenizer)."
+        )
+    return folder
+
+
 def fixed_cache(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The description of a model's fixed KV cache (capacity, prefill_chunk, layers), from the facts about the model.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.serve.decoder import Decoder
+from awq_trt.serve.decoder import Decoder, tokenizer_folder
 from awq_trt.serve.generator import Event, Generator
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
@@ -120,10 +120,4 @@ def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any
     """
     from awq_trt.checkpoint.directory import load_tokenizer
 
-    named = decoder.facts.get("tokenizer")
-    if directory is None and named is None:
-        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is (tokenizer).")
-    path = Path(directory) if directory is not None else decoder.path.parent / str(named)
-    if not path.is_dir():
-        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; give another (tokenizer).")
-    return load_tokenizer(path, trust_remote_code=False)
+    return load_tokenizer(tokenizer_folder(decoder.path, decoder.facts, directory), trust_remote_code=False)

@@ -49,8 +49,8 @@ class TensorRtDecoder(Decoder):
     """
 
     def __init__(self, path: Path, sidecar: dict[str, Any], *, max_batch: int | None = None) -> None:
-        decode = next((p["inputs"] for p in sidecar["profiles"] if p.get("name") == "decode"), {})
-        largest = decode["input_ids"]["max"][0] if "input_ids" in decode else 1
+        shapes = [p["inputs"].get("input_ids") for p in sidecar["profiles"] if p.get("name") == "decode"]
+        largest = shapes[0]["max"][0] if shapes and shapes[0] else 1
         super().__init__(path, sidecar["model"], largest if max_batch is None else max_batch)
         if self.max_batch > largest:
             raise AwqTrtError(f"{path} was built for max_batch={largest}; {self.max_batch} rows need another plan.")
