@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_onnx.fixed_decoder(tmp_path_factory.mktemp("tiny") / "m.onnx")
 
 
-def test_what_it_says_of_itself(model: Path) -> None:
+def test_what_it_says_of_itself_until_it_is_closed(model: Path) -> None:
     with open_decoder(model, max_batch=3, threads=1) as decoder:
         assert isinstance(decoder, OrtDecoder)
         assert (decoder.max_batch, decoder.capacity, decoder.prefill_chunk, decoder.vocab_size) == (3, 64, 16, 64)
@@ -32,6 +32,8 @@ def test_what_it_says_of_itself(model: Path) -> None:
         assert decoder.facts["model_type"] == "tiny"
     with open_decoder(model) as decoder:
         assert decoder.max_batch == 4
+    with pytest.raises(AwqTrtError, match="closed"):
+        call(decoder, 0, [[1]], [0], [1])
 
 
 def test_only_the_new_slots_of_the_rows_are_written(model: Path) -> None:
@@ -162,10 +164,3 @@ def test_a_disk_that_is_full(model: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ort, "float32_copy", full)
     with pytest.raises(AwqTrtError, match="TMPDIR.*No space left"):
         open_decoder(model)
-
-
-def test_a_closed_decoder(model: Path) -> None:
-    decoder = open_decoder(model, threads=1)
-    decoder.close()
-    with pytest.raises(AwqTrtError, match="closed"):
-        call(decoder, 0, [[1]], [0], [1])

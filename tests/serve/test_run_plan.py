@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,19 @@ def encoder(path: Path) -> Path:
     return tiny_onnx.save(path, nodes, inputs, outputs, [table], metadata={"kv_cache": None, "dtype": "float16"})
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_outputs_are_compared_in_every_profile(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "m.onnx"
-    onnx = tiny_onnx.fixed_decoder(path, chunk=CHUNK) if kind == "decoder" else encoder(path)
+def decoder(path: Path) -> Path:
+    return tiny_onnx.fixed_decoder(path, chunk=CHUNK)
+
+
+@pytest.mark.parametrize(("make", "profiles"), [(decoder, {"prefill", "decode"}), (encoder, {"default"})])
+def test_outputs_are_compared_in_every_profile(
+    make: Callable[[Path], Path], profiles: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = make(tmp_path / "m.onnx")
     install(monkeypatch, RTX)
     answer = run_plan.check(plan_of(onnx), onnx)
     assert (answer["ran"], answer["agrees"]) == (True, True)
-    assert {call["profile"] for call in answer["profiles"]} == (
-        {"prefill", "decode"} if kind == "decoder" else {"default"}
-    )
+    assert {call["profile"] for call in answer["profiles"]} == profiles
     assert all(0 < error < 0.01 for call in answer["profiles"] for error in call["relative_error"].values())
     for wrong in (1e-9, float("nan")):
         monkeypatch.setitem(run_plan.TOLERANCE, "float16", wrong)
