@@ -62,16 +62,16 @@ def generate(
         tokenizer = open_tokenizer(model, tokenizer)
     generator = Generator(model, tokenizer)
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    numbers = {generator.add(ids, s): i for i, (ids, s) in enumerate(zip(encoded, settings, strict=True))}
+    for number, (ids, one) in enumerate(zip(encoded, settings, strict=True)):
+        generator.add(ids, one, id=number)
     events: list[list[Event]] = [[] for _ in prompts]
     while generator.busy:
         for event in generator.step():
-            number = numbers[event.id]
             if event.error is not None:
-                raise AwqTrtError(f"{model.path}: prompt {number}: {event.error}")
-            events[number].append(event)
+                raise AwqTrtError(f"{model.path}: prompt {event.id}: {event.error}")
+            events[event.id].append(event)
             if stream is not None and event.text:
-                stream(number, event.text)
+                stream(event.id, event.text)
     return [
         Generated(
             text="".join(event.text for event in of_one),

@@ -27,10 +27,8 @@ class TextStream:
         self.stopped = False  # a stop string was found; nothing follows
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._held = ""  # text that may be the beginning of a stop string
-        self._window = list(
-            prompt[-CONTEXT:]
-        )  # tokens to decode, of which the first `_known` have no more text to give
-        self._known = len(self._window)
+        self._window = list(prompt[-CONTEXT:])  # tokens to decode
+        self._known = len(self._window)  # tokens of the window whose text is complete
         self._sent = len(self._decode(self._window).rstrip(REPLACEMENT))  # characters of the window
 
     def push(self, token: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -158,9 +159,7 @@ def test_files_that_are_none(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise AwqTrtError("could not write /tmp/x: No space left on device.")
-
-    monkeypatch.setattr(ort, "float32_copy", full)
+    full = AwqTrtError("could not write /tmp/x: No space left on device.")
+    monkeypatch.setattr(ort, "float32_copy", Mock(side_effect=full))
     with pytest.raises(AwqTrtError, match="TMPDIR.*No space left"):
         open_decoder(model)

@@ -49,6 +49,9 @@ WRITTEN = (
 )
 """Patterns of what a model's folder may hold to be replaced."""
 
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Of what a tokenizer reads: text, or its model."""
+
 MODEL_PY = '''"""Generates text: serve/triton/model.py of awq_trt.zip beside this file. Settings: ../config.pbtxt."""
 
 import sys
@@ -155,7 +158,10 @@ def write_triton_repo(
                 for path in sorted(PACKAGE.rglob("*.py")):
                     entry = zipfile.ZipInfo(path.relative_to(PACKAGE.parent).as_posix())  # without times: same bytes
                     archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
-            shutil.copytree(source, version / "tokenizer", ignore=_not_of_a_tokenizer)
+            (version / "tokenizer").mkdir()
+            for path in source.iterdir():  # not the weights of a checkpoint, nor hidden files
+                if path.suffix in TOKENIZER_SUFFIXES and not path.name.startswith(".") and ".index." not in path.name:
+                    shutil.copyfile(path, version / "tokenizer" / path.name)
             (folder / "warmup").mkdir()
             for key, (_, data) in WARMUP.items():
                 (folder / "warmup" / key).write_bytes(data)
@@ -251,12 +257,6 @@ def _launch(runtime: str, version: str, options: list[str], repository: str) -> 
     container += ["-v", f"{repository}:/models", IMAGE, "sh", "-c", serve]
     command = shlex.join(["tritonserver", f"--model-repository={repository}", *options])
     return Launch(command, shlex.join(container), ())
-
-
-def _not_of_a_tokenizer(directory: str, names: list[str]) -> list[str]:
-    """For copytree: weights, subfolders, hidden files of a checkpoint. What a tokenizer reads is text or its model."""
-    texts = (".json", ".jinja", ".txt", ".model")
-    return [n for n in names if not n.endswith(texts) or n.startswith(".") or n.endswith(".index.json")]
 
 
 def _link(source: Path, target: Path) -> None:
