@@ -18,8 +18,7 @@ from awq_trt.serve.generator import SHARED_PREFILL, Event, Generator
 from awq_trt.serve.sampling import Sampling
 
 TOKENIZER = tiny_models.tokenizer()
-MOST_STEPS = 1000
-"""More than any of these tests needs."""
+MOST_STEPS = 1000  # more than any of these tests needs
 
 
 def drain(generator: Generator) -> dict[int, list[Event]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,7 @@ def encoder(path: Path) -> Path:
     return tiny_onnx.save(path, nodes, inputs, outputs, [table], metadata={"kv_cache": None, "dtype": "float16"})
 
 
-def decoder(path: Path) -> Path:
-    return tiny_onnx.fixed_decoder(path, chunk=CHUNK)
+decoder = partial(tiny_onnx.fixed_decoder, chunk=CHUNK)
 
 
 @pytest.mark.parametrize(("make", "profiles"), [(decoder, {"prefill", "decode"}), (encoder, {"default"})])

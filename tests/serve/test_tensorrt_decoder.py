@@ -177,16 +177,14 @@ def test_refusals(opened: Any, onnx: Path, tmp_path: Path, monkeypatch: pytest.M
         opened(plan_of(onnx))
 
 
-def test_an_engine_that_copies_its_cache(opened: Any, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "in_place", False)
-    with pytest.warns(UserWarning, match="does not write its cache in place"):
-        opened(plan_of(onnx))
-
-
-def test_a_plugin_beside_the_plan_is_loaded(opened: Any, onnx: Path) -> None:
+def test_a_plugin_beside_the_plan_and_a_cache_that_is_copied(
+    opened: Any, onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened(plan_of(onnx))
     assert Registry.loaded == []
-    opened(plan_of(onnx, embedded=False))
+    monkeypatch.setattr(Engine, "in_place", False)
+    with pytest.warns(UserWarning, match="does not write its cache in place"):
+        opened(plan_of(onnx, embedded=False))
     assert Registry.loaded == ["/somewhere/libplugin.so"]
 
 
