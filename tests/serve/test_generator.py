@@ -243,12 +243,12 @@ def test_stop_strings_across_tokens() -> None:
 
 def test_cancel() -> None:
     generator = Generator(FakeDecoder(max_batch=1), TOKENIZER)
-    first, second = (generator.add(prompt_of(3), Sampling(max_tokens=30, ignore_eos=True)) for _ in range(2))
+    sampling = Sampling(max_tokens=30, ignore_eos=True)
+    first, second = generator.add(prompt_of(3), sampling, id=7), generator.add(prompt_of(3), sampling)
+    assert (first, second) == (7, 8)
     generator.step()
-    assert generator.cancel(second)  # waits
-    assert generator.cancel(first)  # runs
-    assert not generator.cancel(first)
-    assert not generator.cancel(99)
+    # one waits, one runs, then it has ended
+    assert [generator.cancel(id) for id in (second, first, first, 99)] == [True, True, False, False]
     assert generator.busy
     ended = {e.id: e.finish_reason for e in generator.step()}
     assert ended == {first: "cancelled", second: "cancelled"}
@@ -257,9 +257,8 @@ def test_cancel() -> None:
 
 
 def test_a_row_of_nan_ends_alone_and_is_cleaned() -> None:
-    decoder = FakeDecoder(max_batch=2)
+    decoder, sampling = FakeDecoder(max_batch=2), Sampling(max_tokens=8, ignore_eos=True)
     generator = Generator(decoder, TOKENIZER)
-    sampling = Sampling(max_tokens=8, ignore_eos=True)
     decoder.broken.add(0)
     for i in range(3):
         generator.add(prompt_of(5, i), sampling)
