@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from awq_trt.engine.build import build_engine
     from awq_trt.errors import AwqTrtError
     from awq_trt.export.export import export_onnx
-    from awq_trt.serve.generator import generate
+    from awq_trt.serve.generate import generate
     from awq_trt.serve.sampling import Sampling
     from awq_trt.serve.triton.repository import write_triton_repo
 
@@ -42,7 +42,7 @@ _HOME = {
     "Sampling": "awq_trt.serve.sampling",
     "build_engine": "awq_trt.engine.build",
     "export_onnx": "awq_trt.export.export",
-    "generate": "awq_trt.serve.generator",
+    "generate": "awq_trt.serve.generate",
     "quantize": "awq_trt.awq.quantize",
     "write_triton_repo": "awq_trt.serve.triton.repository",
 }

@@ -18,6 +18,12 @@ from awq_trt.serve.decoder import Decoder
 from awq_trt.serve.sampling import Sampler, Sampling
 
 VOCABULARY = 61
+EOS = frozenset([0])
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them EOS."""
+    return np.random.default_rng([length, seed]).integers(1, VOCABULARY, length).tolist()
 
 
 def logits_of(tokens: np.ndarray) -> np.ndarray:

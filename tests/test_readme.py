@@ -22,7 +22,7 @@ from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.cli.main import COMMANDS, parser
 from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.export.metadata import read_graph
-from awq_trt.serve.generator import Prompt, encode, generate
+from awq_trt.serve.generate import Prompt, encode, generate
 from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.triton.repository import write_triton_repo
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers
 import psutil
 import pytest
@@ -59,17 +61,13 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Server:
-    """A running server.
-
-    Attributes:
-        http, grpc, metrics_url: like "127.0.0.1:8000". log: its output so far.
-    """
+    """A running server."""
 
     def __init__(self, repository: Path, folder: Path, *options: str) -> None:
         place = home()
         folder.mkdir(parents=True, exist_ok=True)
         ports = free_ports(3)
-        self.http, self.grpc, self.metrics_url = (f"127.0.0.1:{port}" for port in ports)
+        self.http, self.grpc, self.metrics_url = (f"127.0.0.1:{port}" for port in ports)  # like "127.0.0.1:8000"
         self._log, self._shared = folder / "server.log", f"awq_trt_test_{ports[0]}_{os.getpid()}_"
         command = [place / "bin" / "tritonserver", f"--model-repository={repository}"]
         command += [f"--backend-directory={place / 'backends'}", "--exit-timeout-secs=20"]
@@ -88,6 +86,7 @@ class Server:
 
     @property
     def log(self) -> str:
+        """Its output so far."""
         return self._log.read_text(errors="replace")
 
     def wait(self, seconds: float = 120) -> None:
@@ -151,6 +150,37 @@ class Server:
                     process.kill()
             for region in Path("/dev/shm").glob(f"{self._shared}*"):  # of stubs that were killed
                 region.unlink()
+
+
+class Stream:
+    """A gRPC stream of tritonclient's: many requests, their answers as they come."""
+
+    def __init__(self, server: Server) -> None:
+        self.answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self.client = pytest.importorskip("tritonclient.grpc").InferenceServerClient(server.grpc)
+        self.client.start_stream(lambda result, error: self.answers.put((result, error)))
+
+    def send(self, prompt: str, id: str, **parameters: Any) -> None:
+        text = tensor("text_input", "BYTES", np.array([[prompt.encode()]], object))
+        self.client.async_stream_infer("llama", [text], request_id=id, parameters=parameters)
+
+    def collect(self, count: int) -> dict[str, list[tuple[str, str]]]:
+        """(text, finish reason) of each response of `count` requests, by id."""
+        pieces: dict[str, list[tuple[str, str]]] = {}
+        while count:
+            result, error = self.answers.get(timeout=60)
+            assert error is None, error
+            values = [result.as_numpy(name)[0, 0].decode() for name in ("text_output", "finish_reason")]
+            pieces.setdefault(result.get_response().id, []).append((values[0], values[1]))
+            count -= bool(values[1])
+        return pieces
+
+
+def tensor(name: str, kind: str, value: np.ndarray) -> Any:
+    """An input of tritonclient's gRPC."""
+    made = pytest.importorskip("tritonclient.grpc").InferInput(name, list(value.shape), kind)
+    made.set_data_from_numpy(value)
+    return made
 
 
 @contextmanager

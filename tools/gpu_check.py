@@ -7,7 +7,8 @@
 Needs the standard library only; the plugin library comes from the installed package and its test program from
 build/, where `pip install` left it, or both from `--library DIR` (a folder carried along), or from `--build` (nvcc and
 the TensorRT headers of TENSORRT_ROOT, this machine's GPU only). Without a GPU it says so, counts what was skipped, and
-exits with 0. `--engine` also needs a TensorRT module, ONNX Runtime and NumPy; what they refuse is recorded.
+exits with 0. `--engine` runs the plan by awq_trt's own code (run_plan.py): the package must be installed, with ONNX
+Runtime, the TensorRT that built the plan, and a PyTorch with CUDA; what they refuse is recorded.
 """
 
 from __future__ import annotations

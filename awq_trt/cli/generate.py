@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from awq_trt.errors import AwqTrtError
 
 if TYPE_CHECKING:
-    from awq_trt.serve.generator import Event, Generator, Prompt, Speed
+    from awq_trt.serve.generate import Prompt
+    from awq_trt.serve.generator import Event, Generator, Speed
 
 CHAT_HELP = "Type a message. /reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 
@@ -56,7 +57,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, then answer or chat."""
-    from awq_trt.serve.generator import Generator, open_tokenizer
+    from awq_trt.serve.generate import open_tokenizer
+    from awq_trt.serve.generator import Generator
     from awq_trt.serve.open import open_decoder
     from awq_trt.serve.sampling import Sampling
 
@@ -85,7 +87,7 @@ def answer(
     generator: Generator, texts: list[str], prompts: list[Prompt], sampling: Any, as_json: bool, quiet: bool
 ) -> None:
     """Answer prompts: one is streamed, several are printed as they end, in JSON all at the end in their order."""
-    from awq_trt.serve.generator import encode
+    from awq_trt.serve.generate import encode
 
     numbers = {generator.add(encode(generator.tokenizer, p), sampling): i for i, p in enumerate(prompts)}
     answers, tokens, reasons = [""] * len(texts), [0] * len(texts), [""] * len(texts)
@@ -110,7 +112,7 @@ def answer(
 
 def chat(generator: Generator, sampling: Any, system: str | None, plain: bool, quiet: bool) -> None:
     """A conversation in the terminal; without a chat template every input is continued on its own."""
-    from awq_trt.serve.generator import encode
+    from awq_trt.serve.generate import encode
 
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):

@@ -1,11 +1,12 @@
-"""What generates from an exported decoder: the one interface of ONNX Runtime on a CPU and TensorRT on a GPU.
+"""The interface of an exported decoder, whether it runs in ONNX Runtime on a CPU or in TensorRT on a GPU.
 
 A decoder holds the KV cache of `max_batch` rows, each with its own length. A call runs some adjacent rows on new
-tokens; which rows belong to whom, and what was said before, is the business of generator.py.
+tokens. Which request has which row is the business of generator.py.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,39 @@ from awq_trt.errors import AwqTrtError
 
 
 class Decoder:
-    """A model and the cache it writes; `open_decoder` (open.py) makes one. Not for several threads at once.
+    """A model and its KV cache; `open_decoder` (open.py) makes one. Not for several threads at once."""
 
-    Attributes:
-        path: of the model. facts: what the exporter wrote about it (keys kv_cache, generation, tokenizer and so on).
-        max_batch: rows of the cache. capacity: tokens a row holds. prefill_chunk: most new tokens of a row in a call.
-        vocab_size: logits per token. cache_bytes: size of the whole cache. closed: whether `close` was called.
-    """
-
-    cache_itemsize = 2
-    closed = False
+    cache_itemsize = 2  # bytes of a number in the cache
 
     def __init__(self, path: Path, facts: dict[str, Any], max_batch: int) -> None:
         cache = fixed_cache(path, facts)
         if max_batch < 1:
             raise AwqTrtError(f"max_batch is {max_batch}; it must be at least 1.")
-        self.path, self.facts, self.max_batch = path, facts, max_batch
-        self.capacity: int = cache["capacity"]
-        self.prefill_chunk: int = cache["prefill_chunk"]
-        self.vocab_size: int = facts["vocab_size"]
-        self.every_logit = facts.get("logits") == "all"
-        self.cache_shapes = cache_shapes(cache)
-        row = sum(int(np.prod(shape)) for shape in self.cache_shapes.values())
-        self.cache_bytes = max_batch * row * self.cache_itemsize
+        self.path = path
+        self.facts = facts  # what the exporter wrote about the model: kv_cache, generation, tokenizer and so on
+        self.max_batch = max_batch  # rows of the cache
+        self.capacity: int = cache["capacity"]  # tokens that a row holds
+        self.prefill_chunk: int = cache["prefill_chunk"]  # most new tokens of a row in a call
+        self.vocab_size: int = facts["vocab_size"]  # logits per token
+        self.every_logit = facts.get("logits") == "all"  # whether the graph has logits of every new token
+        self.cache_shapes = {  # name after "past_key_values." or "present." -> [kv_heads, slots, head_dim] of one row
+            f"{i}.{part}": (layer["kv_heads"], layer["slots"], layer[width])
+            for i, layer in enumerate(cache["layers"])
+            for part, width in (("key", "head_dim"), ("value", "value_head_dim"))
+        }
+        self.cache_bytes = max_batch * self.cache_itemsize * sum(map(math.prod, self.cache_shapes.values()))
+        self.closed = False
 
     def run(self, row: int, input_ids: np.ndarray, past_length: np.ndarray, input_length: np.ndarray) -> np.ndarray:
-        """New tokens for the rows row .. row + b; their cache is written in place.
+        """Run new tokens of the rows row .. row + b - 1; their cache is written in place.
 
         Args:
             input_ids: int64 [b, s], the new tokens of each row, then padding of any id.
             past_length: int64 [b], tokens that the row's cache holds already.
-            input_length: int64 [b], how many of the new tokens are real; 0 for a row that only takes part.
+            input_length: int64 [b], how many of the new tokens are real; 0 for a row that has none in this call.
 
         Returns:
-            Logits float32 [b, vocab_size] after the last real token of each row; of a row without any, anything.
+            Logits float32 [b, vocab_size] after the last real token of each row; undefined for a row without any.
 
         Raises:
             AwqTrtError: rows, tokens or lengths outside of what the model was exported for, or the runtime failed.
@@ -73,7 +73,7 @@ class Decoder:
         return self._run(row, ids, past, new)
 
     def decode_rows(self, first: int, last: int) -> tuple[int, int]:
-        """(row, batch) of the call that decodes rows first .. last (included) fastest; more rows may take part."""
+        """(row, batch) of the fastest call that decodes the rows first .. last (included) and maybe more."""
         return first, last - first + 1
 
     def clear(self, row: int) -> None:
@@ -81,7 +81,7 @@ class Decoder:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the memory back; the decoder is of no use afterwards."""
+        """Free the memory; the decoder cannot be used afterwards."""
         raise NotImplementedError
 
     def _run(self, row: int, ids: np.ndarray, past: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -94,11 +94,28 @@ class Decoder:
         self.close()
 
 
-def fixed_cache(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The description of a fixed KV cache (capacity, prefill_chunk, layers) in what is known of a model.
+def tokenizer_folder(path: Path, facts: dict[str, Any], given: str | Path | None) -> Path:
+    """The directory of a model's tokenizer: the one that is given, or the one that the model's facts name.
 
     Raises:
-        AwqTrtError: it has none; says what it is instead.
+        AwqTrtError: there is none.
+    """
+    named = facts.get("tokenizer")
+    if given is None and named is None:
+        raise AwqTrtError(f"{path} names no tokenizer; say where its files are (tokenizer).")
+    folder = path.parent / str(named) if given is None else Path(given)
+    if not folder.is_dir():
+        raise AwqTrtError(
+            f"{folder}: no such directory. It should hold the tokenizer of {path}; give another (tokenizer)."
+        )
+    return folder
+
+
+def fixed_cache(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The description of a model's fixed KV cache (capacity, prefill_chunk, layers), from the facts about the model.
+
+    Raises:
+        AwqTrtError: the model has no such cache; says what it is instead.
     """
     cache = facts.get("kv_cache")
     if not facts:
@@ -108,27 +125,12 @@ def fixed_cache(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     elif cache is None:
         why = f"a model of type {facts.get('model_type')} is an encoder and generates no text"
     elif cache.get("kind") != "fixed":
-        why = "its cache grows with every token (--kv-cache dynamic)"
-    elif not _complete(cache, facts):
-        why = "what it says of its cache is incomplete"
+        why = 'its cache grows with every token (kv_cache="dynamic")'
     else:
-        return cache
-    raise AwqTrtError(f"{path}: {why}. Text is generated by decoders exported with --kv-cache fixed, the default.")
-
-
-def _complete(cache: dict[str, Any], facts: dict[str, Any]) -> bool:
-    layers = cache.get("layers")
-    sizes = [facts.get("vocab_size"), cache.get("capacity"), cache.get("prefill_chunk")]
-    if isinstance(layers, list) and layers:
+        layers = cache.get("layers") or [{}]
+        sizes = [facts.get("vocab_size"), cache.get("capacity"), cache.get("prefill_chunk")]
         sizes += [layer.get(k) for layer in layers for k in ("kv_heads", "slots", "head_dim", "value_head_dim")]
-        return all(isinstance(size, int) and size > 0 for size in sizes)
-    return False
-
-
-def cache_shapes(cache: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
-    """Name after "past_key_values." or "present." -> [kv_heads, slots, head_dim] of one row, in the graph's order."""
-    return {
-        f"{i}.{part}": (layer["kv_heads"], layer["slots"], layer[width])
-        for i, layer in enumerate(cache["layers"])
-        for part, width in (("key", "head_dim"), ("value", "value_head_dim"))
-    }
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return cache
+        why = "the description of its cache is incomplete"
+    raise AwqTrtError(f'{path}: {why}. Text is generated by decoders exported with kv_cache="fixed", the default.')

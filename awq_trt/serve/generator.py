@@ -2,63 +2,52 @@
 
 Continuous batching (Yu et al. 2022, Orca): the decoder's cache has rows, a request takes a free one, and rows begin
 and end at any time. A step is one decode call, a new token for every row that is past its prompt, and one prefill call,
-a part of the prompts that wait. So long prompts do not stop the others, and a row in the middle of its prompt takes
-part in the decode calls with no real token.
+a part of the prompts that wait. So long prompts do not stop the others. A row in the middle of its prompt takes part in
+the decode calls with no real token.
 
-A row remembers whose tokens its cache holds. A request whose prompt begins as they do, the next turn of a chat, goes on
-from there. (Not where a layer has a window: its ring has lost what lies behind.)
+A row remembers whose tokens its cache holds. A request whose prompt begins with them, the next turn of a chat, goes on
+from there. (Not where a layer has a sliding window: its ring has overwritten the tokens before the window.)
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve.decoder import Decoder
-from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampler, Sampling
 from awq_trt.serve.text_stream import TextStream
 
 SHARED_PREFILL = 256
-"""Most tokens of a prefill call while other rows decode: so long they wait for it."""
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to be continued; token ids; or the messages of a chat, {"role": ..., "content": ...}."""
+"""Most tokens of a prefill call while other rows decode, because their next tokens wait for it."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """News of a request. Those of one request come in order; the last has a finish_reason.
+    """What happened to a request. Those of one request come in order; the last has a finish_reason."""
 
-    Attributes:
-        id: of the request. token_ids: new tokens, the end-of-sequence token that ended it too. text: new text, often ""
-            while it is not certain yet (text_stream.py).
-        finish_reason: None, or "stop" (end-of-sequence token or stop string), "length" (max_tokens, or the cache is
-            full), "cancelled", or "error", with the reason in `error`.
-    """
-
-    id: int
-    token_ids: tuple[int, ...] = ()
-    text: str = ""
+    id: int  # of the request
+    token_ids: tuple[int, ...] = ()  # new tokens, the end-of-sequence token that ended it too
+    text: str = ""  # new text, often "" while it is not certain yet (text_stream.py)
+    # None, or "stop" (end-of-sequence token or stop string), "length" (max_tokens, or the cache is full), "cancelled",
+    # or "error"
     finish_reason: str | None = None
-    error: str | None = None
+    error: str | None = None  # the reason of "error"
 
 
 @dataclass
 class Speed:
-    """Where time went: tokens of prompts in prefill calls, new tokens in decode calls, and the seconds of both."""
+    """Where time went."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # tokens of prompts, in prefill calls
     prompt_seconds: float = 0.0
-    tokens: int = 0
+    tokens: int = 0  # new tokens, in decode calls
     seconds: float = 0.0
 
 
@@ -66,7 +55,7 @@ class Speed:
 class _Request:
     id: int
     ids: list[int]  # prompt, then what was generated
-    prompt: int  # tokens of it
+    prompt: int  # tokens of the prompt
     sampling: Sampling
     sampler: Sampler
     text: TextStream
@@ -75,13 +64,13 @@ class _Request:
 
 @dataclass(eq=False)
 class _Row:
-    """A row of the cache: `cached` are the tokens it holds, whoever wrote them."""
+    """A row of the cache."""
 
-    cached: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)  # the tokens it holds, of this request or of the one before
     request: _Request | None = None
 
     @property
-    def waiting(self) -> int:
+    def pending(self) -> int:
         """Tokens of the request that are not in the cache yet; 1 while it decodes."""
         return 0 if self.request is None else len(self.request.ids) - len(self.cached)
 
@@ -91,16 +80,14 @@ class Generator:
 
     Args:
         decoder: its rows are this generator's alone. tokenizer: of the model, from transformers.
-
-    Attributes:
-        speed: of all steps so far.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any) -> None:
-        self.decoder, self.tokenizer, self.speed = decoder, tokenizer, Speed()
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.speed = Speed()  # of all steps so far
         self._rows = [_Row() for _ in range(decoder.max_batch)]
         self._queue: deque[_Request] = deque()
-        self._news: list[Event] = []
+        self._events: list[Event] = []
         self._next_id = 0
         known = (decoder.facts.get("generation") or {}).get("eos_token_id") or []
         self._eos = frozenset([*known, tokenizer.eos_token_id]) - {None}
@@ -118,36 +105,39 @@ class Generator:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do or to say."""
-        return bool(self._queue or self._news or self.active)
+        """Whether `step` has something to do or to report."""
+        return bool(self._queue or self._events or self.active)
 
-    def add(self, prompt: Sequence[int], sampling: Sampling | None = None) -> int:
+    def add(self, prompt: Sequence[int], sampling: Sampling | None = None, id: int | None = None) -> int:
         """Queue a request; it starts in the next `step` if a row is free, first come, first served.
 
         Args:
             prompt: token ids, at least one; `encode` makes them of text. sampling: None is greedy, `Sampling()`.
+            id: of the request, above those before; None is the next number.
 
         Returns:
-            Its id: 0, 1, 2 and so on.
+            Its id.
 
         Raises:
             AwqTrtError: an empty prompt, ids outside of the vocabulary, or more than capacity - 1 of them.
         """
-        ids, sampling = [int(i) for i in prompt], sampling or Sampling()
+        ids, sampling, capacity = [int(i) for i in prompt], sampling or Sampling(), self.decoder.capacity
         if not ids:
             raise AwqTrtError("the prompt has no tokens; give at least one.")
         if not all(0 <= i < self.decoder.vocab_size for i in ids):
             raise AwqTrtError(f"the prompt has tokens outside of the vocabulary of {self.decoder.vocab_size}.")
-        if len(ids) >= self.decoder.capacity:
+        if len(ids) >= capacity:
             raise AwqTrtError(
-                f"the prompt has {len(ids)} tokens; the model was exported with a cache for {self.decoder.capacity}, "
-                f"so {self.decoder.capacity - 1} is the most. Shorten it, or export with a larger --max-seq."
+                f"the prompt has {len(ids)} tokens; the model was exported with a cache for {capacity}, "
+                f"so {capacity - 1} is the most. Shorten it, or export with a larger capacity."
             )
         special = self.tokenizer.get_added_vocab() if sampling.stop else {}
-        ends = {special[text] for text in sampling.stop if text in special}  # they have no text to be found in
+        ends = {special[text] for text in sampling.stop if text in special}  # these have no text to search for
+        id = self._next_id if id is None else id
+        self._next_id = id + 1
         self._queue.append(
             _Request(
-                id=self._next_id,
+                id=id,
                 ids=ids,
                 prompt=len(ids),
                 sampling=sampling,
@@ -156,19 +146,18 @@ class Generator:
                 ends=frozenset(ends if sampling.ignore_eos else ends | self._eos),
             )
         )
-        self._next_id += 1
-        return self._next_id - 1
+        return id
 
     def cancel(self, id: int) -> bool:
         """Stop a request; its last event, "cancelled", comes with the next `step`. False if it has ended already."""
         for request in self._queue:
             if request.id == id:
                 self._queue.remove(request)
-                self._news.append(Event(id, finish_reason="cancelled"))
+                self._events.append(Event(id, finish_reason="cancelled"))
                 return True
         for row in self._rows:
             if row.request is not None and row.request.id == id:
-                self._news.append(Event(id, text=row.request.text.finish(), finish_reason="cancelled"))
+                self._events.append(Event(id, text=row.request.text.finish(), finish_reason="cancelled"))
                 row.request = None
                 return True
         return False
@@ -178,11 +167,11 @@ class Generator:
         self._admit()
         self._decode()
         self._prefill()
-        news, self._news = self._news, []
-        return news
+        events, self._events = self._events, []
+        return events
 
     def _admit(self) -> None:
-        """Give free rows to those who wait: the one that holds most of a prompt's beginning, else the first."""
+        """Give the oldest waiting requests free rows: the row that holds most of the prompt's beginning already."""
         while self._queue and (free := [row for row in self._rows if row.request is None]):
             request = self._queue.popleft()
             row = max(free, key=lambda row: self._common(row, request))
@@ -195,45 +184,25 @@ class Generator:
         return next((i for i in range(most) if row.cached[i] != request.ids[i]), most)
 
     def _decode(self) -> None:
-        ready = [i for i, row in enumerate(self._rows) if row.waiting == 1]
-        if not ready:
-            return
-        first, batch = self.decoder.decode_rows(ready[0], ready[-1])
-        rows = range(first, first + batch)
-        for row in self._rows[first : first + batch]:
-            if row.request is None:  # takes part, and may not write behind its end
-                del row.cached[self.decoder.capacity - 1 :]
-        started = time.monotonic()
-        logits = self._run(rows, [int(self._rows[i].waiting == 1) for i in rows])
-        self.speed.tokens += len(ready)
-        for i in ready:
-            self._sample(i, logits[i - first])
-        self.speed.seconds += time.monotonic() - started
+        ready = [i for i, row in enumerate(self._rows) if row.pending == 1]
+        if ready:
+            first, batch = self.decoder.decode_rows(ready[0], ready[-1])
+            rows = range(first, first + batch)
+            self.speed.seconds += self._run(rows, [int(self._rows[i].pending == 1) for i in rows])
+            self.speed.tokens += len(ready)
 
     def _prefill(self) -> None:
-        rows, counts = self._prefill_rows()
-        if not rows:
-            return
-        started = time.monotonic()
-        logits = self._run(rows, counts)
-        self.speed.prompt_tokens += sum(counts)
-        for i in rows:
-            if self._rows[i].waiting == 0:
-                self._sample(i, logits[i - rows[0]])
-        self.speed.prompt_seconds += time.monotonic() - started
-
-    def _prefill_rows(self) -> tuple[range, list[int]]:
-        """The rows of the next prefill call, and how many tokens of each: the oldest request's, and those beside it
-        that have about as many, so that no more than a third is padding; in all no more than a chunk."""
+        """Run the oldest request's prompt on, and with it rows beside it that have about as many tokens to run, so
+        that no more than a third is padding; in all no more than a chunk."""
         chunk, capacity = self.decoder.prefill_chunk, self.decoder.capacity
-        most = min(chunk, SHARED_PREFILL) if any(row.waiting == 1 for row in self._rows) else chunk
+        most = min(chunk, SHARED_PREFILL) if any(row.pending == 1 for row in self._rows) else chunk
         counts = [
-            min(row.waiting, most, chunk - len(row.cached) % chunk) if row.waiting > 1 else 0 for row in self._rows
+            min(row.pending, most, chunk - len(row.cached) % chunk) if row.pending > 1 else 0 for row in self._rows
         ]
-        ages = {i: row.request.id for i, row in enumerate(self._rows) if row.request is not None and counts[i]}
+        ages = {row.request.id: i for i, row in enumerate(self._rows) if row.request is not None and counts[i]}
         if not ages:
-            return range(0), []
-        oldest = min(ages, key=ages.__getitem__)
+            return
+        oldest = ages[min(ages)]
         rows = range(oldest, oldest + 1)
 
         def fits(rows: range) -> bool:
@@ -245,163 +214,49 @@ class Generator:
 
         while fits(wider := range(rows.start, rows.stop + 1)) or fits(wider := range(rows.start - 1, rows.stop)):
             rows = wider
-        return rows, [counts[i] for i in rows]
+        self.speed.prompt_seconds += self._run(rows, [counts[i] for i in rows])
+        self.speed.prompt_tokens += sum(counts[i] for i in rows)
 
-    def _run(self, rows: range, counts: list[int]) -> np.ndarray:
-        """The next `count` tokens of each row; afterwards they are in the cache. Logits [rows, vocab]."""
+    def _run(self, rows: range, counts: list[int]) -> float:
+        """One call for the next `count` tokens of each row; rows whose tokens are all cached then get another one.
+
+        Returns the seconds that it took.
+        """
+        started = time.monotonic()
+        for row in (self._rows[i] for i in rows):
+            if row.request is None:  # padding is written behind its tokens, and there must be room for it
+                del row.cached[self.decoder.capacity - 1 :]
         past = [len(self._rows[i].cached) for i in rows]
         ids = np.zeros((len(rows), max(counts)), np.int64)
         for line, i, start, count in zip(ids, rows, past, counts, strict=True):
             if (request := self._rows[i].request) is not None:
                 line[:count] = request.ids[start : start + count]
-        logits = self.decoder.run(rows[0], ids, np.array(past), np.array(counts))
-        for line, i, count in zip(ids, rows, counts, strict=True):
+        logits = self.decoder.run(rows[0], ids, np.array(past), np.array(counts))  # [rows, vocab]
+        for line, i, count, of_row in zip(ids, rows, counts, logits, strict=True):
             self._rows[i].cached += line[:count].tolist()
-        return logits
+            if count and self._rows[i].pending == 0:
+                self._sample(i, of_row)
+        return time.monotonic() - started
 
     def _sample(self, i: int, logits: np.ndarray) -> None:
-        """Choose a row's next token and say so; where it was the last, the row is free."""
+        """Choose a row's next token and report it; where it was the last, the row is free."""
         row, request = self._rows[i], self._rows[i].request
         assert request is not None
         if not np.isfinite(logits.max()):
             self.decoder.clear(i)
             row.cached, row.request = [], None
-            why = "the output is NaN or Inf: activations left the range of float16; export with --dtype bfloat16."
-            self._news.append(Event(request.id, text=request.text.finish(), finish_reason="error", error=why))
+            why = 'the output is NaN or Inf: activations left the range of float16; export with dtype="bfloat16".'
+            self._events.append(Event(request.id, text=request.text.finish(), finish_reason="error", error=why))
             return
         token = request.sampler(logits)
         request.ids.append(token)
-        reason, text = None, ""
-        if token in request.ends:
+        text = "" if token in request.ends else request.text.push(token)
+        generated, reason = len(request.ids) - request.prompt, None
+        if token in request.ends or request.text.stopped:
             reason = "stop"
-        else:
-            text = request.text.push(token)
-            generated = len(request.ids) - request.prompt
-            if request.text.stopped:
-                reason = "stop"
-            elif generated == request.sampling.max_tokens or len(row.cached) == self.decoder.capacity:
-                reason = "length"
+        elif generated == request.sampling.max_tokens or len(row.cached) == self.decoder.capacity:
+            reason = "length"
         if reason is not None:
             text += request.text.finish()
             row.request = None
-        self._news.append(Event(request.id, (token,), text, reason))
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What became of one prompt.
-
-    Attributes:
-        text: what follows the prompt, without special tokens and stop string. token_ids: all new tokens, the
-            end-of-sequence token too. finish_reason: see `Event`. prompt_tokens: how many the prompt has.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-
-
-def generate(
-    model: str | Path | Decoder,
-    prompts: str | Sequence[Prompt],
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    *,
-    tokenizer: Any = None,
-    stream: Callable[[int, str], None] | None = None,
-    max_batch: int | None = None,
-    threads: int | None = None,
-) -> list[Generated]:
-    """Continue prompts, as many at once as the decoder has rows.
-
-    Args:
-        model: an .onnx file (ONNX Runtime on the CPU), a plan (TensorRT on the GPU), or an open decoder.
-        prompts: one text, or several prompts; a prompt is text, token ids, or the messages of a chat.
-        sampling: for all, or one for each; None is greedy. A seed gives every prompt the same random numbers.
-        tokenizer: of transformers, or its directory; None is the one that the model's file names.
-        stream: is called with the number of a prompt and a new piece of its text.
-        max_batch, threads: see `open_decoder`.
-
-    Raises:
-        AwqTrtError: the model or tokenizer cannot be loaded, a prompt is empty or too long, the output is NaN.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    settings = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-    if len(settings) != len(prompts):
-        raise AwqTrtError(
-            f"{len(prompts)} prompts and settings for {len(settings)}; give one for each, or one for all."
-        )
-    if not isinstance(model, Decoder):
-        with open_decoder(model, max_batch=max_batch, threads=threads) as decoder:
-            return generate(decoder, prompts, settings, tokenizer=tokenizer, stream=stream)
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = open_tokenizer(model, tokenizer)
-    generator = Generator(model, tokenizer)
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    numbers = {generator.add(ids, s): i for i, (ids, s) in enumerate(zip(encoded, settings, strict=True))}
-    events: list[list[Event]] = [[] for _ in prompts]
-    while generator.busy:
-        for event in generator.step():
-            number = numbers[event.id]
-            if event.error is not None:
-                raise AwqTrtError(f"{model.path}: prompt {number}: {event.error}")
-            events[number].append(event)
-            if stream is not None and event.text:
-                stream(number, event.text)
-    return [
-        Generated(
-            text="".join(event.text for event in of_one),
-            token_ids=tuple(token for event in of_one for token in event.token_ids),
-            finish_reason=str(of_one[-1].finish_reason),
-            prompt_tokens=len(ids),
-        )
-        for of_one, ids in zip(events, encoded, strict=True)
-    ]
-
-
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt; a chat goes through the tokenizer's chat template and ends where the answer begins.
-
-    Raises:
-        AwqTrtError: none of the three kinds of prompt, or text that is not Unicode; or messages, and the tokenizer's
-            chat template does not take them, or it has none.
-    """
-    if isinstance(prompt, str):
-        return _tokens(tokenizer, prompt)
-    ids = [int(item) for item in prompt if isinstance(item, Integral)]
-    if len(ids) == len(prompt):
-        return ids
-    if not all(isinstance(item, Mapping) for item in prompt):
-        raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
-    if not tokenizer.chat_template:
-        raise AwqTrtError("the tokenizer has no chat template: it cannot say how a chat is written. Give text instead.")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise whatever they like
-        raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
-    return _tokens(tokenizer, text, add_special_tokens=False)
-
-
-def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
-        raise AwqTrtError(f"character {error.start} of the prompt is not Unicode: {error.reason}.") from error
-    return list(tokenizer(text, **options)["input_ids"])
-
-
-def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:
-    """The tokenizer in a directory, or in the one that the model's file names. Code that it brings is not run.
-
-    Raises:
-        AwqTrtError: there is none, or it cannot be loaded.
-    """
-    from awq_trt.checkpoint.directory import load_tokenizer
-
-    named = decoder.facts.get("tokenizer")
-    if directory is None and named is None:
-        raise AwqTrtError(f"{decoder.path} names no tokenizer; say where it is with --tokenizer DIR.")
-    path = Path(directory) if directory is not None else decoder.path.parent / str(named)
-    if not path.is_dir():
-        raise AwqTrtError(f"{path}: no such directory. It should hold the model's tokenizer; --tokenizer says another.")
-    return load_tokenizer(path, trust_remote_code=False)
+        self._events.append(Event(request.id, (token,), text, reason))

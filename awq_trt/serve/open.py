@@ -1,4 +1,4 @@
-"""Opening what generates: an exported decoder as a file of ONNX or a TensorRT plan."""
+"""Opening an exported decoder, as an ONNX file or as a TensorRT plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_decoder(path: str | Path, *, max_batch: int | None = None, threads: int
     """
     path = Path(path)
     if not path.is_file():
-        raise AwqTrtError(f"{path}: no such file. Give an .onnx file or a plan of tools/export.py.")
+        raise AwqTrtError(f"{path}: no such file. Give an .onnx file or a plan that awq_trt exported.")
     if path.suffix == ".onnx":
         from awq_trt.serve.ort import OrtDecoder
 

@@ -5,13 +5,12 @@ MatMulNBits is run (fp32.py), whose greedy tokens are those of the eager model i
 (q - zero) * scale. ONNX Runtime maps the copy's data when it loads it, and the copy is deleted right then.
 
 past_key_values.* and present.* of a call are bound to the same memory: TensorScatter then writes the new tokens and
-copies nothing. The cache of rows row .. row + b is contiguous, so any of them can be run alone.
+copies nothing. The cache of adjacent rows is contiguous, so any of them can be run alone.
 """
 
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from awq_trt.serve.decoder import Decoder
 
 
 class OrtDecoder(Decoder):
-    """See `Decoder`.
+    """A decoder with a fixed cache, from an ONNX file.
 
     Args:
         facts: metadata of the file. threads: of ONNX Runtime, None for one per core.
@@ -39,35 +38,33 @@ class OrtDecoder(Decoder):
     def __init__(self, path: Path, facts: dict[str, Any], *, max_batch: int, threads: int | None = None) -> None:
         super().__init__(path, facts, max_batch)
         if threads is not None and threads < 1:
-            raise AwqTrtError(f"{threads} threads: at least 1, please.")
+            raise AwqTrtError(f"threads is {threads}; it must be at least 1.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores are shared with a server
-        with ExitStack() as stack:
-            try:
-                copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="awq_trt."))) / "decoder.onnx"
+        try:
+            with tempfile.TemporaryDirectory(prefix="awq_trt.") as folder:
+                copy = Path(folder, "decoder.onnx")
                 float32_copy(path, copy, nbits=True)
-            except (OSError, AwqTrtError) as error:
-                raise AwqTrtError(f"{path}: no room for its copy in fp32 (TMPDIR says where): {error}") from error
-            try:
                 self._session: Any = onnxruntime.InferenceSession(str(copy), options, ["CPUExecutionProvider"])
-            except Exception as error:
-                raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+        except (OSError, AwqTrtError) as error:
+            raise AwqTrtError(f"{path}: no room for its copy in fp32 (TMPDIR says where): {error}") from error
+        except Exception as error:  # ONNX Runtime has a class for each kind of failure
+            raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
         self._cache = {name: np.zeros((max_batch, *shape), np.float32) for name, shape in self.cache_shapes.items()}
 
     def _run(self, row: int, ids: np.ndarray, past: np.ndarray, new: np.ndarray) -> np.ndarray:
         b, s = ids.shape
-        binding = self._session.io_binding()
-        for name, cache in self._cache.items():
-            there = ("cpu", 0, np.float32, (b, *cache.shape[1:]), cache[row:].ctypes.data)
-            binding.bind_input(f"past_key_values.{name}", *there)
-            binding.bind_output(f"present.{name}", *there)
-        inputs = {"input_ids": ids, "past_length": past} | ({} if self.every_logit else {"input_length": new})
-        for name, value in inputs.items():
-            binding.bind_input(name, "cpu", 0, np.int64, value.shape, value.ctypes.data)
         logits = np.empty((b, s if self.every_logit else 1, self.vocab_size), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        inputs = {"input_ids": ids, "past_length": past} | ({} if self.every_logit else {"input_length": new})
+        outputs = {"logits": logits}
+        for name, cache in self._cache.items():
+            inputs[f"past_key_values.{name}"] = outputs[f"present.{name}"] = cache[row : row + b]
+        binding = self._session.io_binding()
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -75,10 +72,8 @@ class OrtDecoder(Decoder):
         return logits[np.arange(b), np.maximum(new, 1) - 1 if self.every_logit else 0]
 
     def clear(self, row: int) -> None:
-        """See `Decoder.clear`."""
         for cache in self._cache.values():
             cache[row] = 0
 
     def close(self) -> None:
-        """See `Decoder.close`."""
         self.closed, self._session, self._cache = True, None, {}

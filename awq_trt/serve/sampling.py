@@ -18,47 +18,39 @@ from awq_trt.errors import AwqTrtError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is to be continued.
-
-    Attributes:
-        max_tokens: most tokens to generate; None as many as the cache has room for.
-        temperature: logits are divided by it; 0 always takes the most likely token (greedy).
-        top_k: only the k most likely tokens (and those as likely as the last of them); 0 for all.
-        top_p: only the most likely tokens whose probabilities sum up to it (nucleus sampling, Holtzman et al. 2020).
-        repetition_penalty: positive logits of tokens that occurred, in the prompt too, are divided by it, negative ones
-            multiplied (CTRL, Keskar et al. 2019).
-        stop: strings that end the text; they are not part of it. Special tokens of the tokenizer may be named too.
-        seed: of the random numbers; None for others every time. ignore_eos: go on after an end-of-sequence token.
+    """How to continue one request.
 
     Raises:
         AwqTrtError: a value out of its range.
     """
 
-    max_tokens: int | None = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_tokens: int | None = 256  # most tokens to generate; None as many as the cache has room for
+    temperature: float = 0.0  # logits are divided by it; 0 always takes the most likely token (greedy)
+    top_k: int = 0  # only the k most likely tokens (and those as likely as the last of them); 0 for all
+    top_p: float = 1.0  # only the most likely tokens with this sum of probabilities (nucleus, Holtzman et al. 2020)
+    # positive logits of tokens that occurred, in the prompt too, are divided by it, negative ones multiplied (CTRL,
+    # Keskar et al. 2019)
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()  # strings that end the text, not part of it; or special tokens of the tokenizer
+    seed: int | None = None  # of the random numbers; None for others every time
+    ignore_eos: bool = False  # go on after an end-of-sequence token
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, Iterable) else stop)
-        most = self.max_tokens
-        self._check("max_tokens", most is None or _whole(most, 1), "a whole number from 1, or None")
-        self._check("temperature", _real(self.temperature) and self.temperature >= 0, "a number from 0 (greedy)")
-        self._check("top_k", _whole(self.top_k, 0), "a whole number from 0 (all tokens)")
-        self._check("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._check("repetition_penalty", _real(self.repetition_penalty) and self.repetition_penalty > 0, "above 0")
+        most, penalty = self.max_tokens, self.repetition_penalty
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        self._check("stop", strings, "strings of at least one character")
-        self._check("seed", self.seed is None or _whole(self.seed, 0), "a whole number from 0, or None")
-
-    def _check(self, name: str, right: bool, wanted: str) -> None:
-        if not right:
-            raise AwqTrtError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        for name, valid, wanted in (
+            ("max_tokens", most is None or _whole(most, 1), "a whole number from 1, or None"),
+            ("temperature", _real(self.temperature) and self.temperature >= 0, "a number from 0 (greedy)"),
+            ("top_k", _whole(self.top_k, 0), "a whole number from 0 (all tokens)"),
+            ("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", _real(penalty) and penalty > 0, "above 0"),
+            ("stop", strings, "strings of at least one character"),
+            ("seed", self.seed is None or _whole(self.seed, 0), "a whole number from 0, or None"),
+        ):
+            if not valid:
+                raise AwqTrtError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
 
 def _whole(value: object, least: int) -> bool:

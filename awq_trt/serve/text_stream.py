@@ -9,7 +9,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding makes of bytes that are no UTF-8, among them a character whose other bytes are yet to come."""
 
 CONTEXT = 6
-"""Tokens of the prompt that are decoded with the first new ones: what a token's text is may depend on those before it
+"""Tokens of the prompt that are decoded with the first new ones: a token's text may depend on those before it
 (SentencePiece leaves out the space at the beginning of a text)."""
 
 PATIENCE = 16
@@ -21,16 +21,14 @@ class TextStream:
 
     The pieces that `push` and `finish` return, joined, are the whole text: what follows the prompt, without special
     tokens, up to the first stop string. A character that is still incomplete at the end is left out.
-
-    Attributes:
-        stopped: a stop string was found; nothing follows.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.stopped = False
-        self._tokenizer, self._stop, self._held = tokenizer, tuple(stop), ""
-        self._window = list(prompt[-CONTEXT:])  # tokens that are decoded, the first `_known` of them completely
-        self._known = len(self._window)
+        self.stopped = False  # a stop string was found; nothing follows
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._window = list(prompt[-CONTEXT:])  # tokens to decode
+        self._known = len(self._window)  # tokens of the window whose text is complete
         self._sent = len(self._decode(self._window).rstrip(REPLACEMENT))  # characters of the window
 
     def push(self, token: int) -> str:

@@ -13,7 +13,8 @@ import pytest
 import tiny_onnx
 from decoders import letters
 
-from awq_trt.serve.generator import Event, Generator, encode, generate
+from awq_trt.serve.generate import encode, generate
+from awq_trt.serve.generator import Event, Generator
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 
@@ -161,7 +162,7 @@ def bad_prompts(tmp_path: Path) -> Iterator[tuple[list[object], str]]:
     yield ["--prompt", "x" * 300], "has 305 tokens"
     yield ["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"
     yield ["--prompt", "x", "--tokenizer", tmp_path / "missing"], "no such directory"
-    yield ["--prompt", "x", "--threads", "0"], "0 threads"
+    yield ["--prompt", "x", "--threads", "0"], "threads is 0"
 
 
 def test_errors_are_one_message(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-
-import onnx
-import pytest
-import torch
-from onnx import TensorProto, helper
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -102,38 +95,3 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "missing.plan does not exist" in done.stderr
     assert not (tmp_path / "r.json").exists()
-
-
-@pytest.fixture(scope="module")
-def run_plan() -> ModuleType:
-    """tools/run_plan.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_plan", TOOLS / "run_plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("dtype", "proto"), [(torch.float16, TensorProto.FLOAT16), (torch.bfloat16, TensorProto.BFLOAT16)]
-)
-def test_reference_runs_in_both_types(run_plan: ModuleType, tmp_path: Path, dtype: torch.dtype, proto: int) -> None:
-    """The ONNX side of the comparison, and that a wrong output is not called agreement."""
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["logits"])],
-        "g",
-        [value("x", proto, [2, 3])],
-        [value("logits", proto, [2, 3])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
-    x = torch.randn(2, 3).to(dtype)
-    found = run_plan.run_onnx(torch, tmp_path / "m.onnx", {"x": x}, ["logits"])
-    assert torch.equal(found["logits"], x.float())
-    name = str(dtype).removeprefix("torch.")
-    same = run_plan.compare(torch, found, found, name)
-    assert same["agrees"]
-    assert same["top1_agreement"] == 1.0
-    assert not run_plan.compare(torch, {"logits": -found["logits"]}, found, name)["agrees"]
-    assert not run_plan.compare(torch, {"logits": found["logits"] * float("nan")}, found, name)["agrees"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_onnx.fixed_decoder(tmp_path_factory.mktemp("tiny") / "m.onnx")
 
 
-def test_what_it_says_of_itself(model: Path) -> None:
+def test_what_it_says_of_itself_until_it_is_closed(model: Path) -> None:
     with open_decoder(model, max_batch=3, threads=1) as decoder:
         assert isinstance(decoder, OrtDecoder)
         assert (decoder.max_batch, decoder.capacity, decoder.prefill_chunk, decoder.vocab_size) == (3, 64, 16, 64)
@@ -32,6 +33,8 @@ def test_what_it_says_of_itself(model: Path) -> None:
         assert decoder.facts["model_type"] == "tiny"
     with open_decoder(model) as decoder:
         assert decoder.max_batch == 4
+    with pytest.raises(AwqTrtError, match="closed"):
+        call(decoder, 0, [[1]], [0], [1])
 
 
 def test_only_the_new_slots_of_the_rows_are_written(model: Path) -> None:
@@ -121,7 +124,7 @@ def test_calls_against_the_rules(model: Path, row: int, ids: Any, past: Any, new
 @pytest.mark.parametrize(
     ("facts", "why"),
     [
-        ({"kv_cache": {"kind": "dynamic"}}, "grows with every token .--kv-cache dynamic"),
+        ({"kv_cache": {"kind": "dynamic"}}, 'grows with every token .kv_cache="dynamic"'),
         ({"kv_cache": None, "model_type": "bert"}, "type bert is an encoder"),
         ({"kv_cache": {"kind": "fixed"}}, "incomplete"),
         ({"vocab_size": "many"}, "incomplete"),
@@ -129,7 +132,7 @@ def test_calls_against_the_rules(model: Path, row: int, ids: Any, past: Any, new
 )
 def test_files_that_generate_nothing(tmp_path: Path, facts: dict[str, Any], why: str) -> None:
     path = tiny_onnx.fixed_decoder(tmp_path / "m.onnx", **facts)
-    with pytest.raises(AwqTrtError, match=f"m.onnx: .*{why}.*--kv-cache fixed"):
+    with pytest.raises(AwqTrtError, match=f"m.onnx: .*{why}.*kv_cache=.fixed"):
         open_decoder(path)
 
 
@@ -156,16 +159,7 @@ def test_files_that_are_none(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise AwqTrtError("could not write /tmp/x: No space left on device.")
-
-    monkeypatch.setattr(ort, "float32_copy", full)
+    full = AwqTrtError("could not write /tmp/x: No space left on device.")
+    monkeypatch.setattr(ort, "float32_copy", Mock(side_effect=full))
     with pytest.raises(AwqTrtError, match="TMPDIR.*No space left"):
         open_decoder(model)
-
-
-def test_a_closed_decoder(model: Path) -> None:
-    decoder = open_decoder(model, threads=1)
-    decoder.close()
-    with pytest.raises(AwqTrtError, match="closed"):
-        call(decoder, 0, [[1]], [0], [1])

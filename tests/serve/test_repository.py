@@ -70,9 +70,7 @@ def test_a_fixed_batch_dimension_is_part_of_the_dims(tmp_path: Path) -> None:
     content["outputs"][0]["dims"][0] = content["outputs"][0]["shape"][0] = 1
     sidecar.write(sidecar.path_of(engine), content)
     config = config_of(write_triton_repo(engine, tmp_path / "repo").model)
-    assert config.max_batch_size == 0
-    assert list(config.input[0].dims) == [-1, -1]
-    assert list(config.output[0].dims) == [1, -1, 64]
+    assert (config.max_batch_size, config.input[0].dims, config.output[0].dims) == (0, [-1, -1], [1, -1, 64])
 
 
 def test_the_lines_that_serve_a_plan(tmp_path: Path) -> None:
@@ -93,8 +91,7 @@ def test_the_lines_that_serve_a_plan(tmp_path: Path) -> None:
 
 def test_a_plan_without_plugin_needs_no_option(tmp_path: Path) -> None:
     engine = plan_of(tiny_onnx.decoder(tmp_path / "d.onnx"), plugin=False, plugin_embedded=False)
-    report = write_triton_repo(engine, tmp_path / "repo")
-    assert report.command == f"tritonserver --model-repository={tmp_path / 'repo'}"
+    assert write_triton_repo(engine, tmp_path).command == f"tritonserver --model-repository={tmp_path}"
 
 
 def test_plans_that_triton_cannot_load_say_so(tmp_path: Path) -> None:
@@ -136,15 +133,7 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "repo").rglob("*")) == ["2", "d", "model.plan"]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden"])
-def test_bad_names(tmp_path: Path, name: str) -> None:
-    engine = plan_of(tiny_onnx.decoder(tmp_path / "d.onnx"))
-    with pytest.raises(AwqTrtError, match="cannot be a Triton model's name"):
-        write_triton_repo(engine, tmp_path / "repo", model_name=name)
-    assert not (tmp_path / "repo").exists()
-
-
-def test_no_plan_no_sidecar_no_such_type(tmp_path: Path) -> None:
+def test_no_plan_no_sidecar_no_such_type_no_name(tmp_path: Path) -> None:
     engine = tmp_path / "d.plan"
     with pytest.raises(AwqTrtError, match="Build the engine first"):
         write_triton_repo(engine, tmp_path / "repo")
@@ -157,6 +146,9 @@ def test_no_plan_no_sidecar_no_such_type(tmp_path: Path) -> None:
     sidecar.write(sidecar.path_of(engine), content)
     with pytest.raises(AwqTrtError, match="'input_ids' is int4"):
         write_triton_repo(engine, tmp_path / "repo")
+    for name in ("", "a/b", ".hidden"):
+        with pytest.raises(AwqTrtError, match="cannot be a Triton model's name"):
+            write_triton_repo(engine, tmp_path / "repo", model_name=name)
     assert not (tmp_path / "repo").exists()
 
 
@@ -286,7 +278,7 @@ def test_an_onnx_decoder_runs_on_the_cpu(tmp_path: Path) -> None:
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
     assert config.parameters["model"].string_value == "d.onnx"
     assert (model / "1" / "d.onnx").read_bytes() == path.read_bytes()
-    with pytest.raises(AwqTrtError, match=r"q\.onnx: .* --kv-cache fixed"):
+    with pytest.raises(AwqTrtError, match=r"q\.onnx: .* kv_cache=.fixed"):
         write_triton_repo(tiny_onnx.quantized(tmp_path / "q.onnx"), tmp_path / "repo")
 
 

@@ -153,8 +153,5 @@ def test_extreme_logits() -> None:
 def test_values_out_of_range(setting: str, value: object) -> None:
     with pytest.raises(AwqTrtError, match=f"{setting} is .*; it must be"):
         Sampling(**{setting: value})  # type: ignore[arg-type]
-
-
-def test_stop_may_be_one_string_or_a_list() -> None:
     assert Sampling(stop="abc").stop == ("abc",)  # type: ignore[arg-type]
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]

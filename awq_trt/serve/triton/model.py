@@ -2,8 +2,8 @@
 
 Triton's Python backend runs it: the repository's model.py only imports it from awq_trt.zip beside it. The engine, its
 KV cache and the tokenizer live in a process of their own (engine_process.py), and no tensor of the cache leaves it.
-What is here: a request's fields become a message to that process, its news become Triton responses, a client that has
-gone is cancelled. This side needs only Python, numpy, and what the backend provides.
+What is here: a request's fields become a message to that process, its events become Triton responses, and the request
+of a client that has gone is cancelled. This side needs only Python, numpy, and what the backend provides.
 
 Requests run side by side in the rows of the cache (continuous batching, generator.py), so `execute` only hands them
 over: the model is decoupled, and none of Triton's batchers has anything to do.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,15 +69,15 @@ POLL_SECONDS = 0.1
 
 
 class RefusedError(Exception):
-    """A request that cannot be taken: a name of pb_utils.TritonError's codes, and the text for the client."""
+    """A request that cannot be taken: the text for the client, and a name of pb_utils.TritonError's codes."""
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, text: str, code: str = "INVALID_ARG") -> None:
         super().__init__(text)
         self.code = code
 
 
-@dataclass
-class Open:
+@dataclass(eq=False)
+class InFlightRequest:
     """A request that has not had its last response.
 
     Whoever uses the sender holds the lock and looks at `done` first: to ask a sender that has sent its last response
@@ -86,15 +85,51 @@ class Open:
     """
 
     sender: Any
-    started: float
+    started: float = field(default_factory=time.monotonic)
     stream: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
-    done: bool = False
+    done: bool = False  # has had its last response
+    cancelled: bool = False
     prompt_tokens: int = 0
-    text: list[str] = field(default_factory=list)  # not sent yet
+    text: str = ""  # not sent yet
     tokens: int = 0  # not sent yet
     answered: bool = False  # has had a token
-    cancelled: bool = False
+
+    def send_piece(self, finish: str | None) -> None:
+        """A response with what has come since the last one; the last one where there is a finish reason."""
+        values = {
+            "text_output": self.text.encode(),
+            "finish_reason": (finish or "").encode(),
+            "num_input_tokens": self.prompt_tokens,
+            "num_output_tokens": self.tokens,
+        }
+        self.text, self.tokens = "", 0
+        kinds = {"STRING": np.object_, "INT32": np.int32}
+        tensors = [pb_utils.Tensor(name, np.array([[values[name]]], kinds[kind])) for name, kind in OUTPUTS.items()]
+        self._send(pb_utils.InferenceResponse(output_tensors=tensors), last=finish is not None)
+
+    def send_error(self, text: str, code: str) -> None:
+        """The last response: an error."""
+        error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
+        self._send(pb_utils.InferenceResponse(output_tensors=[], error=error), last=True)
+
+    def _send(self, response: Any, last: bool) -> None:
+        with self.lock:
+            if self.done:
+                return
+            self.done = last
+            try:
+                self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+            except Exception as error:  # of one client; the thread serves all of them
+                log(f"a response could not be sent: {error}")
+
+    def has_lost_its_client(self) -> bool:
+        """Whether the client has gone; True only once."""
+        with self.lock:
+            if self.done or self.cancelled:
+                return False
+            self.cancelled = bool(self.sender.is_cancelled())
+            return self.cancelled
 
 
 class TritonPythonModel:
@@ -102,35 +137,30 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the engine and wait until it is ready; what is wrong with it is the error that Triton shows."""
-        config = json.loads(args["model_config"])
-        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
-        self._limits = {
-            name: int(parameters[name]) if parameters.get(name) else value for name, value in LIMITS.items()
+        parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
+        self._limits: dict[str, Any] = {
+            n: int(parameters[n]) if parameters.get(n) else default for n, default in LIMITS.items()
         }
         self._lock = threading.Lock()
-        self._open: dict[int, Open] = {}
+        self._in_flight: dict[int, InFlightRequest] = {}
         self._next_id = 0
-        self._metrics = Metrics({"model": args["model_name"], "version": args["model_version"]}, args)
+        self._metrics = Metrics(args)
         folder = Path(args["model_repository"], args["model_version"]).resolve()
         device = args["model_instance_device_id"] if args["model_instance_kind"] == "GPU" else None
-        self._engine = Engine(folder, parameters, self._limits, device, self._read, self._lost, log)
+        self._engine = Engine(folder, parameters, device, self._read, self._lost, log)
         self._engine.start()
-        self._watch = threading.Thread(target=self._watch_clients, daemon=True)
-        self._watch.start()
+        threading.Thread(target=self._watch_clients, daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand requests over to the engine, or refuse them."""
-        for request in requests:
-            opened = Open(request.get_response_sender(), started=time.monotonic())
+        for each in requests:
+            request = InFlightRequest(each.get_response_sender())
             try:
-                message, opened.stream = self._message(fields_of(request))
-                self._add(message, opened)
-            except RefusedError as refused:
-                self._metrics.add("requests", outcome="refused")
-                send_error(opened, refused.code, str(refused))
+                self._add(request, fields_of(each))
+            except RefusedError as error:
+                self._fail(request, "refused", str(error), error.code)
             except Exception as error:  # whatever it is, the client gets an answer
-                self._metrics.add("requests", outcome="error")
-                send_error(opened, "INTERNAL", f"{type(error).__name__}: {error}")
+                self._fail(request, "error", f"{type(error).__name__}: {error}", "INTERNAL")
 
     def is_ready(self) -> bool:
         """For /v2/models/NAME/ready, in Triton versions that ask."""
@@ -140,106 +170,94 @@ class TritonPythonModel:
         """End the engine's process. Triton has waited for all requests."""
         self._engine.stop()
 
-    def _message(self, fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """The engine's message for a request's fields, without an id; and whether to stream."""
+    def _add(self, request: InFlightRequest, fields: dict[str, Any]) -> None:
         given = [name for name in ("text_input", "messages") if name in fields]
         if len(given) != 1:
-            raise RefusedError(
-                "INVALID_ARG", f"give either text_input or messages; this request has {given or 'neither'}."
-            )
-        prompt = fields["text_input"] if given == ["text_input"] else _messages(fields["messages"])
+            raise RefusedError(f"give either text_input or messages; this request has {given or 'neither'}.")
         for name in ("frequency_penalty", "presence_penalty"):
             if fields.get(name, 0) != 0:
-                raise RefusedError("INVALID_ARG", f"{name} is not supported, only repetition_penalty. Leave it out.")
-        limit = self._limits["max_tokens"]
-        most = fields.get("max_tokens", self._limits["default_max_tokens"])
-        if limit is not None and isinstance(most, int) and most > limit:
+                raise RefusedError(f"{name} is not supported, only repetition_penalty. Leave it out.")
+        limit, most = self._limits["max_tokens"], fields.get("max_tokens", self._limits["default_max_tokens"])
+        if limit is not None and most > limit:
             if "max_tokens" in fields:
-                raise RefusedError("INVALID_ARG", f"max_tokens is {most}; this model generates at most {limit} tokens.")
+                raise RefusedError(f"max_tokens is {most}; this model generates at most {limit} tokens.")
             most = limit
         sampling = {name: fields[name] for name in SAMPLING if name in fields}
         sampling |= {"max_tokens": most, "stop": fields.get("stop_words", [])}
-        return {"prompt": prompt, "sampling": sampling}, bool(fields.get("stream", False))
-
-    def _add(self, message: dict[str, Any], request: Open) -> None:
+        prompt = fields["text_input"] if "text_input" in fields else messages_of(fields["messages"])
+        request.stream = fields.get("stream", False)
         with self._lock:
             if self._engine.ready is None:
                 raise RefusedError(
-                    "UNAVAILABLE", f"the engine is being started again ({self._engine.trouble}). Try again."
+                    f"the engine is being started again ({self._engine.trouble}). Try again.", "UNAVAILABLE"
                 )
-            most = self._engine.ready["rows"] + self._limits["max_queue"]
-            if len(self._open) >= most:
+            if len(self._in_flight) >= self._engine.ready["rows"] + self._limits["max_queue"]:
                 raise RefusedError(
-                    "UNAVAILABLE", f"{len(self._open)} requests are running or waiting already. Try again."
+                    f"{len(self._in_flight)} requests are running or waiting already. Try again.", "UNAVAILABLE"
                 )
             self._next_id += 1
-            self._open[self._next_id] = request
-            self._engine.send({"add": self._next_id, **message})
+            self._in_flight[self._next_id] = request
+            self._engine.send({"add": self._next_id, "prompt": prompt, "sampling": sampling})
 
     def _read(self, message: dict[str, Any]) -> None:
-        """News from the engine. Only the engine's reading thread comes here."""
-        for item in message["news"]:
+        """Events of the engine. Only the engine's reading thread comes here."""
+        for event in message["events"]:
+            last = event.get("finish") or event.get("refused")
             with self._lock:
-                request = self._open.get(item["id"])
-                last = bool(item.get("finish") or item.get("refused"))
-                if last:
-                    self._open.pop(item["id"], None)
+                request = (self._in_flight.pop if last else self._in_flight.get)(event["id"], None)
             if request is not None:
-                self._respond(request, item)
+                self._respond(request, event)
         self._metrics.active, self._metrics.waiting = message["active"], message["waiting"]
 
-    def _respond(self, request: Open, item: dict[str, Any]) -> None:
-        if "prompt_tokens" in item:
-            request.prompt_tokens = item["prompt_tokens"]
-            self._metrics.add("prompt_tokens", item["prompt_tokens"])
+    def _respond(self, request: InFlightRequest, event: dict[str, Any]) -> None:
+        if "prompt_tokens" in event:
+            request.prompt_tokens = event["prompt_tokens"]
+            self._metrics.add("prompt_tokens", event["prompt_tokens"])
             return
-        if "refused" in item:
-            self._metrics.add("requests", outcome="refused")
-            send_error(request, "INVALID_ARG", item["refused"])
+        if "refused" in event:
+            self._fail(request, "refused", event["refused"], "INVALID_ARG")
             return
-        if item["tokens"] and not request.answered:
+        if event["tokens"] and not request.answered:
             request.answered = True
             self._metrics.add("first_tokens")
             self._metrics.add("first_token_seconds", time.monotonic() - request.started)
-        self._metrics.add("generated_tokens", item["tokens"])
-        request.text.append(item["text"])
-        request.tokens += item["tokens"]
-        finish = item["finish"]
-        if finish is not None:
-            self._metrics.add("requests", outcome=finish)
-        if finish == "error":
-            send_error(request, "INTERNAL", item["error"])
-        elif finish is not None or (request.stream and item["text"]):
-            send_piece(request, finish)
+        self._metrics.add("generated_tokens", event["tokens"])
+        request.text += event["text"]
+        request.tokens += event["tokens"]
+        if event["finish"] == "error":
+            self._fail(request, "error", event["error"], "INTERNAL")
+        elif event["finish"] is not None:
+            self._metrics.add("requests", outcome=event["finish"])
+            request.send_piece(event["finish"])
+        elif request.stream and event["text"]:
+            request.send_piece(None)
+
+    def _fail(self, request: InFlightRequest, outcome: str, text: str, code: str) -> None:
+        self._metrics.add("requests", outcome=outcome)
+        request.send_error(text, code)
 
     def _lost(self, why: str) -> None:
         """The engine's process has ended without being asked to."""
         with self._lock:
-            requests, self._open = list(self._open.values()), {}
+            requests, self._in_flight = list(self._in_flight.values()), {}
         self._metrics.active = self._metrics.waiting = 0
         self._metrics.add("engine_restarts")
         for request in requests:
-            self._metrics.add("requests", outcome="error")
-            send_error(request, "UNAVAILABLE", f"the engine is started again ({why}). Send the request again.")
+            self._fail(request, "error", f"the engine is started again ({why}). Send the request again.", "UNAVAILABLE")
 
     def _watch_clients(self) -> None:
+        """Cancel the requests of clients that have gone, and report metrics, from time to time."""
         while not self._engine.stopping.wait(POLL_SECONDS):
             try:
-                self._cancel_those_who_left()
+                with self._lock:
+                    requests = list(self._in_flight.items())
+                for number, request in requests:
+                    if request.has_lost_its_client():
+                        with self._lock:
+                            self._engine.send({"cancel": number})
                 self._metrics.report()
             except Exception as error:  # next time, then
                 log(f"{type(error).__name__}: {error}")
-
-    def _cancel_those_who_left(self) -> None:
-        with self._lock:
-            requests = list(self._open.items())
-        for number, request in requests:
-            with request.lock:
-                left = not (request.done or request.cancelled) and request.sender.is_cancelled()
-            if left:
-                request.cancelled = True
-                with self._lock:
-                    self._engine.send({"cancel": number})
 
 
 COUNTERS = {
@@ -254,47 +272,43 @@ GAUGES = {"active": "Requests that have a row of the KV cache", "waiting": "Requ
 
 
 class Metrics:
-    """Counts, reported to Triton's own metrics (port 8002) from time to time: every report is a message to its process.
+    """Counts, reported to Triton's own metrics (port 8002) now and then: every report is a message to its process."""
 
-    Attributes:
-        active, waiting: requests that have a row of the cache, and that wait for one.
-    """
-
-    def __init__(self, labels: dict[str, str], args: dict[str, str]) -> None:
-        self._labels, self._instance = labels, {"instance": args["model_instance_name"]}
-        self._counts: Counter[tuple[str, str]] = Counter()
+    def __init__(self, args: dict[str, str]) -> None:
+        self.active = self.waiting = 0  # requests that have a row of the cache, and that wait for one
+        self._labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._instance = {"instance": args["model_instance_name"]}
+        self._counts: dict[tuple[str, str], float] = {}  # since the last report, by name and outcome
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, str], Any] = {}
-        family, kinds = pb_utils.MetricFamily, (COUNTERS, GAUGES)
+        self._metrics: dict[tuple[str, str], Any] = {}
+        family = pb_utils.MetricFamily
         self._families = {
             name: family(name=f"awq_trt_{name}", description=text, kind=kind)
-            for table, kind in zip(kinds, (family.COUNTER, family.GAUGE), strict=True)
+            for table, kind in ((COUNTERS, family.COUNTER), (GAUGES, family.GAUGE))
             for name, text in table.items()
         }
-        self.active = self.waiting = 0
 
     def add(self, name: str, count: float = 1, outcome: str = "") -> None:
         """Count something."""
         with self._lock:
-            self._counts[name, outcome] += count  # type: ignore[assignment]
+            self._counts[name, outcome] = self._counts.get((name, outcome), 0) + count
 
     def report(self) -> None:
         """Tell Triton what has been counted since."""
         gauges = {name: getattr(self, name) for name in GAUGES}
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            counts, self._counts = self._counts, {}
         for (name, outcome), count in counts.items():
-            if count:
-                self._metric(name, outcome).increment(count)
+            self._metric(name, outcome).increment(count)
         for name, value in gauges.items():  # after the counts of what led to it
-            self._metric(name, "").set(value)
+            self._metric(name).set(value)
 
-    def _metric(self, name: str, outcome: str) -> Any:
-        if (name, outcome) not in self._known:
+    def _metric(self, name: str, outcome: str = "") -> Any:
+        if (name, outcome) not in self._metrics:
             labels = self._labels | ({"outcome": outcome} if outcome else {})
             labels |= self._instance if name in GAUGES else {}
-            self._known[name, outcome] = self._families[name].Metric(labels=labels)
-        return self._known[name, outcome]
+            self._metrics[name, outcome] = self._families[name].Metric(labels=labels)
+        return self._metrics[name, outcome]
 
 
 def fields_of(request: Any) -> dict[str, Any]:
@@ -303,82 +317,44 @@ def fields_of(request: Any) -> dict[str, Any]:
     Raises:
         RefusedError: an unknown field, one given twice, or a value that cannot be read.
     """
-    fields = json.loads(request.parameters() or "{}")
-    fields = {name: value for name, value in fields.items() if not name.startswith("triton_")}
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise RefusedError("INVALID_ARG", f"{name!r} is not a field of this model; it knows {', '.join(FIELDS)}.")
-        fields[name] = _parameter(name, value)
+    given = json.loads(request.parameters() or "{}")
+    fields = {name: _parameter(name, value) for name, value in given.items() if not name.startswith("triton_")}
     for tensor in request.inputs():
         name = tensor.name()
         if name in fields:
-            raise RefusedError("INVALID_ARG", f"{name} is given twice, as an input and as a parameter.")
-        values = [_plain(name, value) for value in tensor.as_numpy().reshape(-1).tolist()]
+            raise RefusedError(f"{name} is given twice, as an input and as a parameter.")
+        try:
+            values = [v.decode() if isinstance(v, bytes) else v for v in tensor.as_numpy().reshape(-1).tolist()]
+        except UnicodeDecodeError as error:
+            raise RefusedError(f"{name} is not UTF-8 text: {error}.") from error
         if FIELDS[name][1] == 1 and len(values) != 1:
-            raise RefusedError("INVALID_ARG", f"{name} has {len(values)} values; it takes one.")
+            raise RefusedError(f"{name} has {len(values)} values; it takes one.")
         fields[name] = values if FIELDS[name][1] == -1 else values[0]
     return fields
 
 
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise RefusedError("INVALID_ARG", f"{name} is not UTF-8 text: {error}.") from error
-    return value
-
-
 def _parameter(name: str, value: Any) -> Any:
-    """A request parameter, whose type is whatever JSON made of it."""
+    """The value of a request parameter, whose type is whatever JSON made of it."""
+    if name not in FIELDS:
+        raise RefusedError(f"{name!r} is not a field of this model; it knows {', '.join(FIELDS)}.")
     kind, size = FIELDS[name]
     wanted = {"STRING": str, "BOOL": bool, "FP32": (int, float)}.get(kind, int)
     if size == -1 and isinstance(value, str):
         return [value]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "BOOL"):  # type: ignore[arg-type]
-        raise RefusedError("INVALID_ARG", f"{name} is {value!r}; it must be of type {kind}.")
+        raise RefusedError(f"{name} is {value!r}; it must be of type {kind}.")
     return value
 
 
-def _messages(text: str) -> list[dict[str, Any]]:
+def messages_of(text: str) -> list[dict[str, Any]]:
+    """The messages of a chat from JSON."""
     try:
         messages = json.loads(text)
     except ValueError as error:
-        raise RefusedError("INVALID_ARG", f"messages is not JSON: {error}.") from error
+        raise RefusedError(f"messages is not JSON: {error}.") from error
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise RefusedError("INVALID_ARG", 'messages must be a JSON list of {"role": ..., "content": ...}.')
+        raise RefusedError('messages must be a JSON list of {"role": ..., "content": ...}.')
     return messages
-
-
-def send_piece(request: Open, finish: str | None) -> None:
-    """A response with what has come since the last one; the last one where there is a finish reason."""
-    values = {
-        "text_output": "".join(request.text).encode(),
-        "finish_reason": (finish or "").encode(),
-        "num_input_tokens": request.prompt_tokens,
-        "num_output_tokens": request.tokens,
-    }
-    request.text, request.tokens = [], 0
-    kinds = {"STRING": np.object_, "INT32": np.int32}
-    tensors = [pb_utils.Tensor(name, np.array([[values[name]]], kinds[kind])) for name, kind in OUTPUTS.items()]
-    _send(request, pb_utils.InferenceResponse(output_tensors=tensors), last=finish is not None)
-
-
-def send_error(request: Open, code: str, text: str) -> None:
-    """The last response of a request: an error."""
-    error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
-    _send(request, pb_utils.InferenceResponse(output_tensors=[], error=error), last=True)
-
-
-def _send(request: Open, response: Any, last: bool) -> None:
-    with request.lock:
-        if request.done:
-            return
-        request.done = last
-        try:
-            request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
-        except Exception as error:  # of one client; the thread serves all of them
-            log(f"a response could not be sent: {error}")
 
 
 def log(text: str) -> None:

@@ -5,12 +5,14 @@ The other end is engine_process.py, which says what the lines mean. This one run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +27,34 @@ class Engine:
 
     Args:
         folder: of the model's version. parameters: of config.pbtxt: `model`, the file's name; `python`, the
-            interpreter, where it is not the one of Triton's stub; `max_batch` and `threads` for ONNX Runtime.
-        limits: see model.LIMITS.
-        device: number of its GPU among those that Triton sees, or None. on_news, on_loss: called by the thread that
+            interpreter, where it is not the one of Triton's stub; `max_batch` and `threads` for ONNX Runtime;
+            `max_prompt_tokens`.
+        device: number of its GPU among those that Triton sees, or None. on_events, on_loss: called by the thread that
             reads, with a line's content, and with the reason when the process has ended by itself. log: of Triton.
-
-    Attributes:
-        ready: what the engine said of itself, None while there is none. trouble: why there is none.
-        stopping: set by `stop`.
     """
 
     def __init__(
         self,
         folder: Path,
         parameters: dict[str, str],
-        limits: dict[str, int | None],
         device: str | None,
-        on_news: Callable[[dict[str, Any]], None],
+        on_events: Callable[[dict[str, Any]], None],
         on_loss: Callable[[str], None],
         log: Callable[[str], None],
     ) -> None:
-        settings = {"model": parameters["model"], "max_prompt_tokens": limits["max_prompt_tokens"]}
-        settings |= {name: int(parameters[name]) for name in ("max_batch", "threads") if parameters.get(name)}
+        numbers = ("max_batch", "threads", "max_prompt_tokens")
+        settings = {"model": parameters["model"]} | {n: int(parameters[n]) for n in numbers if parameters.get(n)}
         python = parameters.get("python") or sys.executable or "python3"  # of Triton's stub: the first on PATH
         self._command = [python, "-m", "awq_trt.serve.triton.engine_process", str(folder), json.dumps(settings)]
-        self._environment = environment(folder, device)
-        self._on_news, self._on_loss, self._log = on_news, on_loss, log
-        self._process: subprocess.Popen[str] | None = None
-        self.ready: dict[str, Any] | None = None
-        self.trouble = "it has not been started"
-        self.stopping = threading.Event()
+        paths = [str(folder / "awq_trt.zip"), *filter(None, [os.environ.get("PYTHONPATH")])]  # our modules first
+        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        if device is not None:
+            self._environment["CUDA_VISIBLE_DEVICES"] = visible(int(device))
+        self._on_events, self._on_loss, self._log = on_events, on_loss, log
+        self._process: Any = None
+        self.ready: dict[str, Any] | None = None  # what the engine said of itself, None while there is none
+        self.trouble = "it has not been started"  # why there is none
+        self.stopping = threading.Event()  # set by `stop`
 
     def start(self) -> None:
         """Start the process and wait until it is ready, then read it in a thread.
@@ -68,95 +68,60 @@ class Engine:
 
     def send(self, message: dict[str, Any]) -> None:
         """Write a message; if the process has gone, its reader will notice."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(message) + "\n")
-            process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            print(json.dumps(message), file=self._process.stdin, flush=True)
 
     def stop(self) -> None:
         """End the process, gently at first."""
         self.stopping.set()
-        process, self.ready = self._process, None
-        if process is None or process.stdin is None:
-            return
-        try:
-            process.stdin.close()
-            process.wait(10)
-        except (OSError, subprocess.TimeoutExpired):
-            process.kill()
-            process.wait()
+        self.ready = None
+        if self._process is not None:
+            try:
+                self._process.stdin.close()
+                self._process.wait(10)
+            except (OSError, subprocess.TimeoutExpired):
+                self._process.kill()
+                self._process.wait()
 
     def _run(self) -> None:
+        """Read the process until it ends, then start it again."""
         while True:
-            self._follow()
-            for seconds in _then_the_last(RETRY_SECONDS):
+            failure = None
+            for line in self._process.stdout:
+                message = json.loads(line)
+                if "failed" in message:
+                    failure = message["failed"]
+                else:
+                    self._on_events(message)
+            self.ready, self.trouble = None, failure or _ending(self._process.wait())
+            if not self.stopping.is_set():
+                self._log(f"the engine's process has ended: {self.trouble}")
+                self._on_loss(self.trouble)
+            for seconds in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
                 if self.stopping.wait(seconds):
                     return
                 if self._launch():
                     break
 
-    def _follow(self) -> None:
-        """Read until the process ends."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        said = None
-        for line in self._process.stdout:
-            message = json.loads(line)
-            if "failed" in message:
-                said = message["failed"]
-            else:
-                self._on_news(message)
-        self.ready = None
-        self.trouble = said or _ending(self._process.wait())
-        if not self.stopping.is_set():
-            self._log(f"the engine's process has ended: {self.trouble}")
-            self._on_loss(self.trouble)
-
     def _launch(self) -> bool:
         """Start a process and wait for its first line; `ready` or `trouble` says what came of it."""
+        pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
+                self._command, env=self._environment, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
             )
         except OSError as error:
             self.trouble = f"{self._command[0]} cannot be run: {error}"
             return False
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        message = json.loads(line) if line else {}
-        if "ready" not in message:
+        message = json.loads(self._process.stdout.readline() or "{}")
+        self.ready = message.get("ready")
+        if self.ready is None:
             self.trouble = message.get("failed") or _ending(self._process.wait())
             self._log(f"the engine could not be started: {self.trouble}")
             return False
-        self.ready = message["ready"]
         self._log(f"engine ready: {json.dumps(self.ready)}")
         return True
 
 
-def environment(folder: Path, device: str | None) -> dict[str, str]:
-    """Variables of the engine's process: our modules first, and one GPU."""
-    variables = dict(os.environ)
-    paths = [str(folder / "awq_trt.zip"), *filter(None, [variables.get("PYTHONPATH")])]
-    variables["PYTHONPATH"] = os.pathsep.join(paths)
-    if device is not None:
-        variables["CUDA_VISIBLE_DEVICES"] = visible(int(device))
-    return variables
-
-
 def _ending(status: int) -> str:
     return f"it was killed by signal {-status}" if status < 0 else f"it ended with status {status}; see Triton's log"
-
-
-def _then_the_last(seconds: tuple[float, ...]) -> Iterator[float]:
-    yield from seconds
-    while True:
-        yield seconds[-1]
