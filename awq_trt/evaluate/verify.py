@@ -34,7 +34,6 @@ from awq_trt.export.rope import resolve_longrope
 WINDOW = 512  # tokens of a window of held-out text, where the model has as many positions
 AGREEMENT_TOKENS = 128  # tokens of held-out text whose every logit is compared
 NUMPY_TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
-MADE_UP = ("attention_mask", "past_length", "input_length")  # inputs that run_onnx knows by itself
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph in memory has its weights
 PROMPT = "The first thing to know about the sea is that"
 
@@ -60,8 +59,7 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
 
     With `all_logits`, a decoder that gives the logits of last tokens gives those of all. A bfloat16 file is run as its
     copy with fp32 activations, because ONNX Runtime has no bfloat16 kernels for the CPU. Constants are not folded:
-    folding unpacks all weights at once and holds every intermediate result, 31 bytes for each weight. So memory stays
-    bounded, and each run unpacks anew.
+    folding unpacks all weights at once, 31 bytes for each; so each run unpacks anew.
 
     Raises:
         AwqTrtError: ONNX Runtime does not take the file.
@@ -92,52 +90,46 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
 def run_onnx(
     session: onnxruntime.InferenceSession, inputs: Arrays, past: Arrays | None = None, past_length: int = 0
 ) -> Arrays:
-    """Run an exported model on inputs; a decoder's KV cache is empty, or goes on from a call before.
+    """Run an exported model, with a fixed KV cache, one that grows, or none; long prompts in chunks.
 
     Args:
         inputs: by name, "input_ids" int64 [B, S], "pixel_values" and so on. Those the file does not have are left out;
             a missing attention mask is ones.
-        past: what the call before returned. past_length: tokens in its cache.
+        past: what the call before returned, None for an empty cache. past_length: tokens in it.
 
     Returns:
-        The outputs by name. A decoder with a fixed cache takes tokens in as many calls as its prefill chunk needs, and
-        "logits" are those of all calls [B, S, V], or of the last token [B, 1, V] where the file gives no others.
+        The outputs by name: "logits" [B, S, V], or [B, 1, V] where the file gives those of the last token, "present.*".
 
     Raises:
         AwqTrtError: an input is missing, or there are more tokens than the cache has room for.
     """
-    wanted = session.get_inputs()
+    types = {tensor.name: NUMPY_TYPES[tensor.type] for tensor in session.get_inputs()}
     names = [tensor.name for tensor in session.get_outputs()]
     fixed = fixed_cache_facts(json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")))
-    ids = inputs.get("input_ids", np.zeros((1, 1), np.int64))  # a model that reads no tokens runs in one call, too
+    ids = inputs.get("input_ids", np.zeros((1, 1)))  # a model that reads no tokens runs in one call, too
     batch, done, end = len(ids), past_length, past_length + ids.shape[1]
     if end > fixed.get("capacity", end):
         raise AwqTrtError(f"{end} tokens, but the KV cache has room for {fixed['capacity']}: export a larger capacity.")
-    chunk, outputs, logits = fixed.get("prefill_chunk", end), past or {}, []
+    outputs = dict(past or {})
+    for tensor in [] if past else session.get_inputs():  # an empty cache; no slots at all where their number is dynamic
+        if tensor.name.startswith("past_key_values"):
+            shape = (batch, *(size if isinstance(size, int) else 0 for size in tensor.shape[1:]))
+            outputs[tensor.name.replace("past_key_values", "present")] = np.zeros(shape)
+    logits, chunk = [], fixed.get("prefill_chunk", end)
     while done < end:
         stop = min(end, done - done % chunk + chunk)
-        known = {
+        feeds = {
             "attention_mask": np.ones((batch, stop)),
             "past_length": np.full(batch, done),
             "input_length": np.full(batch, stop - done),
-            **inputs,
+            **{name: v[:, done - past_length : stop - past_length] if v is ids else v for name, v in inputs.items()},
+            **{name.replace("present", "past_key_values"): value for name, value in outputs.items()},
         }
-        if "input_ids" in inputs:
-            known["input_ids"] = ids[:, done - past_length : stop - past_length]
-        feeds = {}
-        for tensor in wanted:
-            name, present = tensor.name, tensor.name.replace("past_key_values", "present")
-            if present in outputs:
-                feeds[name] = outputs[present]
-            elif present != name:  # an empty cache: no tokens where that dimension is dynamic
-                shape = [size if isinstance(size, int) else 0 for size in tensor.shape[1:]]
-                feeds[name] = np.zeros((batch, *shape), NUMPY_TYPES[tensor.type])
-            elif name in known:
-                feeds[name] = known[name].astype(NUMPY_TYPES[tensor.type])
-            else:
-                raise AwqTrtError(f"the ONNX file wants an input {name!r} that the calibration inputs do not have.")
+        if missing := types.keys() - feeds.keys():
+            raise AwqTrtError(f"the ONNX file wants inputs that the calibration inputs do not have: {sorted(missing)}.")
+        feeds = {name: feeds[name].astype(dtype, copy=False) for name, dtype in types.items()}
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
-        logits.append(next(iter(outputs.values())))
+        logits.append(outputs[names[0]])
         done = stop
     if len(logits) > 1 and session.get_outputs()[0].shape[1] != 1:
         outputs[names[0]] = np.concatenate(logits, 1)
@@ -196,7 +188,7 @@ def agreement(
     if tokenizer is None or not is_causal_lm(weights.config):
         return found
     prompt = np.array([tokenizer(PROMPT)["input_ids"]])
-    if room := capacity(onnx_path):
+    if room := fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity"):
         prompt = prompt[:, : max(1, room - tokens)]
         tokens = min(tokens, room - prompt.shape[1])
     ids = generate_onnx(onnx_session(onnx_path), prompt, tokens)
@@ -209,11 +201,6 @@ def agreement(
     return replace(found, generated=text, tokens=tokens, tokens_equal=equal, gap=float(gap.max()))
 
 
-def capacity(onnx_path: Path) -> int | None:
-    """Tokens that the fixed cache of an ONNX file holds; None for a file without one."""
-    return fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity")
-
-
 def verify(
     onnx_path: Path, awq_dir: Path, original: Checkpoint | None, *, inputs: str | Path | None = None
 ) -> dict[str, Any]:
@@ -224,7 +211,8 @@ def verify(
             quantization, None where it is not at hand (then no accuracy is measured).
         inputs: a .npz of model inputs for models without a tokenizer; text models read the held-out text.
     """
-    quantized, room = open_quantized(awq_dir), capacity(onnx_path)
+    quantized = open_quantized(awq_dir)
+    room = fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity")
     if quantized.tokenizer is not None:
         longest = getattr(quantized.config, "max_position_embeddings", None) or WINDOW
         samples = windows(HELD_OUT_TEXT, quantized.tokenizer, samples=8, length=min(WINDOW, longest))
@@ -237,14 +225,10 @@ def verify(
     exported = replace(quantized, config=resolve_longrope(quantized.config, room or 0))
     held_out = {}
     if original is not None and samples:
-        models: dict[str, Weights] = {
-            "float": original,
-            "rounding": rounded_like(quantized, original),
-            str(quantized.report["method"]): quantized,
-        }
-        if quantized.report["method"] == "rtn":
-            del models["rounding"]
-        held_out = accuracy(models, samples)
+        models: dict[str, Weights] = {"float": original}
+        if quantized.report["method"] != "rtn":
+            models["rounding"] = rounded_like(quantized, original)
+        held_out = accuracy(models | {str(quantized.report["method"]): quantized}, samples)
     return {
         "text": HELD_OUT_TEXT.name if quantized.tokenizer is not None else str(inputs),
         "held_out": {name: asdict(value) for name, value in held_out.items()},
@@ -254,14 +238,11 @@ def verify(
 
 def random_inputs(onnx_path: Path) -> Inputs:
     """Random inputs of the shapes an ONNX file declares, for a model that came with none: 2 samples, 16 positions."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
+    generator, inputs = torch.Generator().manual_seed(0), {}
     for wanted in read_graph(onnx_path).inputs:
-        if wanted.name in MADE_UP or wanted.name.startswith("past_key_values"):
-            continue
         shape = [d if isinstance(d, int) else 2 if "batch" in d else 16 for d in wanted.shape]
-        sample = torch.randn(shape, generator=generator)
-        if wanted.dtype == "int64":
-            sample = torch.randint(0, 100, shape, generator=generator)
-        inputs[wanted.name] = sample
-    return inputs
+        if wanted.dtype != "int64":
+            inputs[wanted.name] = torch.randn(shape, generator=generator)
+        elif wanted.name not in ("attention_mask", "past_length", "input_length"):  # which run_onnx adds
+            inputs[wanted.name] = torch.randint(0, 100, shape, generator=generator)
+    return {name: value for name, value in inputs.items() if not name.startswith("past_key_values")}
