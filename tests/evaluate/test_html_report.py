@@ -53,12 +53,13 @@ GEMM = {
     },
     "device": {"bandwidth": {"used": 3e12}, "peak": {"used": 790e12}},
     "rows": [
-        {"method": "awq_trt", "variant": "default", "n": 4096, "k": 4096, "m": 1, "us": 6.0},
-        {"method": "awq_trt", "variant": "tactic 2", "n": 4096, "k": 4096, "m": 1, "us": 5.0},
-        {"method": "awq_trt", "variant": "tactic 3", "n": 4096, "k": 4096, "m": 1, "us": 1.0, "problem": "wrong"},
-        {"method": "cublas", "variant": "default", "n": 4096, "k": 4096, "m": 1, "us": 15.0},
-        {"method": "cublas", "variant": "default", "n": 4096, "k": 4096, "m": 64, "us": 20.0},
-        {"method": "humming", "variant": "default", "n": 4096, "k": 4096, "m": 64, "us": 9.0},
+        {"method": method, "variant": "default", "n": 4096, "k": 4096, "m": m, "us": us} | more
+        for method, m, us, more in (
+            ("awq_trt", 1, 6.0, {}),
+            ("awq_trt", 1, 5.0, {"variant": "tactic 2"}),
+            ("awq_trt", 1, 1.0, {"variant": "tactic 3", "problem": "wrong"}),
+            ("cublas", 1, 15.0, {}), ("cublas", 64, 20.0, {}), ("humming", 64, 9.0, {}),
+        )
     ],
 }  # fmt: skip
 
@@ -67,15 +68,13 @@ class Page:
     """A page, which is well-formed XML too."""
 
     def __init__(self, text: str) -> None:
-        self.tags = list(ElementTree.fromstring(text).iter())
+        self.root = ElementTree.fromstring(text)
 
     def all(self, name: str) -> list[ElementTree.Element]:
-        """Every element of this name."""
-        return [tag for tag in self.tags if tag.tag == name]
+        return list(self.root.iter(name))
 
-    def text(self, *names: str) -> list[str]:
-        """The texts of the elements of these names."""
-        return [" ".join("".join(tag.itertext()).split()) for tag in self.tags if tag.tag in names]
+    def text(self, name: str) -> list[str]:
+        return [" ".join("".join(tag.itertext()).split()) for tag in self.root.iter(name)]
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +115,7 @@ def checked(text: str) -> Page:
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"(?:https?:)?//\w|@import|url\(", re.sub(r"base64,[\w+/=]*", "", text)), "nothing is loaded"
-    for tag in page.tags:
+    for tag in page.root.iter():
         assert tag.tag != "script"
         assert (
             tag.keys() in ([], ["lang"], ["charset"], ["name", "content"], ["http-equiv", "content"], ["scope"])
@@ -224,16 +223,15 @@ def test_hostile_names_are_text_even_drawn(tmp_path: Path) -> None:
     page = page_of(tmp_path, awq_dir=folder, engine=engine, accuracy=accuracy, records=[tmp_path / "<r>.json"])
     texts = " ".join(page.text("html"))
     assert texts.count("{{ 7*7 }}") == texts.count("</title></style><script>alert(1)</script>") > 25
-    assert "49" not in page.text("h1", "td", "th", "p", "pre")
+    assert " 49 " not in texts
     assert len([line for line in page.text("pre") if "<script>alert(1)</script>" in line]) == 1
     assert page.all("img"), "drawn, or the reason would say why not"
 
 
-def test_warnings_are_shown(tmp_path: Path) -> None:
-    for dtype in ("bfloat16", "float16"):
-        rows = [layer("m.0.up", largest_activation=61000.0)]
-        page = page_of(tmp_path, awq_dir=awq_dir_of(tmp_path / f"{dtype}.awq", dtype, layers=rows))
-        assert [bool(t) for t in page.text("aside") if "61000" in t] == ([True] if dtype == "float16" else [])
+@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 0), ("float16", 1)])
+def test_warnings_are_shown(tmp_path: Path, dtype: str, count: int) -> None:
+    folder = awq_dir_of(tmp_path / "out.awq", dtype, layers=[layer("m.0.up", largest_activation=61000.0)])
+    assert ["61000" in text for text in page_of(tmp_path, awq_dir=folder).text("aside")] == [True] * count
 
 
 def test_a_record_of_the_benchmark(tmp_path: Path, awq_dir: Path) -> None:

@@ -13,11 +13,10 @@ from onnx import numpy_helper
 
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
-from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_outputs
+from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.evaluate.verify import agreement, onnx_session, random_inputs, verify
 from awq_trt.export.export import export_onnx
 from awq_trt.export.trace import DecoderOptions
@@ -34,24 +33,6 @@ def test_block_by_block_is_the_model(models: Path, name: str) -> None:
     model = getattr(transformers, checkpoint.config.architectures[0]).from_pretrained(models / name).eval()
     (got,) = eager_outputs(checkpoint, [{"input_ids": ids()}])
     torch.testing.assert_close(got, model(ids()).logits, rtol=1e-4, atol=1e-4)
-
-
-@torch.inference_mode()
-def test_perplexity_is_that_of_transformers(models: Path) -> None:
-    checkpoint = open_checkpoint(models / "llama")
-    model = transformers.LlamaForCausalLM.from_pretrained(models / "llama").eval()
-    samples = [{"input_ids": ids(64)}, {"input_ids": ids(64).flip(1)}]
-    rounded = RoundedWeights(checkpoint, Settings(group_size=32))
-    found = accuracy({"float": checkpoint, "rounding": rounded}, samples)
-    losses = [float(model(s["input_ids"], labels=s["input_ids"]).loss) for s in samples]
-    assert found["float"].perplexity == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
-    assert found["float"].top1 == 1
-    assert found["rounding"].perplexity != found["float"].perplexity
-    assert found["rounding"].top1 < 1
-
-
-def test_encoders_have_no_perplexity(models: Path) -> None:
-    assert accuracy({"float": open_checkpoint(models / "bert")}, [{"input_ids": ids()}])["float"].perplexity is None
 
 
 def test_a_right_file_agrees(exported: Path, models: Path) -> None:
