@@ -1,13 +1,13 @@
 """How well a model predicts a text: perplexity, and how often it chooses the token that the float model chooses.
 
-Models run block by block (blocks.py), so that measuring needs no more memory than quantizing.
+Models run block by block (awq/blocks.py), so that measuring needs no more memory than quantizing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -17,34 +17,25 @@ from awq_trt.awq.blocks import BlockStream, Inputs, Weights
 from awq_trt.awq.head import head_of, untied
 from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
+from awq_trt.checkpoint.quantized import QuantizedCheckpoint
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.linear import quantize_weight, row_chunks
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One model on a text.
+    """One model on a text."""
 
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood of the next token; None for models that predict none.
-        top1: part of the positions where the arg max is that of the float model.
-    """
-
-    perplexity: float | None
-    top1: float
+    perplexity: float | None  # exp of the mean negative log-likelihood of the next token; None if it predicts none
+    top1: float  # part of the positions where the arg max is that of the float model
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one model makes of a text, window by window.
+    """What one model makes of a text, window by window."""
 
-    Attributes:
-        losses: mean negative log-likelihood of the next token in each window, in nats; [] for models that predict none.
-        chosen: arg max at every position of each window, int64 [1, S].
-    """
-
-    losses: list[float]
-    chosen: list[torch.Tensor]
+    losses: list[float] = field(default_factory=list)  # nats, mean over a window; [] if it predicts no next token
+    chosen: list[torch.Tensor] = field(default_factory=list)  # arg max at every position of each window, int64 [1, S]
 
     def compared(self, reference: Predictions) -> Accuracy:
         """Perplexity, and agreement with the reference (the float model)."""
@@ -83,6 +74,14 @@ class RoundedWeights:
         return rounded
 
 
+def rounded_like(quantized: QuantizedCheckpoint, original: Checkpoint) -> RoundedWeights:
+    """The original weights rounded to nearest, with the group size, zero points and head of a quantized checkpoint."""
+    linear = next(iter(quantized.linears.values()))
+    settings = Settings(quantized.scheme.group_size or linear.group_size, linear.zeros is None, quantized.dtype)
+    head = head_of(empty_model(quantized.config))
+    return RoundedWeights(original, settings, head=head is not None and head[0] in quantized.linears)
+
+
 def is_causal_lm(config: transformers.PretrainedConfig) -> bool:
     """True where the architecture predicts the next token."""
     name = (config.architectures or [""])[0]
@@ -96,12 +95,11 @@ def predictions(outputs: Iterable[torch.Tensor], inputs: Sequence[Inputs], causa
         outputs: per window, logits [1, S, V] (or other outputs [..., V]). inputs: {"input_ids": [1, S]} per window.
         causal: whether logits predict the next token.
     """
-    found = Predictions([], [])
+    found = Predictions()
     for logits, sample in zip(outputs, inputs, strict=True):
         found.chosen.append(logits.argmax(-1))
         if causal:
-            loss = nn.functional.cross_entropy(logits[0, :-1].float(), sample["input_ids"][0, 1:])
-            found.losses.append(float(loss))
+            found.losses.append(float(nn.functional.cross_entropy(logits[0, :-1].float(), sample["input_ids"][0, 1:])))
     return found
 
 
@@ -116,13 +114,9 @@ def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, 
     Args:
         models: name -> weights. inputs: windows of held-out text ({"input_ids": [1, S]}), or other model inputs.
     """
-    results: dict[str, Accuracy] = {}
-    reference: Predictions | None = None
-    for name, weights in models.items():
-        found = eager_predictions(weights, inputs)
-        reference = reference or found
-        results[name] = found.compared(reference)
-    return results
+    found = {name: eager_predictions(weights, inputs) for name, weights in models.items()}
+    reference = next(iter(found.values()))
+    return {name: one.compared(reference) for name, one in found.items()}
 
 
 def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:

@@ -1,13 +1,15 @@
 """One page about a model that was quantized and built: pipeline, layers, accuracy, sizes, memory, speed, launch lines.
 
-A single file that loads nothing: style, script and drawings are inside, and its content security policy forbids
-everything else. What is in it comes from awq_trt.json, the plan's sidecar and records of measurements; all of it is
-text to the template (data/report.html.j2), which escapes it.
+A single file that loads nothing and runs no script; its content security policy forbids both. The template
+data/report.html.j2 says what stands on it, and escapes all names: they come from checkpoints, which may be hostile.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,15 @@ from typing import Any
 import jinja2
 
 from awq_trt.awq import report
+from awq_trt.checkpoint.directory import read_json
 from awq_trt.checkpoint.quantized import REPORT
-from awq_trt.engine import memory, sidecar, trtexec
+from awq_trt.engine import memory, trtexec
+from awq_trt.engine.sidecar import path_of, read_sidecar
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluate import svg_chart
-from awq_trt.evaluate.speed_tables import Cell, Speed, Table, number_cell, read_speeds
-from awq_trt.evaluate.svg_chart import Chart, Series, chart
+from awq_trt.evaluate.records import Table, read_record
+from awq_trt.export.metadata import read_graph
 from awq_trt.files import PACKAGE, replacing
 from awq_trt.serve.triton.repository import launch_plan
-
-TEMPLATE = PACKAGE / "data" / "report.html.j2"
 
 
 def write_html_report(
@@ -42,338 +43,86 @@ def write_html_report(
         path: the .html file. awq_dir: quantized directory; None takes the one that the plan's sidecar points to, if
             it is there. onnx: the ONNX file, for its size where there is no plan. engine: the plan, beside its sidecar.
         accuracy: what the verification measured; None takes the sidecar's. records: files of measurements, see
-            speed_tables.py.
+            records.py.
 
     Raises:
         AwqTrtError: a missing or damaged file, or a directory without awq_trt.json.
     """
-    content = None
+    sidecar: dict[str, Any] = {}
+    quantized: dict[str, Any] = {}
     if engine is not None:
         if not engine.is_file():
             raise AwqTrtError(f"{engine}: no such file. Give the path of a plan.")
-        content = sidecar.read_sidecar(sidecar.path_of(engine))
-        awq_dir = awq_dir or _awq_dir(engine, content)
-    if content is None and awq_dir is None:
+        sidecar = read_sidecar(path_of(engine))
+        tokenizer = sidecar["model"].get("tokenizer")  # it lies in the quantized directory
+        if awq_dir is None and isinstance(tokenizer, str) and (engine.parent / tokenizer / REPORT).is_file():
+            awq_dir = engine.parent / tokenizer
+    elif awq_dir is None:
         raise AwqTrtError("nothing to report on: give a quantized directory, or a plan.")
-    foreign = engine is not None and awq_dir is not None and not (awq_dir / REPORT).is_file()
-    quantized = None if awq_dir is None or foreign else read_awq_report(awq_dir)
-    speeds = read_speeds(records)
-    text = render(quantized, awq_dir, onnx, content, engine, accuracy, speeds)
-    with replacing(path) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_awq_report(directory: Path) -> dict[str, Any]:
-    """awq_trt.json of a quantized directory.
-
-    Raises:
-        AwqTrtError: it is missing or damaged.
-    """
-    path = directory / REPORT
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise AwqTrtError(
-            f"{directory}: no {REPORT} here: another tool quantized it, or it is no such directory."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise AwqTrtError(f"{path}: cannot be read ({error}). Quantize again.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("layers"), list):
-        raise AwqTrtError(f"{path}: has no list of layers. Quantize again.")
-    return found
-
-
-def render(
-    quantized: Mapping[str, Any] | None,
-    awq_dir: Path | None,
-    onnx: Path | None,
-    content: Mapping[str, Any] | None,
-    engine: Path | None,
-    accuracy: Mapping[str, Any] | None,
-    speeds: Sequence[Speed],
-) -> str:
-    """The page's text, from what the files held; None for what there is not."""
-    accuracy = accuracy or (content or {}).get("accuracy")
-    dtype = (content or {}).get("model", {}).get("dtype") or _dtype(awq_dir)
-    layers = (quantized or {}).get("layers", [])
-    left = (content or {}).get("left_in_float") or (quantized or {}).get("left_in_float") or {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(TEMPLATE.read_text()).render(
-        title=(engine or awq_dir or Path()).name,
-        source=(quantized or {}).get("source"),
-        created=(content or {}).get("created"),
-        pipeline=_pipeline(quantized, awq_dir, onnx, content, engine),
-        tiles=_tiles(layers, accuracy, content, left),
-        warnings=_warnings(layers, content, dtype),
-        settings=_settings(quantized, content, dtype),
-        accuracy=_accuracy(accuracy),
-        agreement=(accuracy or {}).get("onnx"),
-        charts=_charts(layers, dtype),
-        layers=_layers(layers),
-        left=_left(left),
-        sizes=_sizes(awq_dir, content),
-        memory=_memory(content),
-        profiles=_profiles(content),
-        cache=_cache(content),
-        speeds=speeds,
-        launch=_launch(content, engine),
-        chart_size=(svg_chart.WIDTH, svg_chart.HEIGHT, svg_chart.LEFT, svg_chart.RIGHT, svg_chart.BOTTOM),
-        knows_layers=quantized is not None,
-    )
-
-
-def _awq_dir(engine: Path, content: Mapping[str, Any]) -> Path | None:
-    """The quantized directory of a plan: the one that has its tokenizer."""
-    tokenizer = content["model"].get("tokenizer")
-    if not isinstance(tokenizer, str):
-        return None
-    found = engine.parent / tokenizer
-    return found if (found / REPORT).is_file() else None
-
-
-def _dtype(awq_dir: Path | None) -> str:
-    """Of the activations, from config.json."""
-    try:
-        config = json.loads(((awq_dir or Path()) / "config.json").read_text())
-    except (OSError, ValueError):
-        return "float16"
-    return str(config.get("dtype") or config.get("torch_dtype") or "float16")
-
-
-def _pipeline(
-    quantized: Mapping[str, Any] | None,
-    awq_dir: Path | None,
-    onnx: Path | None,
-    content: Mapping[str, Any] | None,
-    engine: Path | None,
-) -> list[dict[str, str]]:
-    """The boxes of the drawing: what, name, and sizes."""
-    boxes = []
-    if quantized is not None:
-        boxes.append({"what": "checkpoint", "name": str(quantized.get("source", "?")), "size": ""})
-    if awq_dir is not None:
-        boxes.append({"what": "quantized", "name": awq_dir.name, "size": size(_folder_bytes(awq_dir))})
-    if content is not None and engine is not None:
-        sizes = content["sizes"]
-        both = sizes.get("onnx", 0) + sizes.get("onnx_data", 0)
-        boxes.append({"what": "ONNX", "name": str(content["model"].get("onnx", "?")), "size": size(both)})
-    elif onnx is not None:
-        files = [file for file in (onnx, onnx.with_name(onnx.name + ".data")) if file.is_file()]
-        boxes.append({"what": "ONNX", "name": onnx.name, "size": size(sum(f.stat().st_size for f in files))})
-    if content is not None and engine is not None:
-        boxes.append({"what": "TensorRT plan", "name": engine.name, "size": size(sizes["plan"])})
-    return boxes
-
-
-def _tiles(
-    layers: Sequence[report.Layer],
-    accuracy: Mapping[str, Any] | None,
-    content: Mapping[str, Any] | None,
-    left: Mapping[str, str],
-) -> list[tuple[str, str]]:
-    """The numbers to see first: value and what it is."""
-    held_out = (accuracy or {}).get("held_out") or {}
-    tiles = []
-    rounded = [row for name, row in held_out.items() if name not in ("float", "rounding")]
-    if rounded and rounded[-1].get("perplexity") is not None:
-        before = held_out.get("float", {}).get("perplexity")
-        more = f" (+{rounded[-1]['perplexity'] - before:.2f})" if before is not None else ""
-        tiles.append((f"{rounded[-1]['perplexity']:.2f}{more}", "perplexity, and above the float model"))
-    if rounded:
-        tiles.append((f"{rounded[-1]['top1']:.1%}", "same next token as the float model"))
-    count = len(layers) or len((content or {}).get("quantized", []))
-    tiles.append((f"{count}", f"layers in INT4, {len(left)} left in float"))
-    if content is not None:
-        tiles.append((size(content["sizes"]["plan"]), "plan"))
-    return tiles
-
-
-def _warnings(layers: Sequence[report.Layer], content: Mapping[str, Any] | None, dtype: str) -> list[str]:
-    found = report.warnings(layers, [x["name"] for x in layers], dtype)
-    if content is not None:
-        found += [f"TensorRT: {text}" for text in content["build"].get("warnings", [])]
-        found += launch_plan(content).warnings
-    return found
-
-
-def _settings(
-    quantized: Mapping[str, Any] | None, content: Mapping[str, Any] | None, dtype: str
-) -> list[tuple[str, str]]:
-    """Names and values."""
-    found = []
-    if quantized is not None:
-        calibration = quantized.get("calibration") or {}
-        group = quantized.get("group_size")
-        found += [
-            ("method", str(quantized.get("method", "?"))),
-            ("group", "whole row" if group == -1 else str(group)),
-            ("zero points", "no (symmetric)" if quantized.get("symmetric") else "yes"),
-            ("clip", _yes(quantized.get("clip"))),
-            ("error feedback", _yes(quantized.get("feedback"))),
-            (
-                "calibration",
-                f"{calibration.get('source')}, {calibration.get('windows')} × {calibration.get('length')} tokens",
-            ),
-        ]
-    found.append(("activations", dtype))
-    if content is not None:
-        versions, plugin = content["versions"], content["plugin"]
-        found += [
-            ("built by", f"{versions.get('runtime')} {versions.get('runtime_version')}"),
-            ("compute capability", ", ".join(content["gpu_architectures"])),
-            ("model type", str(content["model"].get("model_type", "?"))),
-            ("logits", {"last": "of the last token", "all": "of every token"}.get(content["model"].get("logits"), "-")),
-        ]
-        if plugin is not None:
-            inside = "inside the plan" if plugin["embedded"] else plugin["path"]
-            found.append(
-                ("plugin", f"{plugin['version']}, {plugin['layers']} nodes, {inside}, SHA-256 {plugin['sha256']}")
-            )
-    return found
-
-
-def _accuracy(accuracy: Mapping[str, Any] | None) -> Table | None:
-    held_out = (accuracy or {}).get("held_out") or {}
-    if not held_out:
-        return None
-    rows = tuple(
-        (Cell(str(name)), number_cell(row.get("perplexity"), ".2f"), number_cell(row.get("top1"), ".1%"))
-        for name, row in held_out.items()
-    )
-    caption = f"On held-out text ({(accuracy or {}).get('text', '?')})"
-    return Table(caption, ("weights", "perplexity", "same next token as float"), rows)
-
-
-def _charts(layers: Sequence[report.Layer], dtype: str) -> list[Chart]:
-    """The panels of report.plot, over the blocks."""
-    kinds, behind = report.by_kind(layers), report.blocks(layers)
-    found = []
-    for label, field, scale in report.PANELS:
-        series = []
-        for i, (name, members) in enumerate(kinds.items()):
-            series.append(Series(name, *report.curve(members, field, behind), color=i))
-            if field == "error":
-                series.append(Series("", *report.curve(members, "error_rounding", behind), color=i, thin=True))
-        ends = field == "largest_activation" and dtype == "float16"
-        mark = (report.LARGEST_FLOAT16, "float16 ends") if ends else None
-        drawn = chart(label, "block", series, log_y=scale == "log", mark=mark)
-        if drawn is not None:
-            found.append(drawn)
-    return found
-
-
-def _layers(layers: Sequence[report.Layer]) -> Table:
-    columns = ("layer", "alpha", "clip", "scale in", "error, rounded", "error now", "tokens", "largest |x|")
-    rows = []
-    for layer in layers:
-        name, _, alpha, clip, where, rounded, now, tokens, largest = report.one_layer(layer)
-        keys = (layer["alpha"], layer.get("clip", 1.0), None, layer["error_rounding"], layer["error"], layer["tokens"])
-        cells = zip((alpha, clip, where, rounded, now, tokens), keys, strict=True)
-        rows.append((Cell(name), *(Cell(t, v) for t, v in cells), Cell(largest, layer["largest_activation"])))
-    return Table("Relative error of each layer's output, before and after", columns, tuple(rows))
-
-
-def _left(left: Mapping[str, str]) -> Table:
-    rows = tuple((Cell(str(name)), Cell(str(why))) for name, why in left.items())
-    return Table("Layers that stay in 16 bits", ("layer", "why"), rows)
-
-
-def _sizes(awq_dir: Path | None, content: Mapping[str, Any] | None) -> list[tuple[str, str, float]]:
-    """What, how large in words, and in parts of the largest."""
-    found: list[tuple[str, int]] = []
-    if awq_dir is not None:
-        found.append(("quantized directory", _folder_bytes(awq_dir)))
-    if content is not None:
-        names = {
-            "quantized_weights": "INT4 weights, scales and zeros",
-            "other_weights": "other weights",
-            "onnx": "ONNX graph",
-            "onnx_data": "ONNX data",
-            "plan": "plan",
-            "plugin": "of it the plugin" if (content["plugin"] or {}).get("embedded") else "plugin",
-        }
-        found += [(text, content["sizes"].get(key) or 0) for key, text in names.items() if content["sizes"].get(key)]
-    largest = max((value for _, value in found), default=1)
-    return [(name, size(value), round(100 * value / max(largest, 1), 2)) for name, value in found]
-
-
-def _memory(content: Mapping[str, Any] | None) -> Table | None:
-    """What a GPU must have for the largest batch."""
-    if content is None:
-        return None
-    sizes, (cache, io) = content["sizes"], memory.cache_and_io(content)
-    parts = {
-        "weights": sizes["quantized_weights"] + sizes["other_weights"],
-        "KV cache": cache,
-        "inputs and outputs": io,
+    if awq_dir is not None and (awq_dir / REPORT).is_file():
+        try:
+            quantized = json.loads((awq_dir / REPORT).read_text())
+            quantized["layers"] = list(quantized["layers"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AwqTrtError(f"{awq_dir / REPORT}: no list of layers ({error!r}). Quantize again.") from error
+    elif engine is None:
+        raise AwqTrtError(f"{awq_dir}: no {REPORT}: another tool quantized it, or it is no such directory.")
+    config = {} if awq_dir is None else read_json(awq_dir / "config.json")
+    dtype = str(sidecar.get("model", {}).get("dtype") or config.get("dtype") or config.get("torch_dtype") or "float16")
+    title, layers = (engine or awq_dir or path).name, quantized.get("layers", [])
+    graph = read_graph(onnx) if onnx and not engine else None
+    facts: dict[str, Any] = {
+        "title": title,
+        "quantized": quantized,
+        "sidecar": sidecar,
+        "accuracy": accuracy or sidecar.get("accuracy") or {},
+        "dtype": dtype,
+        "directory": awq_dir and (awq_dir.name, sum(f.stat().st_size for f in awq_dir.rglob("*") if f.is_file())),
+        "onnx": graph and (graph.path.name, graph.onnx_bytes + graph.data_bytes),
+        "warnings": report.warnings(layers, [], dtype),
+        "int4_layers": len(layers) or len(sidecar.get("quantized", [])),
+        "left_in_float": sidecar.get("left_in_float") or quantized.get("left_in_float") or {},
+        "records": [read_record(file) for file in records],
     }
-    if sizes.get("activations") is not None:
-        parts["activations (estimate)"] = sizes["activations"]
-    parts["together"] = sum(parts.values())
-    rows = tuple((Cell(name), Cell(size(value), value)) for name, value in parts.items())
-    return Table(f"GPU memory for a batch of {memory.max_batch(content)}", ("for", "size"), rows)
+    if layers:
+        facts |= _layers(layers, title, dtype)
+    if engine is not None:
+        served, (cache, io) = launch_plan(sidecar), memory.cache_and_io(sidecar)
+        facts["warnings"] += [f"TensorRT: {text}" for text in sidecar["build"].get("warnings", [])] + [*served.warnings]
+        facts |= {"plan": engine.name, "cache_bytes": cache, "io_bytes": io, "batch": memory.max_batch(sidecar)}
+        caches = (sidecar["model"].get("kv_cache") or {}).get("layers", [])
+        facts["cache_layers"] = Counter((x["kv_heads"], x["slots"], x["head_dim"], x.get("window")) for x in caches)
+        facts["profiles"] = [_profile(profile) for profile in sidecar["profiles"]]
+        facts["launch"] = {f"time profile {p['name']}": trtexec.command(engine, p["name"]) for p in sidecar["profiles"]}
+        facts["launch"] |= {"serve with Triton": served.command, "serve with Triton in a container": served.docker}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((PACKAGE / "data" / "report.html.j2").read_text())
+    with replacing(path) as (temporary,):
+        temporary.write_text(template.render(facts), encoding="utf-8")
 
 
-def _profiles(content: Mapping[str, Any] | None) -> list[Table]:
-    """Shapes of each profile; inputs of the same shapes, as the caches of the layers, share a row."""
-    tables = []
-    for index, profile in enumerate((content or {}).get("profiles", [])):
-        same: dict[tuple[str, ...], list[str]] = {}
-        for name, shapes in profile["inputs"].items():
-            key = tuple(" × ".join(map(str, shapes[which])) or "scalar" for which in ("min", "opt", "max"))
-            same.setdefault(key, []).append(name)
-        rows = tuple((Cell(report.listed(names, 1)), *map(Cell, key)) for key, names in same.items())
-        tables.append(Table(f"Profile {index}: {profile['name']}", ("input", "smallest", "tuned for", "largest"), rows))
-    return tables
+def _layers(layers: Sequence[report.Layer], title: str, dtype: str) -> dict[str, Any]:
+    """The plot as SVG in base64, or why there is none; the table of kinds and worst layers, and that of all layers."""
+    found: dict[str, Any] = {"layer_tables": []}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report.plot(layers, Path(folder) / "layers.svg", title, dtype)
+            svg = base64.b64encode((Path(folder) / "layers.svg").read_bytes()).decode()
+            found["chart"] = f"data:image/svg+xml;base64,{svg}"
+        except AwqTrtError as error:
+            found["no_chart"] = str(error)
+    for caption, full in (("Error of outputs: kinds of layers, then the worst layers", False), ("All layers", True)):
+        columns = report.table(layers, full=full).columns
+        rows = list(zip(*(map(str, column.cells) for column in columns), strict=True))
+        found["layer_tables"].append((caption, [column.header for column in columns], rows))
+    return found
 
 
-def _cache(content: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What the KV cache is, in words."""
-    cache = (content or {}).get("model", {}).get("kv_cache")
-    if not cache or content is None:
-        return []
-    total = size(memory.cache_and_io(content)[0])
-    if cache.get("kind") != "fixed":
-        return [("kind", "dynamic: past in, longer past out"), ("largest", total)]
-    shapes: dict[str, int] = {}
-    for layer in cache["layers"]:
-        window = f", window {layer['window']}" if layer.get("window") else ""
-        text = f"{layer['kv_heads']} heads × {layer['slots']} slots × {layer['head_dim']}{window}"
-        shapes[text] = shapes.get(text, 0) + 1
-    return [
-        ("kind", "fixed: written in place, never copied"),
-        ("tokens of a sequence", str(cache["capacity"])),
-        ("new tokens of a call", str(cache["prefill_chunk"])),
-        ("layers", "; ".join(f"{count} of {text}" for text, count in shapes.items())),
-        ("dtype", str(cache["dtype"])),
-        (f"for a batch of {memory.max_batch(content)}", total),
-    ]
-
-
-def _launch(content: Mapping[str, Any] | None, engine: Path | None) -> list[tuple[str, str]]:
-    """What a line does, and the line."""
-    if content is None or engine is None:
-        return []
-    served = launch_plan(content)
-    lines = [(f"time profile {p['name']}", trtexec.command(engine, p["name"])) for p in content["profiles"]]
-    lines += [("serve with Triton", served.command or ""), ("serve with Triton in a container", served.docker or "")]
-    return [(what, line) for what, line in lines if line]
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _yes(value: Any) -> str:
-    return "yes" if value else "no"
-
-
-def size(value: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
+def _profile(profile: Mapping[str, Any]) -> Table:
+    """Shapes of an optimization profile; inputs of the same shapes, as the caches of layers, share a row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, shapes in profile["inputs"].items():
+        key = tuple(" × ".join(map(str, shapes[which])) or "scalar" for which in ("min", "opt", "max"))
+        names.setdefault(key, []).append(name)
+    rows = [(report.listed(same, 1), *key) for key, same in names.items()]
+    return f"Profile {profile['name']}", ("input", "smallest", "tuned for", "largest"), rows

@@ -12,12 +12,7 @@ from awq_trt.errors import AwqTrtError
 
 
 def run_tasks(
-    weights: Weights,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    include: Path | None = None,
+    weights: Weights, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, include: Path | None = None
 ) -> dict[str, dict[str, float]]:
     """Run tasks on the whole model in fp32, which must fit in memory.
 
