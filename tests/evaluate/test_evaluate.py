@@ -75,7 +75,7 @@ def test_encoders_have_agreement_only(models: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{onnx}"], "has no tokenizer; give the model it came from as float_model"),
+        (["{onnx}"], "has no tokenizer; give the model it came from as --float"),
         (["nowhere"], "nowhere"),
         (["{awq}", "--text", "nothing.txt"], "nothing.txt: no such file"),
         (["{awq}", "--windows", "0"], "--windows 0"),
