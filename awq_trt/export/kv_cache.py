@@ -125,17 +125,14 @@ def dynamic_cache(past: Pairs) -> DynamicCache:
     return cache
 
 
-def fixed_cache(past: Pairs, past_length: torch.Tensor, plan: KvCache) -> DynamicCache:
+class FixedCache(DynamicCache):
     """A cache that writes new keys and values into tensors of fixed size; for tracing only.
 
     Args:
         past: keys and values [batch, kv_heads, slots, head_dim] per layer. past_length: int64 [batch], tokens that each
-            row's cache holds, and so the position of its first new token.
+            row's cache holds, which is the position of its first new token.
     """
-    return _FixedCache(past, past_length, plan)
 
-
-class _FixedCache(DynamicCache):
     def __init__(self, past: Pairs, past_length: torch.Tensor, plan: KvCache) -> None:
         super().__init__()
         self.past_length = past_length
@@ -282,7 +279,7 @@ def mask(
 
     Args:
         q_offset: int64 [batch], position of the first new token. kv_offset: int64 [1 or batch, slots], of each slot,
-            from `_FixedCache` and `_FixedLayer`. mask_function: (row, head, query position, key position) -> bool.
+            from `FixedCache` and `_FixedLayer`. mask_function: (row, head, query position, key position) -> bool.
     """
     query = (q_offset[:, None] + torch.arange(q_length))[:, None, :, None]
     key = kv_offset[:, None, None, :]
