@@ -32,7 +32,7 @@ ELEM_TYPES = {
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
 }
-TORCH_DTYPES = {elem_type: dtype for dtype, elem_type in ELEM_TYPES.items()}
+TORCH_DTYPES: dict[int, torch.dtype] = {elem_type: dtype for dtype, elem_type in ELEM_TYPES.items()}
 PACKED_4_BIT = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 Store = Callable[..., onnx.TensorProto]
@@ -68,7 +68,8 @@ def stored_bytes(proto: onnx.TensorProto, folder: Path) -> memoryview:
     place = ExternalDataInfo(proto)
     with (folder / place.location).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return memoryview(mapped)[place.offset : place.offset + place.length]
+    start = place.offset or 0
+    return memoryview(mapped)[start : start + place.length if place.length else None]
 
 
 def stored_values(proto: onnx.TensorProto, folder: Path) -> torch.Tensor:
