@@ -36,11 +36,11 @@ TORCH_DTYPES: dict[int, torch.dtype] = {elem_type: dtype for dtype, elem_type in
 PACKED_4_BIT = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 Store = Callable[..., onnx.TensorProto]
-"""(name, values, elem_type=None) -> TensorProto that holds the values or says where they are. `elem_type` INT4 or UINT4
-packs integers, two to a byte; without it the type follows from the values' dtype."""
+"""(name, values, elem_type=None) -> initializer with the values inside it or in an external file. `elem_type` INT4 or
+UINT4 packs integers, two to a byte; without it the type is that of the values."""
 
 Read = Callable[[onnx.TensorProto], torch.Tensor]
-"""An initializer -> its values, wherever they are."""
+"""Initializer -> its values."""
 
 
 def inline(name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
@@ -73,7 +73,7 @@ def stored_bytes(proto: onnx.TensorProto, folder: Path) -> memoryview:
 
 
 def stored_values(proto: onnx.TensorProto, folder: Path) -> torch.Tensor:
-    """The values of an initializer; 4-bit ones as uint8 0..15, INT4 shifted by 8."""
+    """The values of an initializer, in its dtype; UINT4 as uint8 0..15, INT4 too, plus 8."""
     if proto.data_type not in PACKED_4_BIT:
         dtype = TORCH_DTYPES[proto.data_type]
         return torch.frombuffer(stored_bytes(proto, folder), dtype=dtype).reshape(list(proto.dims))

@@ -33,7 +33,7 @@ def matmul_nbits(model: onnx.ModelProto, folder: Path, store: Store) -> list[onn
     """Replace the quantized layers of an exported model, of either format, in place.
 
     Args:
-        model: of export_onnx; its activations are to become fp32, which is not done here. folder: of its external data.
+        model: of export_onnx; the caller makes its activations fp32. folder: of its external data.
         store: takes the new constants, one layer at a time.
 
     Returns:
@@ -67,7 +67,7 @@ def matmul_nbits(model: onnx.ModelProto, folder: Path, store: Store) -> list[onn
 
 
 class _Conversion:
-    """The nodes that take the place of one, and their constants, which nodes of the same weight share."""
+    """Makes the nodes that replace one, and their constants, once for each weight."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path, store: Store) -> None:
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,4 +1,4 @@
-"""What building an engine needs to know of an ONNX file, read without its weights."""
+"""The facts of an ONNX file that an engine is built from, read without its weights, and its optimization profiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from awq_trt.export.operator import OP_TYPE
 METADATA_KEY = "awq_trt"
 
 MAX_SEQ = 2048
-"""Default for graphs that do not say it themselves."""
+"""Default number of tokens, for graphs without a fixed cache."""
 
 Shape = tuple[int, ...]
 
@@ -183,7 +183,7 @@ def _bytes(tensor: onnx.TensorProto) -> int:
 
 
 def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a decoder with a fixed KV cache, what is known of that ("capacity", "prefill_chunk", "layers"); else {}.
+    """The facts of a decoder's fixed KV cache ("capacity", "prefill_chunk", "layers"); {} for any other model.
 
     Args:
         facts: of the model: the metadata of an ONNX file, or "model" of a plan's sidecar.
@@ -193,7 +193,7 @@ def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
-    """What the exporter noted in an ONNX file, {} for a foreign one; `path` is for messages.
+    """The facts that the exporter wrote into an ONNX file, {} for a foreign one; `path` is for messages.
 
     Raises:
         AwqTrtError: not readable.

@@ -37,13 +37,13 @@ G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which NumPy does not
 
 @dataclass(frozen=True)
 class QuantizedNode:
-    """One rewritten layer: `name` of the module, `n` output and `k` input features, which optional inputs it has."""
+    """One rewritten layer."""
 
-    name: str
-    n: int
-    k: int
+    name: str  # of the module
+    n: int  # output features
+    k: int  # input features
     group_size: int
-    zeros: bool
+    zeros: bool  # whether it has this optional input; the next two likewise
     bias: bool
     pre_scale: bool
 
@@ -186,7 +186,7 @@ def _constant(name: str, values: torch.Tensor, store: Store, elem_type: int | No
 
 
 def _index(graph: gs.Graph, node: gs.Node) -> int:
-    """Where a node stands in the graph; `list.index` would find the first that looks like it."""
+    """Position of a node in the graph; `list.index` would find the first equal one."""
     return next(i for i, other in enumerate(graph.nodes) if other is node)
 
 
@@ -252,7 +252,7 @@ def _drop_features(graph: gs.Graph, path: str, nodes: list[gs.Node], n: int, mis
 
 
 def _find_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Tensor]:
-    """The tensor that a Gemm adds to its product, or the constant [n] that an Add does, its only user; else []."""
+    """[bias] of a product: a Gemm's third operand, or the constant [n] of an Add that is its only user; else []."""
     if len(node.inputs) > 2:
         return [node.inputs[2]]
     product = node.outputs[0]

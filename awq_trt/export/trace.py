@@ -109,7 +109,7 @@ def trace(model: transformers.PreTrainedModel, dtype: torch.dtype, options: Deco
 
 
 def _without_bfloat16(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Multiply in fp32 what a model multiplies in bfloat16 all the same (Falcon's alibi), and round the product.
+    """Multiply in fp32 and round the product where an fp16 model multiplies in bfloat16 (Falcon's alibi).
 
     The values stay what they are, and ONNX Runtime's CPU provider, which has no bfloat16 kernels, can run the graph.
     """
@@ -142,7 +142,7 @@ def _fake_parameters(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, tu
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks torch makes about optional packages and about its own internals."""
+    """Silence torch's warnings about optional packages and its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -212,7 +212,7 @@ def _inputs_to_initializers(
 
 
 def _name_dims(graph: onnx.GraphProto, interface: Interface) -> None:
-    """Replace torch's symbols (s70) by the names of the interface, in every shape of the graph."""
+    """Replace torch's symbols (s70) by the names of dynamic dimensions, in every shape of the graph."""
     symbols: dict[str, str] = {}
     for value in graph.input:
         for axis, name in interface.input_dims.get(value.name, {}).items():
@@ -227,7 +227,7 @@ def _name_dims(graph: onnx.GraphProto, interface: Interface) -> None:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Name every node by its module, /model/layers.0/mlp/up_proj/MatMul, with the help of torch's notes."""
+    """Name every node by its module, /model/layers.0/mlp/up_proj/MatMul, from the scopes that torch notes in it."""
     seen: Counter[str] = Counter()
     for node in graph.node:
         notes = {p.key: p.value for p in node.metadata_props}

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from tiny_onnx import random_linear
+from tiny_onnx import random_linear, run_all
 
 from awq_trt import layout
 from awq_trt.export import operator
@@ -66,15 +66,6 @@ def one_node(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     operator.add_functions(model)
     return model
-
-
-def run_all(model: onnx.ModelProto, x: torch.Tensor, fold: bool = True) -> list[torch.Tensor]:
-    """Every output; `fold`: weights are unpacked once, when the session is created, or in each run."""
-    disabled = [] if fold else ["ConstantFolding"]
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-    )
-    return [torch.from_numpy(y) for y in session.run(None, {"X": x.numpy()})]
 
 
 def run(model: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +125,7 @@ def test_roundings_in_the_letter_of_onnx() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_weights_are_rounded_before_they_are_multiplied(dtype: torch.dtype) -> None:
-    """w - round(w), which is what is left of a weight when the bias takes its rounded value away, must be nothing."""
+    """With -round(w) as the bias, Y = w - round(w) is 0 if w was rounded."""
     linear = random_linear(64, 32, 32, zeros=True, dtype=dtype)
     first = linear.dequantize()[:, 0]
     exact = (linear.q[:, 0].float() - linear.zeros[:, 0].float()) * linear.scales[:, 0].float()
@@ -158,11 +149,12 @@ def test_each_of_several_outputs_is_its_layer_alone_bit_for_bit(
     assert function.overload == model.graph.node[1].overload
     assert function.overload.endswith(f"_{len(splits)}")
     onnx.checker.check_model(model, full_check=True)
-    outputs = run_all(model, x, fold)
+    disabled = [] if fold else ["ConstantFolding"]  # weights are unpacked once, or in each run
+    outputs = run_all(model, x, disabled)
     rows = torch.arange(n).split(splits)
     assert [y.shape[-1] for y in outputs] == list(splits)
     for y, index in zip(outputs, rows, strict=True):
-        (alone,) = run_all(one_node(whole.rows(index), None if b is None else b[index]), x, fold)
+        (alone,) = run_all(one_node(whole.rows(index), None if b is None else b[index]), x, disabled)
         assert torch.equal(y, alone)
 
 
