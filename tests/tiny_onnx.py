@@ -9,14 +9,67 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from awq_trt.export.external_data import ELEM_TYPES, inline
 from awq_trt.layout import pack_qweight, pack_scales, pack_zeros
 from awq_trt.linear import QuantizedLinear
 
 FLOATS = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 64
+
+
+def node(op: str, inputs: str, outputs: str, name: str = "", **attributes: Any) -> onnx.NodeProto:
+    """A node of space-separated names of inputs and outputs."""
+    return helper.make_node(op, inputs.split(), outputs.split(), name, **attributes)
+
+
+def graph_of(path: Path) -> onnx.GraphProto:
+    """The graph of a file, without its weights."""
+    return onnx.load(path, load_external_data=False).graph
+
+
+def shapes(values: Any) -> dict[str, list[Any]]:
+    """Name -> sizes and names of dimensions."""
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def model_of(
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, torch.Tensor],
+    *,
+    rank: int = 2,
+    opset: int = 21,
+    k: int = 96,
+    n: int = 40,
+) -> onnx.ModelProto:
+    """X [.., k] -> nodes -> Y [.., n], both of the dtype of the first constant."""
+    elem_type, lead = ELEM_TYPES[next(iter(constants.values())).dtype], ["B", "S"][: rank - 1]
+    graph = helper.make_graph(
+        list(nodes),
+        "test",
+        [helper.make_tensor_value_info("X", elem_type, [*lead, k])],
+        [helper.make_tensor_value_info("Y", elem_type, [*lead, n])],
+        [inline(name, value) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def session(model: Path | onnx.ModelProto, disabled: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """A model in ONNX Runtime, without the optimizers that are disabled."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(source, options, providers, disabled_optimizers=list(disabled))
+
+
+def run_all(model: onnx.ModelProto, x: torch.Tensor, disabled: Sequence[str] = ()) -> list[torch.Tensor]:
+    """Every output of a model with the input X."""
+    return [torch.from_numpy(y) for y in session(model, disabled).run(None, {"X": x.numpy()})]
 
 
 def initializer(name: str, value: np.ndarray | torch.Tensor) -> onnx.TensorProto:

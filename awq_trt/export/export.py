@@ -13,21 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 import torch
-import transformers
 
 from awq_trt.checkpoint.directory import local_path
 from awq_trt.checkpoint.model import empty_model, persistent_buffers
+from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.external_data import ELEM_TYPES, DataFile, Read, values
+from awq_trt.export.external_data import TORCH_DTYPES, DataFile, Read, values
+from awq_trt.export.interface import DecoderOptions
 from awq_trt.export.kv_cache import KvCache
 from awq_trt.export.metadata import METADATA_KEY
 from awq_trt.export.rewrite import FusedNode, QuantizedNode, rewrite
 from awq_trt.export.rope import resolve_longrope
-from awq_trt.export.trace import DecoderOptions, Trace, trace
+from awq_trt.export.trace import Trace, trace
 from awq_trt.files import replacing
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
@@ -36,41 +37,20 @@ Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
 
 
-class Quantized(Protocol):
-    """What is exported; quantized.open_quantized gives one. Nothing is read before it is asked for."""
-
-    @property
-    def config(self) -> transformers.PretrainedConfig: ...
-    @property
-    def linears(self) -> Mapping[str, QuantizedLinear]: ...
-    @property
-    def left_in_float(self) -> Mapping[str, str]: ...
-    @property
-    def generation(self) -> Mapping[str, Any]: ...
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path, data_path: the graph, and its weights beside it. onnx_bytes, data_bytes: their sizes.
-        format: "plugin" or "qdq". dtype: "float16" or "bfloat16".
-        quantized: the layers of the graph that are INT4. fused: the nodes that are several of them.
-        left_in_float: module name -> why it is not. cache: the fixed KV cache of a decoder, else None.
-    """
-
-    path: Path
-    data_path: Path
-    format: str
-    dtype: str
-    quantized: tuple[QuantizedNode, ...]
-    fused: tuple[FusedNode, ...]
-    left_in_float: dict[str, str]
+    path: Path  # the graph
+    data_path: Path  # its weights, beside it
+    format: str  # "plugin" or "qdq"
+    dtype: str  # "float16" or "bfloat16"
+    quantized: tuple[QuantizedNode, ...]  # the INT4 layers of the graph
+    fused: tuple[FusedNode, ...]  # the nodes that compute several of them
+    left_in_float: dict[str, str]  # module -> why it is not INT4
     onnx_bytes: int
     data_bytes: int
-    cache: KvCache | None = None
+    cache: KvCache | None = None  # of a decoder with a fixed one
 
 
 def export_onnx(
@@ -97,8 +77,6 @@ def export_onnx(
         AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full. Then nothing is
             written.
     """
-    from awq_trt.checkpoint.quantized import open_quantized
-
     source = open_quantized(quantized_dir)
     tokenizer = None if source.tokenizer is None else local_path(quantized_dir)
     return export_quantized(
@@ -114,7 +92,7 @@ def export_onnx(
 
 
 def export_quantized(
-    source: Quantized,
+    source: QuantizedCheckpoint,
     onnx_path: str | Path,
     *,
     format: str = "plugin",
@@ -125,27 +103,33 @@ def export_quantized(
     progress: Progress | None = None,
 ) -> OnnxReport:
     """`export_onnx` of an open checkpoint; `tokenizer` is the directory to note for those who run the file."""
-    path = Path(onnx_path)
+    path, options = Path(onnx_path), decoder or DecoderOptions()
     data_path = path.with_name(path.name + ".data")
-    say = progress or (lambda what, done, total: None)
-    dtype = dtype or _dtype_of(source)
+    progress = progress or (lambda what, done, total: None)
+    if dtype is None:
+        first = next(iter(source.linears.values()), None)
+        dtype = "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    options = decoder or DecoderOptions()
     model = empty_model(resolve_longrope(source.config, options.longest), attn_implementation="eager")
     _load_buffers(model, source, DTYPES[dtype])
-    say("Tracing the model", 0, 1)
+    progress("Tracing the model", 0, 1)
     traced = trace(model, DTYPES[dtype], options)
-    say("Tracing the model", 1, 1)
+    progress("Tracing the model", 1, 1)
     layers, unused = _layers_of(source, traced, model)
+    left = {**source.left_in_float, **unused}
     with replacing(data_path, path) as (data_tmp, path_tmp):
         with data_tmp.open("wb") as file:
             data = DataFile(file, data_path.name)
-            lazy = _Linears(source.linears, layers, DTYPES[dtype], say)
+            linears = _Linears(source.linears, layers, DTYPES[dtype], progress)
             read = _reader(source, traced)
-            proto, quantized, fused = rewrite(traced.model, lazy, format=format, fuse=fuse, store=data.store, read=read)
-            _store_weights(proto, traced, read, data, say)
-        left = {**source.left_in_float, **unused}
+            proto, quantized, fused = rewrite(
+                traced.model, linears, format=format, fuse=fuse, store=data.store, read=read
+            )
+            empty = [tensor for tensor in proto.graph.initializer if tensor.name in traced.weights]
+            for i, tensor in enumerate(empty):
+                tensor.CopyFrom(data.store(tensor.name, read(tensor)))
+                progress("Writing the other weights", i + 1, len(empty))
         facts = {
             "version": metadata.version("awq_trt"),
             "format": format,
@@ -166,31 +150,25 @@ def export_quantized(
 
 
 class _Linears(Mapping[str, QuantizedLinear]):
-    """initializer name -> layer, read when asked for and not kept."""
+    """Initializer -> layer in the dtype of the graph, read when asked for and not kept."""
 
     def __init__(
-        self, linears: Mapping[str, QuantizedLinear], layers: dict[str, str], dtype: torch.dtype, say: Progress
+        self, linears: Mapping[str, QuantizedLinear], layers: dict[str, str], dtype: torch.dtype, progress: Progress
     ) -> None:
-        self._linears, self._layers, self._dtype, self._say, self._done = linears, layers, dtype, say, 0
+        self.linears, self.layers, self.dtype, self.progress, self.done = linears, layers, dtype, progress, 0
 
     def __getitem__(self, weight: str) -> QuantizedLinear:
-        self._done += 1
-        self._say("Packing INT4 weights", self._done, len(self))
-        linear = self._linears[self._layers[weight]]
-        scale = None if linear.pre_scale is None else linear.pre_scale.to(self._dtype)
-        return replace(linear, scales=linear.scales.to(self._dtype), pre_scale=scale)
+        self.done += 1
+        self.progress("Packing INT4 weights", self.done, len(self))
+        linear = self.linears[self.layers[weight]]
+        scale = None if linear.pre_scale is None else linear.pre_scale.to(self.dtype)
+        return replace(linear, scales=linear.scales.to(self.dtype), pre_scale=scale)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self._layers)
-
-
-def _dtype_of(source: Quantized) -> str:
-    """The dtype of the first quantized layer's scales; float16 where there is none."""
-    first = next(iter(source.linears.values()), None)
-    return "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
+        return len(self.layers)
 
 
 def _positions(model: torch.nn.Module) -> int | None:
@@ -200,7 +178,7 @@ def _positions(model: torch.nn.Module) -> int | None:
     return min((m.num_embeddings - rows for m, rows in zip(tables, unused, strict=True)), default=None)
 
 
-def _load_buffers(model: torch.nn.Module, source: Quantized, dtype: torch.dtype) -> None:
+def _load_buffers(model: torch.nn.Module, source: QuantizedCheckpoint, dtype: torch.dtype) -> None:
     """Give the buffers that the checkpoint stores (running means, say) its values; the others hold theirs already."""
     for name in persistent_buffers(model):
         parent, _, key = name.rpartition(".")
@@ -211,27 +189,23 @@ def _load_buffers(model: torch.nn.Module, source: Quantized, dtype: torch.dtype)
         model.get_submodule(parent)._buffers[key] = value.to(dtype) if value.is_floating_point() else value
 
 
-def _layers_of(source: Quantized, traced: Trace, model: torch.nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Initializer name -> quantized layer, and the layers that this graph does not compute, with that as the reason."""
-    names = {name: initializer for initializer, tied in traced.weights.items() for name in tied}
+def _layers_of(
+    source: QuantizedCheckpoint, traced: Trace, model: torch.nn.Module
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Initializer -> quantized layer, and layer -> reason for those that the graph does not compute."""
+    initializers = {name: initializer for initializer, tied in traced.weights.items() for name in tied}
+    unused = [layer for layer in source.linears if f"{layer}.weight" not in initializers]
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    layers: dict[str, str] = {}
-    unused: dict[str, str] = {}
-    for layer in source.linears:
-        weight = f"{layer}.weight"
-        if weight in names:
-            layers[names[weight]] = layer
-        elif weight in known:
-            unused[layer] = "no output of the exported graph depends on it"
-        else:
-            raise AwqTrtError(
-                f"quantized layer {layer} is not a layer of {type(model).__name__}; config.json and the weights belong "
-                "to different models."
-            )
-    return layers, unused
+    if foreign := [layer for layer in unused if f"{layer}.weight" not in known]:
+        raise AwqTrtError(
+            f"quantized layer {foreign[0]} is not a layer of {type(model).__name__}; config.json and the weights "
+            "belong to different models."
+        )
+    layers = {initializers[f"{x}.weight"]: x for x in source.linears if x not in unused}
+    return layers, dict.fromkeys(unused, "no output of the exported graph depends on it")
 
 
-def _reader(source: Quantized, traced: Trace) -> Read:
+def _reader(source: QuantizedCheckpoint, traced: Trace) -> Read:
     """Values of the traced graph's initializers: weights from the checkpoint, what torch computed from the graph."""
 
     def read(initializer: onnx.TensorProto) -> torch.Tensor:
@@ -243,20 +217,12 @@ def _reader(source: Quantized, traced: Trace) -> Read:
                 f"tensor {initializer.name} is {list(value.shape)} in the checkpoint and {list(initializer.dims)} in "
                 "the model of its config.json; they belong to different models."
             )
-        return value.to(next(t for t, elem_type in ELEM_TYPES.items() if elem_type == initializer.data_type))
+        return value.to(TORCH_DTYPES[initializer.data_type])
 
     return read
 
 
-def _store_weights(proto: onnx.ModelProto, traced: Trace, read: Read, data: DataFile, say: Progress) -> None:
-    """Fill in the initializers that have no data yet, one at a time."""
-    empty = [t for t in proto.graph.initializer if t.name in traced.weights]
-    for i, initializer in enumerate(empty):
-        initializer.CopyFrom(data.store(initializer.name, read(initializer)))
-        say("Writing the other weights", i + 1, len(empty))
-
-
-def _decoder_facts(source: Quantized, traced: Trace, options: DecoderOptions, dtype: str) -> dict[str, Any]:
+def _decoder_facts(source: QuantizedCheckpoint, traced: Trace, options: DecoderOptions, dtype: str) -> dict[str, Any]:
     """What a runtime must know to generate with a decoder."""
     logits = next(output for output in traced.model.graph.output if output.name == "logits")
     cache = {"kind": "dynamic"} if traced.cache is None else {"kind": "fixed", "dtype": dtype, **asdict(traced.cache)}

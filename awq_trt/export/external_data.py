@@ -1,13 +1,17 @@
-"""Weights of an ONNX file: TensorProtos whose data go straight to one external file, one tensor at a time."""
+"""Weights of an ONNX file: initializers and the external data file they are in, written and read one at a time."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 import torch
+from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
 
@@ -28,14 +32,15 @@ ELEM_TYPES = {
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
 }
+TORCH_DTYPES: dict[int, torch.dtype] = {elem_type: dtype for dtype, elem_type in ELEM_TYPES.items()}
 PACKED_4_BIT = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 Store = Callable[..., onnx.TensorProto]
-"""(name, values, elem_type=None) -> TensorProto that holds the values or says where they are. `elem_type` INT4 or UINT4
-packs integers, two to a byte; without it the type follows from the values' dtype."""
+"""(name, values, elem_type=None) -> initializer with the values inside it or in an external file. `elem_type` INT4 or
+UINT4 packs integers, two to a byte; without it the type is that of the values."""
 
 Read = Callable[[onnx.TensorProto], torch.Tensor]
-"""An initializer -> its values, wherever they are."""
+"""Initializer -> its values."""
 
 
 def inline(name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
@@ -54,6 +59,27 @@ def values(proto: onnx.TensorProto) -> torch.Tensor:
     if proto.data_location == onnx.TensorProto.EXTERNAL:
         raise AwqTrtError(f"the data of {proto.name} are not in the model: load them (onnx.load does) and try again.")
     return torch.from_numpy(onnx.numpy_helper.to_array(proto).astype(np.float32))
+
+
+def stored_bytes(proto: onnx.TensorProto, folder: Path) -> memoryview:
+    """The data of an initializer, mapped from its external file in `folder` or copied from the proto."""
+    if proto.data_location != onnx.TensorProto.EXTERNAL:
+        return memoryview(bytearray(proto.raw_data or onnx.numpy_helper.to_array(proto).tobytes()))
+    place = ExternalDataInfo(proto)
+    with (folder / place.location).open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = place.offset or 0
+    return memoryview(mapped)[start : start + place.length if place.length else None]
+
+
+def stored_values(proto: onnx.TensorProto, folder: Path) -> torch.Tensor:
+    """The values of an initializer, in its dtype; UINT4 as uint8 0..15, INT4 too, plus 8."""
+    if proto.data_type not in PACKED_4_BIT:
+        dtype = TORCH_DTYPES[proto.data_type]
+        return torch.frombuffer(stored_bytes(proto, folder), dtype=dtype).reshape(list(proto.dims))
+    packed = torch.frombuffer(stored_bytes(proto, folder), dtype=torch.uint8)
+    nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()[: math.prod(proto.dims)].reshape(list(proto.dims))
+    return nibbles ^ 8 if proto.data_type == onnx.TensorProto.INT4 else nibbles
 
 
 class DataFile:

@@ -18,69 +18,63 @@ MAX_OUTPUTS = 4
 
 @dataclass(frozen=True)
 class FusedNode:
-    """A node that is several layers: its `name` in the graph, the names of its `layers`, the out_features of each."""
+    """A node that computes several layers."""
 
-    name: str
+    name: str  # of the node
     layers: tuple[str, ...]
-    splits: tuple[int, ...]
+    splits: tuple[int, ...]  # out_features of each layer
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A quantized layer in a graph.
+    """A quantized layer in a graph."""
 
-    Attributes:
-        name: of the module. nodes: the products that apply its weight. biases: what is added to each, [] or [bias].
-    """
-
-    name: str
+    name: str  # of the module
     linear: QuantizedLinear
-    nodes: list[gs.Node]
-    biases: list[list[gs.Constant]]
+    nodes: list[gs.Node]  # the products that apply its weight
+    biases: list[list[gs.Constant]]  # what is added to each product, [] or [bias]
 
 
 def same_input(graph: gs.Graph, nodes: Mapping[str, list[gs.Node]]) -> list[list[str]]:
-    """The weights that are applied to the same tensor, in the order of the graph.
+    """Sort weights by the tensor they are applied to; in a list they are in the order of the graph.
 
     Args:
-        nodes: name of a weight -> the products that apply it. One with several is alone in its list.
+        nodes: weight -> the products that apply it. A weight of several products, or of a subgraph's, stays alone.
     """
-    place = {id(node): i for i, node in enumerate(graph.nodes)}  # without those of subgraphs: they stay alone too
+    index = {id(node): i for i, node in enumerate(graph.nodes)}
     together: defaultdict[str | int, list[str]] = defaultdict(list)
     for name, (node, *others) in nodes.items():
-        together[name if others or id(node) not in place else id(node.inputs[0])].append(name)
-    return [sorted(names, key=lambda name: place.get(id(nodes[name][0]), 0)) for names in together.values()]
+        together[name if others or id(node) not in index else id(node.inputs[0])].append(name)
+    return [sorted(names, key=lambda name: index.get(id(nodes[name][0]), 0)) for names in together.values()]
 
 
 def agreeing(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
     """Sort layers that read the same tensor into groups that one node can compute; a full group comes at once."""
-    waiting: list[list[Layer]] = []
+    groups: list[list[Layer]] = []
     for layer in layers:
-        at = next((i for i, group in enumerate(waiting) if _agree(group, layer)), len(waiting))
-        if at == len(waiting):
-            waiting.append([])
-        waiting[at].append(layer)
-        if len(waiting[at]) == MAX_OUTPUTS:
-            yield waiting.pop(at)
-    yield from waiting
+        at = next((i for i, group in enumerate(groups) if _agree(group, layer)), len(groups))
+        if at == len(groups):
+            groups.append([])
+        groups[at].append(layer)
+        if len(groups[at]) == MAX_OUTPUTS:
+            yield groups.pop(at)  # nothing here holds its layers any longer
+    yield from groups
 
 
 def _agree(group: list[Layer], layer: Layer) -> bool:
-    """Whether a layer can join others: what a node has one of must be equal, and the kernels take the rows of each."""
+    """Whether a layer can join others: a node has one K, group size, dtype and pre-scale, and zeros and biases for all
+    rows or none; the kernels want rows in multiples of 8, and not too many."""
     a, b = group[0].linear, layer.linear
     n, k = sum(member.linear.q.shape[0] for member in (*group, layer)), b.q.shape[1]
     return (
         (a.q.shape[1], a.group_size, a.scales.dtype) == (k, b.group_size, b.scales.dtype)
         and (a.zeros is None) == (b.zeros is None)
         and any(group[0].biases) == any(layer.biases)
-        and _equal(a.pre_scale, b.pre_scale)
+        and (a.pre_scale is None) == (b.pre_scale is None)
+        and (a.pre_scale is None or b.pre_scale is None or torch.equal(a.pre_scale, b.pre_scale))
         and not any(linear.q.shape[0] % layout.STORED for linear in (a, b))
         and layout.supports(n, k, b.group_size, str(b.scales.dtype).removeprefix("torch."))
     )
-
-
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def stacked(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:

@@ -5,14 +5,14 @@
     dynamic   past in, past and new tokens out, as transformers and other runtimes have it
 
 Slots of a fixed cache. In a layer with full attention slot j holds the token at position j. A layer with a window W
-(sliding or chunked) keeps only what its window can reach: a ring of R slots, R being the multiple of C = prefill_chunk
-next to W, plus C. Slot j < R holds the newest token whose position is j modulo R. TensorRT writes linearly only, so the
-tokens of one call must not wrap round: those of one row never cross a multiple of C, and C more slots behind the ring
-take the padding after them. R >= W + C keeps every token that a real query of the same call can see.
+(sliding or chunked) keeps only what its window can reach, in a ring buffer: slot j < R holds the newest token whose
+position is j modulo R. With C = prefill_chunk, R is W rounded up to a multiple of C, plus C, so that every token that a
+real query of the same call can see is kept. TensorRT writes linearly only, so the new tokens of a call must not wrap
+round: those of a row never cross a multiple of C, and C more slots behind the ring take the padding after them.
 
-A token attends to a slot by the position that the slot holds, never by a mask of the batch: what is right of a row's
-length has positions that no real token has reached. Padding attends at least to one slot, so no softmax is over
-nothing; its slots behind the ring are never read, and count as what they would be inside.
+A token attends to a slot by the position that the slot holds, never by a mask of the batch: slots beyond a row's length
+have positions that no real token has reached. Padding attends to one slot at least, so that no softmax is over nothing;
+its own slots behind the ring are never read.
 """
 
 from __future__ import annotations
@@ -43,26 +43,22 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One layer's cache: keys [batch, kv_heads, slots, head_dim], values [..., value_head_dim]; its window, if any."""
+    """One layer's cache: keys [batch, kv_heads, slots, head_dim], values [..., value_head_dim]."""
 
     kv_heads: int
     head_dim: int
     value_head_dim: int
     slots: int
-    window: int | None = None
+    window: int | None = None  # tokens that a query sees, itself too, if that is limited
 
 
 @dataclass(frozen=True)
 class KvCache:
-    """The cache of a whole decoder of kind "fixed"; all sizes in tokens."""
+    """The fixed cache of a whole decoder."""
 
-    capacity: int
-    prefill_chunk: int
+    capacity: int  # tokens of a sequence at most
+    prefill_chunk: int  # new tokens of a row in one call at most
     layers: tuple[CacheLayer, ...]
-
-    def bytes(self, batch: int, itemsize: int = 2) -> int:
-        """Size for a batch, in bytes."""
-        return sum(batch * x.kv_heads * x.slots * (x.head_dim + x.value_head_dim) * itemsize for x in self.layers)
 
 
 def plan_cache(
@@ -89,7 +85,10 @@ def plan_cache(
             f"a KV cache for {capacity} tokens: it must be at least 2"
             + (f", and this model was made for {longest} positions (max_position_embeddings)." if longest else ".")
         )
-    windows = _windows(config, len(shapes))
+    known = DynamicCache(config=config).layers  # what transformers would make
+    windows = [getattr(layer, "sliding_window", None) for layer in known]
+    if len(known) != len(shapes):
+        windows = [None] * len(shapes)
     if chunk is None:
         chunk = min(PREFILL_CHUNK, capacity, *(w for w in windows if w))
     if not 1 <= chunk <= capacity:
@@ -101,14 +100,6 @@ def plan_cache(
         ring = capacity if window is None else -(-window // chunk) * chunk + 2 * chunk
         layers.append(CacheLayer(heads, key, value, min(capacity, ring), window))
     return KvCache(capacity, chunk, tuple(layers))
-
-
-def _windows(config: transformers.PretrainedConfig, layers: int) -> list[int | None]:
-    """How far each layer can look back, from the cache that transformers would make; None for no limit."""
-    known = DynamicCache(config=config).layers
-    if len(known) != layers:
-        return [None] * layers
-    return [getattr(layer, "sliding_window", None) for layer in known]
 
 
 def dynamic_cache(past: Pairs) -> DynamicCache:
@@ -125,17 +116,14 @@ def dynamic_cache(past: Pairs) -> DynamicCache:
     return cache
 
 
-def fixed_cache(past: Pairs, past_length: torch.Tensor, plan: KvCache) -> DynamicCache:
+class FixedCache(DynamicCache):
     """A cache that writes new keys and values into tensors of fixed size; for tracing only.
 
     Args:
         past: keys and values [batch, kv_heads, slots, head_dim] per layer. past_length: int64 [batch], tokens that each
-            row's cache holds, and so the position of its first new token.
+            row's cache holds, which is the position of its first new token.
     """
-    return _FixedCache(past, past_length, plan)
 
-
-class _FixedCache(DynamicCache):
     def __init__(self, past: Pairs, past_length: torch.Tensor, plan: KvCache) -> None:
         super().__init__()
         self.past_length = past_length
@@ -171,7 +159,10 @@ class _FixedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new tokens [batch, kv_heads, new, head_dim]; returns the whole cache."""
         at = self.past_length % (self.slots - self.chunk) if self.ring else self.past_length
-        self.keys, self.values = _scatter(self.keys, key_states, at), _scatter(self.values, value_states, at)
+        self.keys, self.values = (
+            _onnx("TensorScatter", (cache, new.to(cache.dtype), at), cache.shape, axis=2, mode="linear")
+            for cache, new in ((self.keys, key_states), (self.values, value_states))
+        )
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
@@ -191,17 +182,9 @@ class _FixedLayer(CacheLayerMixin):
         return self.slots
 
 
-def _scatter(cache: torch.Tensor, update: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """TensorScatter of ONNX opset 24, linear, along the slots."""
-    attributes: dict[str, Any] = {"axis": 2, "mode": "linear"}
-    return torch.onnx.ops.symbolic(
-        "TensorScatter",
-        (cache, update.to(cache.dtype), at),
-        attributes,
-        dtype=cache.dtype,
-        shape=cache.shape,
-        version=OPSET,
-    )
+def _onnx(op: str, inputs: tuple[torch.Tensor, ...], shape: Any, version: int = OPSET, **attributes: Any) -> Any:
+    """An ONNX operator in the traced graph; the output has the dtype of the first input."""
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=version)
 
 
 def last_token(hidden: torch.Tensor, input_length: torch.Tensor) -> torch.Tensor:
@@ -210,10 +193,7 @@ def last_token(hidden: torch.Tensor, input_length: torch.Tensor) -> torch.Tensor
     A GatherND, the only one whose indices come of input_length, by which `give_all_logits` finds it.
     """
     index = (input_length - 1).clamp(min=0)[:, None, None]
-    shape = (hidden.shape[0], 1, hidden.shape[2])
-    return torch.onnx.ops.symbolic(
-        "GatherND", (hidden, index), {"batch_dims": 1}, dtype=hidden.dtype, shape=shape, version=13
-    )
+    return _onnx("GatherND", (hidden, index), (hidden.shape[0], 1, hidden.shape[2]), version=13, batch_dims=1)
 
 
 def give_all_logits(graph: onnx.GraphProto) -> None:
@@ -256,17 +236,13 @@ def attention(
     """
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise AwqTrtError(
-            "attention with sinks or a position bias cannot be exported with a fixed KV cache; use --kv-cache dynamic."
+            'attention with sinks or a position bias cannot be exported with a fixed KV cache; use kv_cache="dynamic".'
         )
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     batch, heads, new, _ = query.shape
     if softcap is None:
         shape = (batch, heads, new, value.shape[-1])
-        inputs = (query, key, value, attention_mask)
-        output = torch.onnx.ops.symbolic(
-            "Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=shape, version=OPSET
-        )
-        return output.transpose(1, 2), None
+        return _onnx("Attention", (query, key, value, attention_mask), shape, scale=scale).transpose(1, 2), None
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])  # the queries that share a key head, together
     scores = (grouped @ key.transpose(2, 3)).float() * scale
     scores = torch.tanh(scores / softcap) * softcap
@@ -282,7 +258,7 @@ def mask(
 
     Args:
         q_offset: int64 [batch], position of the first new token. kv_offset: int64 [1 or batch, slots], of each slot,
-            from `_FixedCache` and `_FixedLayer`. mask_function: (row, head, query position, key position) -> bool.
+            from `FixedCache` and `_FixedLayer`. mask_function: (row, head, query position, key position) -> bool.
     """
     query = (q_offset[:, None] + torch.arange(q_length))[:, None, :, None]
     key = kv_offset[:, None, None, :]

@@ -12,131 +12,110 @@ and computes with (q - zero) * scale in fp32, where QuantizedLinear.dequantize r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnx import helper
 
 from awq_trt import layout
-from awq_trt.export.external_data import ELEM_TYPES, PACKED_4_BIT, Store
-from awq_trt.export.operator import DOMAIN, OP_TYPE, optional_inputs
+from awq_trt.export.external_data import PACKED_4_BIT, Store, stored_values
+from awq_trt.export.operator import DOMAIN, OP_TYPE, OPTIONAL_INPUTS
 
 MS_DOMAIN = "com.microsoft"
 FP32_COMPUTE = 1
 """accuracy_level: activations stay fp32 (4 would round them to int8)."""
 
-Raw = Callable[[onnx.TensorProto], memoryview]
-"""The bytes of an initializer, wherever they are."""
 
-
-def matmul_nbits(model: onnx.ModelProto, raw: Raw, store: Store) -> list[onnx.TensorProto]:
+def matmul_nbits(model: onnx.ModelProto, folder: Path, store: Store) -> list[onnx.TensorProto]:
     """Replace the quantized layers of an exported model, of either format, in place.
 
     Args:
-        model: of export_onnx; its activations are to become fp32, which is not done here. raw: reads its initializers.
+        model: of export_onnx; the caller makes its activations fp32. folder: of its external data.
         store: takes the new constants, one layer at a time.
 
     Returns:
-        The new initializers. Those of the model that nothing reads any more are gone; the new ones are not in it yet.
+        The new initializers, which are not in the model yet. Those that nothing reads any more are gone from it.
     """
-    return _Conversion(model, raw, store).run()
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """The constants of one layer: `inputs` of MatMulNBits after the first, N, K and the columns of a block."""
-
-    inputs: list[str]
-    n: int
-    k: int
-    block: int
+    graph, conversion = model.graph, _Conversion(model, folder, store)
+    dequantize = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and conversion.is_4_bit_matrix(node.input[0])
+    }
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == OP_TYPE and node.domain == DOMAIN:
+            nodes += conversion.gemm(node)
+        elif node.op_type in ("MatMul", "Gemm") and node.input[1] in dequantize:
+            nodes += conversion.qdq_product(node, dequantize[node.input[1]])
+        else:
+            nodes.append(node)
+    if not conversion.new:
+        return []
+    read = {name for node in nodes for name in node.input}
+    nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
+    read = {name for node in nodes for name in node.input}
+    weights = [tensor for tensor in graph.initializer if tensor.name in read]
+    for field, kept in ((graph.node, nodes), (graph.initializer, weights), (model.functions, [])):
+        del field[:]
+        field.extend(kept)
+    model.opset_import.append(helper.make_opsetid(MS_DOMAIN, 1))
+    return conversion.new
 
 
 class _Conversion:
-    def __init__(self, model: onnx.ModelProto, raw: Raw, store: Store) -> None:
-        self.model, self.raw, self.store = model, raw, store
-        self.initializers = {t.name: t for t in model.graph.initializer}
-        self.packed: dict[str, _Packed] = {}  # by the name of the weight they were made from
+    """Makes the nodes that replace one, and their constants, once for each weight."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, store: Store) -> None:
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.folder, self.store = folder, store
+        self.packed: dict[str, tuple[list[str], dict[str, Any]]] = {}  # weight -> inputs and attributes of MatMulNBits
         self.new: list[onnx.TensorProto] = []
 
-    def run(self) -> list[onnx.TensorProto]:
-        graph = self.model.graph
-        unpacked = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear" and self._is_4_bit(n)}
-        nodes: list[onnx.NodeProto] = []
-        for node in graph.node:
-            if node.op_type == OP_TYPE and node.domain == DOMAIN:
-                nodes += self._gemm(node)
-            elif node.op_type in ("MatMul", "Gemm") and node.input[1] in unpacked:
-                nodes += self._product(node, unpacked[node.input[1]])
-            else:
-                nodes.append(node)
-        if not self.packed:
-            return []
-        read = {name for node in nodes for name in node.input}
-        nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
-        read = {name for node in nodes for name in node.input}
-        weights = [tensor for tensor in graph.initializer if tensor.name in read]
-        for field, kept in ((graph.node, nodes), (graph.initializer, weights), (self.model.functions, [])):
-            del field[:]
-            field.extend(kept)
-        self.model.opset_import.append(helper.make_opsetid(MS_DOMAIN, 1))
-        return self.new
-
-    def _is_4_bit(self, node: onnx.NodeProto) -> bool:
-        weight = self.initializers.get(node.input[0])
+    def is_4_bit_matrix(self, name: str) -> bool:
+        weight = self.initializers.get(name)
         return weight is not None and weight.data_type in PACKED_4_BIT and len(weight.dims) == 2
 
-    def _gemm(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    def gemm(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """A W4A16Gemm: [Mul,] MatMulNBits [, Add] [, Split]."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         n, k, group = (attributes[name] for name in ("out_features", "in_features", "group_size"))
         x, weight, scales, *others = node.input
-        names = optional_inputs(**{flag: bool(attributes[f"has_{flag}"]) for flag in ("zeros", "bias", "pre_scale")})
-        optional = dict(zip(names, others, strict=True))
+        optional = dict(zip((name for name in OPTIONAL_INPUTS if attributes[f"has_{name}"]), others, strict=True))
         if weight not in self.packed:
-            q, s = layout.unpack_qweight(self._values(weight), n, k), layout.unpack_scales(self._values(scales), n)
+            q = layout.unpack_qweight(self._values(weight), n, k)
             zeros = layout.unpack_zeros(self._values(optional["zeros"]), n) if "zeros" in optional else None
-            self._pack(weight, q, s, zeros, group)
+            self._pack(weight, q, layout.unpack_scales(self._values(scales), n), zeros, group)
         splits = attributes.get("splits")
         y = f"{node.name}/whole" if splits else node.output[0]
-        yield from self._multiply(node.name, x, weight, y, optional.get("bias"), optional.get("pre_scale"))
+        if "pre_scale" in optional:
+            scaled = f"{node.name}/scaled"
+            yield helper.make_node("Mul", [x, optional["pre_scale"]], [scaled], name=f"{node.name}/Mul")
+            x = scaled
+        yield from self._product(node.name, x, weight, y, optional.get("bias"))
         if splits:
             sizes = self._constant(f"{node.name}/splits", torch.tensor(splits))
             yield helper.make_node("Split", [y, sizes], list(node.output), name=f"{node.name}/Split", axis=-1)
 
-    def _product(self, node: onnx.NodeProto, unpack: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    def qdq_product(self, node: onnx.NodeProto, dequantize: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """A product with the output [K, N] of a DequantizeLinear; as rewrite.py makes them, nothing is transposed."""
-        weight, scales, *zeros = unpack.input
+        weight, scales, *zeros = dequantize.input
         if weight not in self.packed:
-            group = next(a.i for a in unpack.attribute if a.name == "block_size")
-            z = self._nibbles(zeros[0]).t() if zeros else None
-            self._pack(weight, self._nibbles(weight).t(), self._values(scales).t(), z, group)
+            group = next(a.i for a in dequantize.attribute if a.name == "block_size")
+            z = self._values(zeros[0]).t() if zeros else None
+            self._pack(weight, self._values(weight).t(), self._values(scales).t(), z, group)
         bias = node.input[2] if len(node.input) > 2 else None
-        yield from self._multiply(node.name, node.input[0], weight, node.output[0], bias, None)
+        yield from self._product(node.name, node.input[0], weight, node.output[0], bias)
 
-    def _multiply(
-        self, name: str, x: str, weight: str, y: str, bias: str | None, pre_scale: str | None
-    ) -> Iterator[onnx.NodeProto]:
-        packed = self.packed[weight]
-        if pre_scale is not None:
-            yield helper.make_node("Mul", [x, pre_scale], [f"{name}/scaled"], name=f"{name}/Mul")
-            x = f"{name}/scaled"
-        yield helper.make_node(
-            "MatMulNBits",
-            [x, *packed.inputs],
-            [y if bias is None else f"{name}/product"],
-            name=name,
-            domain=MS_DOMAIN,
-            N=packed.n,
-            K=packed.k,
-            bits=4,
-            block_size=packed.block,
-            accuracy_level=FP32_COMPUTE,
-        )
+    def _product(self, name: str, x: str, weight: str, y: str, bias: str | None) -> Iterator[onnx.NodeProto]:
+        product = y if bias is None else f"{name}/product"
+        inputs, attributes = self.packed[weight]
+        yield helper.make_node("MatMulNBits", [x, *inputs], [product], name=name, domain=MS_DOMAIN, **attributes)
         if bias is not None:
-            yield helper.make_node("Add", [f"{name}/product", bias], [y], name=f"{name}/Add")
+            yield helper.make_node("Add", [product, bias], [y], name=f"{name}/Add")
 
     def _pack(self, name: str, q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int) -> None:
         """Make the constants of a layer: q uint8 [N, K]; scales and, where there are zeros, uint8 zeros [N, G]."""
@@ -153,21 +132,11 @@ class _Conversion:
             zeros = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2))
             constants["zero_points"] = (zeros[:, ::2] | zeros[:, 1::2] << 4).flatten()
         inputs = [self._constant(f"{name}/{part}", value) for part, value in constants.items()]
-        self.packed[name] = _Packed(inputs, n, k, block)
+        self.packed[name] = inputs, {"N": n, "K": k, "bits": 4, "block_size": block, "accuracy_level": FP32_COMPUTE}
 
     def _constant(self, name: str, value: torch.Tensor) -> str:
         self.new.append(self.store(name, value))
         return name
 
     def _values(self, name: str) -> torch.Tensor:
-        tensor = self.initializers[name]
-        dtype = next(t for t, elem_type in ELEM_TYPES.items() if elem_type == tensor.data_type)
-        return torch.frombuffer(self.raw(tensor), dtype=dtype).reshape(list(tensor.dims))
-
-    def _nibbles(self, name: str) -> torch.Tensor:
-        """An INT4 or UINT4 initializer as uint8 0..15; INT4 is shifted by 8."""
-        tensor = self.initializers[name]
-        packed = torch.frombuffer(self.raw(tensor), dtype=torch.uint8)
-        count = torch.Size(tensor.dims).numel()
-        values = torch.stack([packed & 15, packed >> 4], 1).flatten()[:count].reshape(list(tensor.dims))
-        return values ^ 8 if tensor.data_type == onnx.TensorProto.INT4 else values
+        return stored_values(self.initializers[name], self.folder)

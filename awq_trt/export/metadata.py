@@ -1,14 +1,16 @@
-"""What building an engine needs to know of an ONNX file, read without its weights."""
+"""The facts of an ONNX file that an engine is built from, read without its weights, and its optimization profiles."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.operator import OP_TYPE
@@ -16,7 +18,7 @@ from awq_trt.export.operator import OP_TYPE
 METADATA_KEY = "awq_trt"
 
 MAX_SEQ = 2048
-"""Default for graphs that do not say it themselves."""
+"""Default number of tokens, for graphs without a fixed cache."""
 
 Shape = tuple[int, ...]
 
@@ -45,26 +47,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """An ONNX file without its weights.
-
-    Attributes:
-        inputs, outputs: of the graph, in its order; initializers that are also listed as inputs are left out.
-        metadata: what the exporter wrote under "awq_trt" in the file's metadata ({} for a foreign file).
-        plugin_nodes: number of W4A16Gemm nodes, each one layer or several.
-        quantized_bytes: their packed weights, scales and zeros.
-        float_bytes: every other initializer. onnx_bytes, data_bytes: the file and its external data files.
-    """
+    """An ONNX file without its weights; sizes in bytes."""
 
     path: Path
     opset: int
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]  # in the graph's order, without the initializers that are listed as inputs too
     outputs: tuple[Tensor, ...]
-    metadata: dict[str, Any]
-    plugin_nodes: int
-    quantized_bytes: int
-    float_bytes: int
-    onnx_bytes: int
-    data_bytes: int
+    metadata: dict[str, Any]  # what the exporter wrote under METADATA_KEY; {} for a foreign file
+    plugin_nodes: int  # W4A16Gemm nodes, each one layer or several
+    quantized_bytes: int  # their packed weights, scales, zeros, biases and pre-scales
+    float_bytes: int  # every other initializer
+    onnx_bytes: int  # the file
+    data_bytes: int  # its external data files
 
 
 def read_graph(path: Path) -> GraphFacts:
@@ -83,7 +77,6 @@ def read_graph(path: Path) -> GraphFacts:
     if not graph.node:
         raise AwqTrtError(f"{path}: not an ONNX model: it holds no operators. Export it again.")
     sizes = {t.name: _bytes(t) for t in graph.initializer}
-    # inputs 1, 2 and the zeros are INT4 data and its scales; bias and pre-scale are small and counted with them
     quantized = {i for n in graph.node if n.op_type == OP_TYPE for i in n.input[1:] if i in sizes}
     return GraphFacts(
         path=path,
@@ -102,8 +95,8 @@ def read_graph(path: Path) -> GraphFacts:
 def external_files(path: Path) -> list[Path]:
     """The files that hold an ONNX file's external data."""
     tensors = onnx.load(str(path), load_external_data=False).graph.initializer
-    names = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
-    return [path.parent / name for name in sorted(names)]
+    external = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    return [path.parent / name for name in sorted({ExternalDataInfo(tensor).location for tensor in external})]
 
 
 def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None) -> tuple[Profile, ...]:
@@ -140,28 +133,22 @@ def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None
                 "export it again with this max_seq, or leave it out."
             )
         chunk = cache["prefill_chunk"]
-        decode = {"batch_size": batch, "sequence_length": (1, 1, 1)}
-        prefill = {"batch_size": batch, "sequence_length": (1, chunk, chunk)}
-        return (_profile(graph, "decode", decode), _profile(graph, "prefill", prefill))
-    if not any("past_sequence_length" in t.shape for t in graph.inputs):
-        ranges = {"batch_size": batch, "sequence_length": sequence}
-        return (_profile(graph, "default", ranges),)
-    if max_seq < 2:
-        raise AwqTrtError("max_seq is 1; a decoder with a cache needs at least 2: one cached token and the new one.")
-    past = (1, -(-(max_seq - 1) // 2), max_seq - 1)
-    decode = {
-        "batch_size": batch,
-        "sequence_length": (1, 1, 1),
-        "past_sequence_length": past,
-        "total_sequence_length": (past[0] + 1, past[1] + 1, past[2] + 1),
-    }
-    prefill = {
-        "batch_size": batch,
-        "sequence_length": sequence,
-        "past_sequence_length": (0, 0, 0),
-        "total_sequence_length": sequence,
-    }
-    return (_profile(graph, "decode", decode), _profile(graph, "prefill", prefill))
+        ranges = {"decode": {"sequence_length": (1, 1, 1)}, "prefill": {"sequence_length": (1, chunk, chunk)}}
+    elif any("past_sequence_length" in t.shape for t in graph.inputs):
+        if max_seq < 2:
+            raise AwqTrtError(
+                "max_seq is 1; a decoder with a cache needs at least 2: one cached token and the new one."
+            )
+        past = (1, -(-(max_seq - 1) // 2), max_seq - 1)
+        total = (past[0] + 1, past[1] + 1, past[2] + 1)
+        names = ("sequence_length", "past_sequence_length", "total_sequence_length")
+        ranges = {
+            "decode": dict(zip(names, ((1, 1, 1), past, total), strict=True)),
+            "prefill": dict(zip(names, (sequence, (0, 0, 0), sequence), strict=True)),
+        }
+    else:
+        ranges = {"default": {"sequence_length": sequence}}
+    return tuple(_profile(graph, name, {"batch_size": batch, **sizes}) for name, sizes in ranges.items())
 
 
 def _profile(graph: GraphFacts, name: str, ranges: dict[str, tuple[int, int, int]]) -> Profile:
@@ -190,16 +177,13 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 def _bytes(tensor: onnx.TensorProto) -> int:
     """Size of a tensor's data, from its shape and type; 4-bit types are packed two to a byte."""
-    count = 1
-    for dim in tensor.dims:
-        count *= dim
     if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return -(-count // 2)
-    return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        return -(-math.prod(tensor.dims) // 2)
+    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a decoder with a fixed KV cache, what is known of that ("capacity", "prefill_chunk", "layers"); else {}.
+    """The facts of a decoder's fixed KV cache ("capacity", "prefill_chunk", "layers"); {} for any other model.
 
     Args:
         facts: of the model: the metadata of an ONNX file, or "model" of a plan's sidecar.
@@ -209,7 +193,7 @@ def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
-    """What the exporter noted in an ONNX file, {} for a foreign one; `path` is for messages.
+    """The facts that the exporter wrote into an ONNX file, {} for a foreign one; `path` is for messages.
 
     Raises:
         AwqTrtError: not readable.
@@ -226,24 +210,20 @@ def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
 
 def _check_external_data(graph: onnx.GraphProto, path: Path) -> int:
     """Bytes in all external data files; an error where one is missing or shorter than the tensors that lie in it."""
-    needed: dict[str, tuple[int, str]] = {}
+    sizes: dict[Path, int] = {}
     for tensor in graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        where = {e.key: e.value for e in tensor.external_data}
-        end = int(where.get("offset", 0)) + int(where.get("length", _bytes(tensor)))
-        if end >= needed.get(where["location"], (0, ""))[0]:
-            needed[where["location"]] = (end, tensor.name)
-    total = 0
-    for location, (end, name) in needed.items():
-        file = path.parent / location
-        if not file.is_file():
-            raise AwqTrtError(f"{path}: its weights are in {file}, which is missing. Put it beside the ONNX file.")
-        size = file.stat().st_size
-        if size < end:
+        place = ExternalDataInfo(tensor)
+        file = path.parent / place.location
+        if file not in sizes:
+            if not file.is_file():
+                raise AwqTrtError(f"{path}: its weights are in {file}, which is missing. Put it beside the ONNX file.")
+            sizes[file] = file.stat().st_size
+        end = (place.offset or 0) + (place.length or _bytes(tensor))
+        if sizes[file] < end:
             raise AwqTrtError(
-                f"{file}: {size} bytes, but tensor {name!r} ends at byte {end}: the file is cut short. "
+                f"{file}: {sizes[file]} bytes, but tensor {tensor.name!r} ends at byte {end}: the file is cut short. "
                 "Copy it again, or export again."
             )
-        total += size
-    return total
+    return sum(sizes.values())

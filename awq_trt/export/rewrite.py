@@ -7,14 +7,14 @@
 and the same for MatMul(x, w) and Gemm(x, w[, b]) with or without transB. A layer is found by the name of its weight's
 initializer; what the model is does not matter. Everything else stays as it is.
 
-W4A16Gemm computes features by eights: a layer of another number (a head: 50257 tokens) gets rows of zeros, and a Slice
-behind it takes their outputs away.
+The kernels store 8 output features at a time, so out_features of a W4A16Gemm is a multiple of 8: a layer of another
+number (a head for 50257 tokens, say) gets rows of zeros, and a Slice behind the node drops their outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -37,13 +37,13 @@ G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which NumPy does not
 
 @dataclass(frozen=True)
 class QuantizedNode:
-    """One rewritten layer: `name` of the module, `n` output and `k` input features, which optional inputs it has."""
+    """One rewritten layer."""
 
-    name: str
-    n: int
-    k: int
+    name: str  # of the module
+    n: int  # output features
+    k: int  # input features
     group_size: int
-    zeros: bool
+    zeros: bool  # whether it has this optional input; the next two likewise
     bias: bool
     pre_scale: bool
 
@@ -91,30 +91,28 @@ def rewrite(
     done: dict[str, QuantizedNode] = {}
     fused: list[FusedNode] = []
 
-    def checked(name: str) -> QuantizedLinear:
-        linear = linears[name]
-        for node, transposed in products[name]:
-            _check(tensors[name], node, transposed, linear)
-        return linear
-
-    def layers(names: list[str]) -> Iterator[Layer]:
+    def layers(names: Iterable[str]) -> Iterator[Layer]:
         for name in names:
-            linear = checked(name)
-            biases = [_take_bias(graph, node, linear.q.shape[0]) for node in nodes[name]]
-            done[name] = _described(name, linear, any(biases))
-            yield Layer(done[name].name, linear, nodes[name], biases)
+            linear = linears[name]
+            for node, transposed in products[name]:
+                _check(tensors[name], node, transposed, linear)
+            take = _take_bias if format == "plugin" else _find_bias
+            biases = [take(graph, node, linear.q.shape[0]) for node in nodes[name]]
+            layer, (n, k) = name.removesuffix(".weight"), linear.q.shape
+            optional = (linear.zeros is not None, any(biases), linear.pre_scale is not None)
+            done[name] = QuantizedNode(layer, n, k, linear.group_size, *optional)
+            yield Layer(layer, linear, nodes[name], biases)
 
     if format == "qdq":
-        for name in nodes:
-            linear = checked(name)
-            done[name] = _described(name, linear, _emit_qdq(graph, name, linear, nodes[name], store))
+        for layer in layers(linears):
+            _emit_qdq(graph, layer, store)
     else:
         for names in same_input(graph, nodes) if fuse else [[name] for name in nodes]:
             for group in agreeing(layers(names)):
                 node = _emit_plugin(graph, group, store, lambda bias: read(initializers[bias.name]))
                 if len(group) > 1:
                     fused.append(node)
-                del group  # its layers go before others are read
+                del group  # free these layers before others are read
     graph.cleanup()
     result = gs.export_onnx(graph, do_type_check=False)
     result.metadata_props.extend(model.metadata_props)
@@ -146,28 +144,20 @@ def _products_of(name: str, weight: gs.Tensor | None) -> list[tuple[gs.Node, boo
 def _products(weight: gs.Constant, tensor: gs.Tensor, *, transposed: bool) -> Iterator[tuple[gs.Node, bool]]:
     """Every product x @ B whose B is the weight (False) or the weight transposed (True)."""
     for node in list(tensor.outputs):
-        if node.op == "Transpose" and list(node.attrs.get("perm", (1, 0))) == [1, 0]:
+        attrs = node.attrs
+        is_second = [i for i, operand in enumerate(node.inputs) if operand is tensor] == [1]
+        is_plain = attrs.get("alpha", 1.0) == attrs.get("beta", 1.0) == 1.0 and not attrs.get("transA", 0)
+        if node.op == "Transpose" and list(attrs.get("perm", (1, 0))) == [1, 0]:
             yield from _products(weight, node.outputs[0], transposed=not transposed)
         elif node.op == "Identity":
             yield from _products(weight, node.outputs[0], transposed=transposed)
-        elif node.op == "MatMul" and _is_second(tensor, node):
-            yield node, transposed
-        elif node.op == "Gemm" and _is_second(tensor, node) and _is_plain(node):
-            yield node, transposed != bool(node.attrs.get("transB", 0))
+        elif node.op in ("MatMul", "Gemm") and is_second and is_plain:
+            yield node, transposed != bool(attrs.get("transB", 0))
         else:
             raise AwqTrtError(
                 f"the quantized weight {weight.name} is used by the {node.op} node {node.name!r}, which is not a "
                 "matrix product x @ weight. Leave this layer out of the quantization."
             )
-
-
-def _is_second(tensor: gs.Tensor, node: gs.Node) -> bool:
-    return [i for i, operand in enumerate(node.inputs) if operand is tensor] == [1]
-
-
-def _is_plain(gemm: gs.Node) -> bool:
-    attrs = gemm.attrs
-    return attrs.get("alpha", 1.0) == 1.0 and attrs.get("beta", 1.0) == 1.0 and not attrs.get("transA", 0)
 
 
 def _check(weight: gs.Constant, node: gs.Node, transposed: bool, linear: QuantizedLinear) -> None:
@@ -185,9 +175,8 @@ def _check(weight: gs.Constant, node: gs.Node, transposed: bool, linear: Quantiz
         raise AwqTrtError(
             f"weight {weight.name} is {in_graph} in the graph and {wanted} in the scales; export in {dtype}."
         )
-    if reason := layout.unsupported_reason(
-        layout.padded_features(n), k, linear.group_size, str(dtype).removeprefix("torch.")
-    ):
+    rows, name = layout.padded_features(n), str(dtype).removeprefix("torch.")
+    if reason := layout.unsupported_reason(rows, k, linear.group_size, name):
         raise AwqTrtError(f"layer {weight.name}: {reason}. Leave this layer out of the quantization.")
 
 
@@ -196,10 +185,9 @@ def _constant(name: str, values: torch.Tensor, store: Store, elem_type: int | No
     return gs.Constant(name, LazyValues(store(name, values, elem_type)))
 
 
-def _described(weight: str, linear: QuantizedLinear, bias: bool) -> QuantizedNode:
-    n, k = linear.q.shape
-    optional = (linear.zeros is not None, bias, linear.pre_scale is not None)
-    return QuantizedNode(weight.removesuffix(".weight"), n, k, linear.group_size, *optional)
+def _index(graph: gs.Graph, node: gs.Node) -> int:
+    """Position of a node in the graph; `list.index` would find the first equal one."""
+    return next(i for i, other in enumerate(graph.nodes) if other is node)
 
 
 def _emit_plugin(
@@ -210,19 +198,18 @@ def _emit_plugin(
     The node of several stands where the first of them stood: it needs nothing but what they read, and constants.
     """
     linear = stacked([layer.linear for layer in group])
-    missing = -len(linear.q) % layout.STORED
-    linear = _padded(linear, missing)
-    n, k = linear.q.shape
+    splits = [layer.linear.q.shape[0] for layer in group]
+    n, k = layout.padded_features(len(linear.q)), linear.q.shape[1]
     first, *others = [module_path(layer.name) for layer in group]
     path = "+".join([first, *(other.rpartition("/")[2] for other in others)])
-    weights = [
+    weights = [  # packing adds the rows of zeros
         _constant(f"{path}/qweight", layout.pack_qweight(linear.q), store),
         _constant(f"{path}/scales", layout.pack_scales(linear.scales), store),
     ]
     if linear.zeros is not None:
         weights.append(_constant(f"{path}/zeros", layout.pack_zeros(linear.zeros), store))
     scale = [] if linear.pre_scale is None else [_constant(f"{path}/pre_scale", linear.pre_scale, store)]
-    nodes, biases, splits = group[0].nodes, group[0].biases, [layer.linear.q.shape[0] for layer in group]
+    nodes, biases = group[0].nodes, group[0].biases
     if others:
         outputs = [layer.nodes[0].outputs[0] for layer in group]
         for layer in group:
@@ -231,8 +218,8 @@ def _emit_plugin(
         if any(biases):
             bias = torch.cat([read(layer.biases[0][0]) for layer in group]).to(linear.scales.dtype)
             biases = [[_constant(f"{path}/bias", bias, store)]]
-    if missing:
-        _cut(graph, path, nodes, n, missing)
+    elif missing := n - len(linear.q):
+        _drop_features(graph, path, nodes, n, missing)
         padded = [[F.pad(read(b).to(linear.scales.dtype), (0, missing)) for b in addend] for addend in biases]
         biases = [[_constant(f"{path}/bias.{i}", b, store) for b in addend] for i, addend in enumerate(padded)]
     for i, (node, addend) in enumerate(zip(nodes, biases, strict=True)):
@@ -252,25 +239,26 @@ def _emit_plugin(
     return FusedNode(path, tuple(layer.name for layer in group), tuple(splits))
 
 
-def _padded(linear: QuantizedLinear, missing: int) -> QuantizedLinear:
-    """A layer with some more rows, all zeros."""
-    if not missing:
-        return linear
-    rows = (0, 0, 0, missing)
-    zeros = None if linear.zeros is None else F.pad(linear.zeros, rows)
-    return replace(linear, q=F.pad(linear.q, rows), scales=F.pad(linear.scales, rows), zeros=zeros)
-
-
-def _cut(graph: gs.Graph, path: str, nodes: list[gs.Node], n: int, missing: int) -> None:
-    """Put a Slice behind nodes that are about to compute n features, `missing` of them for nothing."""
+def _drop_features(graph: gs.Graph, path: str, nodes: list[gs.Node], n: int, missing: int) -> None:
+    """Put a Slice behind nodes of n output features that drops the last `missing` ones."""
     ends = {"starts": [0], "ends": [n - missing], "axes": [-1]}
     operands = [gs.Constant(f"{path}/{name}", np.array(value)) for name, value in ends.items()]
     for i, node in enumerate(nodes):
         y = node.outputs[0]
         whole = gs.Variable(f"{path}/padded.{i}", y.dtype, y.shape and [*y.shape[:-1], n])
         node.outputs = [whole]
-        after = next(j for j, other in enumerate(graph.nodes) if other is node) + 1
-        graph.nodes.insert(after, gs.Node("Slice", f"{path}/Slice.{i}", None, [whole, *operands], [y]))
+        slice_node = gs.Node("Slice", f"{path}/Slice.{i}", None, [whole, *operands], [y])
+        graph.nodes.insert(_index(graph, node) + 1, slice_node)
+
+
+def _find_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Tensor]:
+    """[bias] of a product: a Gemm's third operand, or the constant [n] of an Add that is its only user; else []."""
+    if len(node.inputs) > 2:
+        return [node.inputs[2]]
+    product = node.outputs[0]
+    if len(product.outputs) != 1 or product.outputs[0].op != "Add" or any(product is out for out in graph.outputs):
+        return []
+    return [t for t in product.outputs[0].inputs if _is_vector(t, n)][:1]
 
 
 def _take_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Constant]:
@@ -278,67 +266,48 @@ def _take_bias(graph: gs.Graph, node: gs.Node, n: int) -> list[gs.Constant]:
 
     The third operand of a Gemm that is not such a constant becomes an Add of its own.
     """
-    if node.op == "Gemm" and len(node.inputs) > 2:
-        addend, total = node.inputs[2], node.outputs[0]
-        if _is_vector(addend, n):
-            return [addend]
-        product = gs.Variable(f"{total.name}/product", total.dtype, total.shape)
-        node.outputs = [product]
-        after = next(i for i, other in enumerate(graph.nodes) if other is node) + 1
-        graph.nodes.insert(after, gs.Node("Add", f"{node.name}/Add", None, [product, addend], [total]))
+    found, product = _find_bias(graph, node, n), node.outputs[0]
+    if len(node.inputs) > 2:
+        if _is_vector(found[0], n):
+            return found
+        node.outputs = [gs.Variable(f"{product.name}/product", product.dtype, product.shape)]
+        add = gs.Node("Add", f"{node.name}/Add", None, [node.outputs[0], found[0]], [product])
+        graph.nodes.insert(_index(graph, node) + 1, add)
         return []
-    add, bias = _added(graph, node, n)
-    if add is None or bias is None:
-        return []
-    total = add.outputs[0]
-    add.outputs.clear()
-    node.outputs = [total]
-    return [bias]
-
-
-def _added(graph: gs.Graph, node: gs.Node, n: int) -> tuple[gs.Node | None, gs.Constant | None]:
-    """The Add that is the only user of a product, and the constant [n] it adds."""
-    product = node.outputs[0]
-    if len(product.outputs) != 1 or any(product is out for out in graph.outputs):
-        return None, None
-    add = product.outputs[0]
-    bias = next((t for t in add.inputs if _is_vector(t, n)), None)
-    return (add, bias) if add.op == "Add" and bias is not None else (None, None)
+    if found:
+        add = product.outputs[0]
+        node.outputs = [add.outputs[0]]
+        add.outputs.clear()
+    return found
 
 
 def _is_vector(tensor: gs.Tensor, n: int) -> bool:
     return isinstance(tensor, gs.Constant) and tuple(tensor.shape) == (n,)
 
 
-def _emit_qdq(graph: gs.Graph, weight_name: str, linear: QuantizedLinear, nodes: list[gs.Node], store: Store) -> bool:
-    """Give the products a weight [K, N] that DequantizeLinear makes of integers, in blocks along K; True if biased.
+def _emit_qdq(graph: gs.Graph, layer: Layer, store: Store) -> None:
+    """Give the products a weight [K, N] that DequantizeLinear makes of integers, in blocks along K.
 
     Asymmetric weights are UINT4 with zero points, symmetric ones INT4 (q - 8) without. A bias stays what it was: the
     third operand of Gemm, or an Add.
     """
-    n, k = linear.q.shape
-    path = module_path(weight_name.removesuffix(".weight"))
+    linear, nodes, path = layer.linear, layer.nodes, module_path(layer.name)
+    q, elem_type = linear.q.t(), onnx.TensorProto.UINT4
     if linear.zeros is None:
-        parts = [_constant(f"{path}/qweight", linear.q.t().to(torch.int8) - 8, store, onnx.TensorProto.INT4)]
-    else:
-        parts = [_constant(f"{path}/qweight", linear.q.t(), store, onnx.TensorProto.UINT4)]
-    parts.append(_constant(f"{path}/scales", linear.scales.t(), store))
+        q, elem_type = q.to(torch.int8) - 8, onnx.TensorProto.INT4
+    parts = [_constant(f"{path}/qweight", q, store, elem_type), _constant(f"{path}/scales", linear.scales.t(), store)]
     if linear.zeros is not None:
-        parts.append(_constant(f"{path}/zeros", linear.zeros.t(), store, onnx.TensorProto.UINT4))
-    weight = gs.Variable(f"{path}/weight", nodes[0].outputs[0].dtype, [k, n])
+        parts.append(_constant(f"{path}/zeros", linear.zeros.t(), store, elem_type))
+    weight = gs.Variable(f"{path}/weight", nodes[0].outputs[0].dtype, list(q.shape))
     attrs = {"axis": 0, "block_size": linear.group_size}
-    first = next(i for i, other in enumerate(graph.nodes) if any(other is node for node in nodes))
-    graph.nodes.insert(first, gs.Node("DequantizeLinear", f"{path}/DequantizeLinear", attrs, parts, [weight]))
+    dequantize = gs.Node("DequantizeLinear", f"{path}/DequantizeLinear", attrs, parts, [weight])
+    graph.nodes.insert(min(_index(graph, node) for node in nodes), dequantize)
     scale = None if linear.pre_scale is None else _constant(f"{path}/pre_scale", linear.pre_scale, store)
-    any_bias = False
     for i, node in enumerate(nodes):
-        any_bias |= len(node.inputs) > 2 or _added(graph, node, n)[0] is not None
         node.inputs[1] = weight
         node.attrs.pop("transB", None)
         if scale is not None:
             x = node.inputs[0]
             scaled = gs.Variable(f"{path}/scaled.{i}", x.dtype, x.shape)
-            at = next(j for j, other in enumerate(graph.nodes) if other is node)
-            graph.nodes.insert(at, gs.Node("Mul", f"{path}/pre_scale.{i}", None, [x, scale], [scaled]))
+            graph.nodes.insert(_index(graph, node), gs.Node("Mul", f"{path}/pre_scale.{i}", None, [x, scale], [scaled]))
             node.inputs[0] = scaled
-    return any_bias

@@ -1,34 +1,29 @@
-"""Rotary frequencies that depend on how long a sequence is, resolve_longrope before a model is traced.
+"""Rotary frequencies that depend on the length of a sequence: one set of them is chosen before a model is traced.
 
-Longrope (Phi-3; Ding et al., https://arxiv.org/abs/2402.13753) has two sets of frequencies, and transformers changes to
-the long ones when a sequence outgrows the positions the model was first trained for. Keys in a cache cannot change with
-it, so an engine has to choose once: the long ones where its cache has room for such sequences, as vLLM does, else
-the short ones. "Dynamic" scaling changes beyond max_position_embeddings only, where no cache reaches.
+Longrope (Phi-3; Ding et al., https://arxiv.org/abs/2402.13753) has two sets, and transformers changes to the long one
+when a sequence outgrows the positions the model was first trained for. Keys in a cache cannot change with it, so an
+engine has to choose once: the long set where its cache has room for such sequences, as vLLM does, else the short one.
+"Dynamic" scaling changes beyond max_position_embeddings only, where no cache reaches.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import transformers
 from torch import nn
 
 
 def resolve_longrope(config: transformers.PretrainedConfig, longest: int) -> transformers.PretrainedConfig:
-    """The configuration for an engine with sequences of up to `longest` tokens: a copy if it is to be another one."""
+    """The configuration for sequences of up to `longest` tokens: a changed copy where those need the long set."""
     changed = copy.deepcopy(config)
-    scalings = [s for s in _scalings(changed) if longest > s.get("original_max_position_embeddings", longest)]
-    for scaling in scalings:
+    found = getattr(changed.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # one scaling for the model, or one for each type of its layers
+    scalings = [s for s in (found, *found.values()) if isinstance(s, dict) and s.get("rope_type") == "longrope"]
+    outgrown = [s for s in scalings if longest > s.get("original_max_position_embeddings", longest)]
+    for scaling in outgrown:
         scaling["short_factor"] = scaling["long_factor"]
-    return changed if scalings else config
-
-
-def _scalings(config: transformers.PretrainedConfig) -> list[dict[str, Any]]:
-    """Every longrope scaling in a configuration: one for the model, or one for each type of its layers."""
-    found = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    each = [found, *(value for value in found.values() if isinstance(value, dict))]
-    return [scaling for scaling in each if scaling.get("rope_type") == "longrope"]
+    return changed if outgrown else config
 
 
 def freeze(model: nn.Module) -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 import transformers
 from random_models import Model
+from tiny_onnx import graph_of, session, shapes
 
-from awq_trt.checkpoint.model import empty_model
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.verify import onnx_session, run_onnx
 from awq_trt.export import export
@@ -29,8 +29,8 @@ from awq_trt.export import trace as trace_module
 from awq_trt.export.export import OnnxReport, export_quantized
 from awq_trt.export.external_data import DataFile
 from awq_trt.export.fp32 import float32_copy
+from awq_trt.export.interface import DecoderOptions
 from awq_trt.export.metadata import read_graph
-from awq_trt.export.trace import DecoderOptions
 from awq_trt.linear import quantize_weight
 
 
@@ -73,17 +73,6 @@ def export_dynamic(model: Model, path: Path, **options: Any) -> OnnxReport:
     return export_quantized(model, path, decoder=DecoderOptions("dynamic"), **options)
 
 
-def session(report: OnnxReport) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    return onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
-
-
-def graph_of(report: OnnxReport) -> onnx.GraphProto:
-    return onnx.load(report.path, load_external_data=False).graph
-
-
 def run_decoder(
     ort: onnxruntime.InferenceSession, ids: torch.Tensor, mask: torch.Tensor, past: dict[str, np.ndarray] | None = None
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
@@ -106,7 +95,7 @@ def test_decoder_gives_the_logits_of_the_eager_model(exported: Exported, kind: s
     model, report = exported(kind, format)
     ids = torch.randint(0, 96, (2, 9))
     reference = model.logits(input_ids=ids)
-    logits, _ = run_decoder(session(report), ids, torch.ones_like(ids))
+    logits, _ = run_decoder(session(report.path), ids, torch.ones_like(ids))
     limit = tolerance(model, reference, input_ids=ids)
     assert (logits - reference).abs().max() <= limit
     with torch.no_grad():  # the comparison would notice a wrong weight
@@ -121,7 +110,7 @@ def test_encoders_give_the_logits_of_the_eager_model(exported: Exported, format:
     mask[1, 5:] = 0
     reference = bert.logits(input_ids=ids, attention_mask=mask)
     limit = tolerance(bert, reference, input_ids=ids, attention_mask=mask)
-    (logits,) = session(report).run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    (logits,) = session(report.path).run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     assert np.abs(logits - reference.numpy()).max() <= limit
     ignoring = bert.logits(input_ids=ids)
     assert (ignoring - reference)[1].abs().max() > 5 * limit
@@ -129,7 +118,7 @@ def test_encoders_give_the_logits_of_the_eager_model(exported: Exported, format:
     vit, report = exported("vit", format)
     pixels = torch.randn(3, 3, 32, 32).half().float()
     reference = vit.logits(pixel_values=pixels)
-    (logits,) = session(report).run(["logits"], {"pixel_values": pixels.half().numpy()})
+    (logits,) = session(report.path).run(["logits"], {"pixel_values": pixels.half().numpy()})
     assert np.abs(logits - reference.numpy()).max() <= tolerance(vit, reference, pixel_values=pixels)
 
 
@@ -138,7 +127,7 @@ def test_encoders_give_the_logits_of_the_eager_model(exported: Exported, format:
 def test_cache_padding_and_ragged_batch(exported: Exported, kind: str, side: str) -> None:
     """Prompts of 7, 4 and 1 tokens, padded, then four tokens one by one: as if every sequence had run alone."""
     model, report = exported(kind, "plugin")
-    ort = session(report)
+    ort = session(report.path)
     lengths, steps = (7, 4, 1), 4
     sequences = [torch.randint(0, 96, (1, n + steps)) for n in lengths]
     references = [model.logits(input_ids=s)[0] for s in sequences]
@@ -164,7 +153,7 @@ def test_cache_padding_and_ragged_batch(exported: Exported, kind: str, side: str
 def test_one_token_alone_and_prompt_in_two_parts(exported: Exported) -> None:
     """Sizes 0 and 1, which torch likes to build in: batch 1, one token, no past; and a past with several new tokens."""
     model, report = exported("llama", "plugin")
-    ort = session(report)
+    ort = session(report.path)
     ids = torch.randint(0, 96, (1, 8))
     reference = model.logits(input_ids=ids)
     limit = tolerance(model, reference, input_ids=ids)
@@ -175,10 +164,7 @@ def test_one_token_alone_and_prompt_in_two_parts(exported: Exported) -> None:
 
 
 def test_interface_is_named(exported: Exported) -> None:
-    def shapes(values: Any) -> dict[str, list[Any]]:
-        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
-
-    graph = graph_of(exported("llama", "plugin")[1])
+    graph = graph_of(exported("llama", "plugin")[1].path)
     past, total = "past_sequence_length", "total_sequence_length"
     assert shapes(graph.input) == {
         "input_ids": ["batch_size", "sequence_length"],
@@ -192,7 +178,7 @@ def test_interface_is_named(exported: Exported) -> None:
     assert {v.type.tensor_type.elem_type for v in graph.input[2:]} == {onnx.TensorProto.FLOAT16}
     symbols = {d for shape in shapes(graph.value_info).values() for d in shape if isinstance(d, str)}
     assert symbols <= {"batch_size", "sequence_length", total, past}
-    bert, vit = (graph_of(exported(kind, "plugin")[1]) for kind in ("bert", "vit"))
+    bert, vit = (graph_of(exported(kind, "plugin")[1].path) for kind in ("bert", "vit"))
     tokens = ["batch_size", "sequence_length"]
     assert shapes(bert.input) == {"input_ids": tokens, "attention_mask": tokens}
     assert shapes(bert.output) == {"logits": [*tokens, 96]}
@@ -201,7 +187,7 @@ def test_interface_is_named(exported: Exported) -> None:
 
 
 def test_nodes_are_named_by_their_modules(exported: Exported) -> None:
-    graph = graph_of(exported("llama", "plugin")[1])
+    graph = graph_of(exported("llama", "plugin")[1].path)
     names = [n.name for n in graph.node]
     assert len(set(names)) == len(names)
     gemms = [n.name for n in graph.node if n.op_type == "W4A16Gemm"]
@@ -217,7 +203,7 @@ def test_nodes_are_named_by_their_modules(exported: Exported) -> None:
 def test_every_layer_and_bias_is_in_its_node(exported: Exported, kind: str) -> None:
     model, report = exported(kind, "plugin")
     onnx.checker.check_model(str(report.path), full_check=True)
-    graph = graph_of(report)
+    graph = graph_of(report.path)
     nodes = {n.name: n for n in graph.node if n.op_type == "W4A16Gemm"}
     assert [q.name for q in report.quantized] == list(model.linears)
     assert len(nodes) == len(model.linears) - sum(len(node.layers) - 1 for node in report.fused)
@@ -269,11 +255,11 @@ def test_layers_on_one_tensor_are_one_node_with_the_same_bits(tmp_path: Path, ki
     pre_scales = 3 * 64 * 2 if kind == "llama" else 0  # of K, V and up, which are those of Q and gate
     assert facts.quantized_bytes == before.quantized_bytes - pre_scales
     assert facts.float_bytes == before.float_bytes
-    others = [[n.name for n in graph_of(report).node if n.op_type != "W4A16Gemm"] for report in (fused, alone)]
+    others = [[n.name for n in graph_of(report.path).node if n.op_type != "W4A16Gemm"] for report in (fused, alone)]
     assert others[0] == others[1]
     inputs = {"input_ids": np.arange(18).reshape(2, 9), "attention_mask": np.ones((2, 9), np.int64)}
-    for open_session in (session, lambda report: onnx_session(report.path)):
-        results = [run_onnx(open_session(report), inputs) for report in (fused, alone)]
+    for open_session in (session, onnx_session):
+        results = [run_onnx(open_session(report.path), inputs) for report in (fused, alone)]
         for name, value in results[0].items():
             assert np.array_equal(value, results[1][name]), name
 
@@ -292,13 +278,13 @@ def test_files_hold_the_packed_weights_and_nothing_twice(exported: Exported, for
     floats = {n: t for n, t in model.state.items() if n.removesuffix(".weight") not in model.linears}
     floats.pop("lm_head.weight", None)
     needed += sum(t.numel() * 2 for t in floats.values())
-    inline = sum(len(t.raw_data) for t in graph_of(report).initializer)
+    inline = sum(len(t.raw_data) for t in graph_of(report.path).initializer)
     assert abs(len(data) + inline - needed) <= 0.01 * needed + 64 * len(model.linears) + 600  # alignment; constants
     embedding = model.state["model.embed_tokens.weight"].numpy().tobytes()
     assert data.count(embedding[:256]) == 1
     for name, linear in model.linears.items():
         assert linear.dequantize().numpy().tobytes()[:64] not in data
-        assert f"{name}.weight" not in {t.name for t in graph_of(report).initializer}
+        assert f"{name}.weight" not in {t.name for t in graph_of(report.path).initializer}
     assert not set(model.asked) & {f"{name}.weight" for name in model.linears}
     assert len(model.asked) == len(set(model.asked))
     assert sorted(p.name for p in report.path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -308,7 +294,7 @@ def test_bfloat16_file_is_the_float16_one_in_another_dtype(tmp_path: Path, expor
     model, report = exported("qwen2", "plugin")
     other = export_dynamic(model, tmp_path / "b.onnx", dtype="bfloat16")
     onnx.checker.check_model(str(other.path), full_check=True)
-    half, brain = graph_of(report), graph_of(other)
+    half, brain = graph_of(report.path), graph_of(other.path)
     assert [(n.op_type, n.name) for n in half.node] == [(n.op_type, n.name) for n in brain.node]
     assert onnx.TensorProto.FLOAT16 not in {t.data_type for t in brain.initializer}
     values = {t.name: t for t in onnx.load(other.path).graph.initializer}
@@ -335,7 +321,7 @@ def test_bfloat16_file_runs_as_a_float32_copy(tmp_path: Path, format: str) -> No
     assert report.dtype == "bfloat16"
     float32_copy(report.path, tmp_path / "f.onnx")
     ids = torch.randint(0, 96, (2, 9))
-    ort = session(replace(report, path=tmp_path / "f.onnx"))
+    ort = session(tmp_path / "f.onnx")
     past = {f"past_key_values.0.{part}": np.zeros((2, 2, 0, 16), np.float32) for part in ("key", "value")}
     inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 9), np.int64), **past}
     logits = torch.from_numpy(ort.run(["logits"], inputs)[0])
@@ -352,7 +338,7 @@ def test_layer_outside_the_graph_is_listed(tmp_path: Path) -> None:
     model.state = {n.removeprefix("bert."): t for n, t in model.state.items()}
     report = export_dynamic(model, tmp_path / "m.onnx")
     assert report.left_in_float["pooler.dense"] == "no output of the exported graph depends on it"
-    assert [o.name for o in graph_of(report).output] == ["last_hidden_state"]
+    assert [o.name for o in graph_of(report.path).output] == ["last_hidden_state"]
     assert len(report.quantized) == len(model.linears) - 1
 
 
@@ -396,44 +382,3 @@ def test_checkpoint_that_does_not_fit_its_config_is_an_error(tmp_path: Path) -> 
     with pytest.raises(AwqTrtError, match=r"model\.layers\.7\.mlp\.up_proj is not a layer of LlamaForCausalLM"):
         export_dynamic(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
-
-
-def test_operator_that_cannot_be_exported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bessel(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return torch.special.bessel_j0(x)
-
-    monkeypatch.setattr("transformers.activations.GELUActivation.forward", bessel)
-    with pytest.raises(
-        AwqTrtError, match=r"ViTForImageClassification could not be turned into an ONNX graph: .*bessel_j0"
-    ):
-        trace_module.trace(Model("vit").eager, torch.float16)
-
-
-def test_line_that_cannot_be_traced_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x if x.sum() > 0 else -x
-
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", fail)
-    with pytest.raises(AwqTrtError, match=r"in llama/modeling_llama\.py, line \d+: hidden_states = self"):
-        trace_module.trace(Model("llama").eager, torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "message"),
-    [
-        (
-            transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=64),
-            "T5ForConditionalGeneration",
-            "is an encoder-decoder",
-        ),
-        (
-            transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4),
-            "MambaForCausalLM",
-            "MambaForCausalLM keeps its state in something else",
-        ),
-    ],
-)
-def test_models_of_another_kind_are_refused(config: transformers.PretrainedConfig, name: str, message: str) -> None:
-    config.architectures = [name]
-    with pytest.raises(AwqTrtError, match=message):
-        trace_module.trace(empty_model(config), torch.float16)
