@@ -84,10 +84,10 @@ def test_plain_c_library(library: Path) -> None:
     assert len(set(ids[:count]) - {0}) == count == 5
     for name in ("counter_bytes", "workspace_bytes"):
         getattr(c, f"awq_trt_{name}").restype = ctypes.c_size_t
-    assert c.awq_trt_counter_bytes(40) == 4 * 1024  # for tiles; more for layers of more than 1024 strips
+    assert c.awq_trt_counter_bytes(40) == 4 * 1024  # for tiles; more for layers of more than 1024 row tiles
     assert c.awq_trt_counter_bytes(1 << 15) == 4 * 2048
-    assert c.awq_trt_workspace_bytes(1, 4096, 4096) % (256 * 512) == 0  # slices x strips x 512 bytes
-    assert c.awq_trt_workspace_bytes(1, 64, 128) == 0  # one unit of 128 columns is not split
+    assert c.awq_trt_workspace_bytes(1, 4096, 4096) % (256 * 512) == 0  # slices x row tiles x 512 bytes
+    assert c.awq_trt_workspace_bytes(1, 64, 128) == 0  # one K-block of 128 columns is not split
     assert c.awq_trt_workspace_bytes(64, 4096, 4096) >= 2 * 128 * 64 * 4  # partial sums of a block's two tiles
     c.awq_trt_error_text.restype = ctypes.c_char_p
     assert b"no error" in c.awq_trt_error_text(0)

@@ -52,7 +52,7 @@ def _threads_and_registers(kernel: Kernel) -> tuple[int, int]:
     if kernel.family == "WgmmaKernel":
         return 384, 168  # at the start; setmaxnreg moves registers from the producer's warps to those that multiply
     if kernel.family == "GemmKernel":
-        blocks = 2 if kernel.numbers == (4, 8) else 1  # resident: plugins/plan/gemm_plan.h
+        blocks = 2 if kernel.numbers == (4, 8) else 1  # resident: plugins/plan/gemm_schedule.h
         return 32 * kernel.numbers[0], min(255, 65536 // (32 * kernel.numbers[0] * blocks))
     if kernel.family == "DequantizeKernel":
         return 256, 65536 // (256 * 4)

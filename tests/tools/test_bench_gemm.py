@@ -77,103 +77,80 @@ def test_rotations_leave_the_cache_behind() -> None:
     assert rotations(8 << 20, l2, 4, 1) == 1
 
 
-def test_targets_met_missed_and_not_measured() -> None:
-    fast = {**CELL, "method": "awq_trt", "floor_us": 3.0, "us": 5.0}
-    rows = [
-        fast,
-        {**fast, "variant": "tactic 2", "us": 4.0},
-        {**fast, "m": 32, "us": 6.0},
-        {**CELL, "method": "cublas", "us": 14.0},
-        {**CELL, "method": "cublas", "m": 32, "us": 11.0},
-        {**CELL, "method": "humming", "us": 4.4},
-        {**CELL, "method": "gemlite", "us": 9.0},
-        {**CELL, "method": "humming", "m": 32, "problem": "wrong"} | {"us": 5.0},
-        {"method": "fbgemm", "n": 4096, "k": 4096, "m": 1, "variant": "", "problem": "RuntimeError: no"},
-    ]
-    by_name = {entry["what"]: entry for entry in targets.evaluate(rows, (1, 32))}
-    floor, small, missing, _, large, every, mean, error = by_name.values()
-    assert floor["met"] is True
-    assert floor["value"] == pytest.approx(4.0 / (1.15 * 3 + 2.5), abs=1e-3)
-    assert small["met"] is True
-    assert (small["value"], small["at"], small["cells"]) == (3.5, [4096, 4096, 1], 1)
-    assert missing["met"] is None
-    assert (large["met"], large["cells"]) == (False, 1)
-    assert every["met"] is False
-    assert (every["value"], every["at"]) == (0.833, [4096, 4096, 32])
-    assert mean["met"] is False
-    assert mean["value"] == pytest.approx((1.1 * 5 / 6) ** 0.5, abs=1e-3)
-    assert error["met"] is True
-    assert by_name.keys() == {e["what"] for e in targets.evaluate(rows, (1, 32), "default")}
-    assert targets.evaluate(rows, (1, 32), "default")[0]["value"] == pytest.approx(5.0 / 5.95, abs=1e-3)
-    assert "MISSED" in targets.line(every)
-    assert "not measured" in targets.line(missing)
-    assert {e["met"] for e in targets.evaluate([], (1, 64))} == {None}
-
-
-def prefill_rows(m: int, own: float, cublas: float, peer: float, k: int = 4096) -> list[dict[str, Any]]:
-    rows = [{**CELL, "m": m, "k": k, "method": name, "us": us, "group_size": 128}
+def timed_rows(m: int, own: float, cublas: float, peer: float, **changes: Any) -> list[dict[str, Any]]:
+    """One cell of 4096 x 4096, in microseconds, with its floor."""
+    rows = [{**CELL, "m": m, "method": name, "us": us, "group_size": 128}
             for name, us in (("awq_trt", own), ("cublas", cublas), ("humming", peer))]  # fmt: skip
-    targets.add_floors(rows, [Shape(4096, k, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
-    return rows
+    targets.add_floors(rows, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
+    return [row | changes for row in rows]
+
+
+def judged(*cells: list[dict[str, Any]], variant: str | None = None) -> dict[str, dict[str, Any]]:
+    rows = [row for rows in cells for row in rows]
+    return {entry["what"]: entry for entry in targets.evaluate(rows, {row["m"] for row in rows} or (1, 64), variant)}
+
+
+def test_targets_of_decoding() -> None:
+    slower = {**timed_rows(1, 5, 1, 1)[0], "variant": "tactic 2"}
+    wrong = [{**CELL, "m": 32, "method": "gemlite", "problem": "wrong"}, {"method": "fbgemm", "m": 1, "problem": "no"}]
+    found = judged(timed_rows(1, 4, 14, 4.4), [slower], timed_rows(32, 6, 11, 5), wrong)
+    floor = found["time / (1.15 floor + 2.5 us), up to 16 tokens"]
+    assert floor["value"] == pytest.approx(4 / (1.15 * 2.911 + 2.5), abs=1e-3)
+    assert floor["met"] is True
+    small = found["cuBLAS / own, 4096x4096, up to 16 tokens"]
+    assert (small["value"], small["at"], small["cells"]) == (3.5, [4096, 4096, 1], 1)
+    missing, large = found["cuBLAS / own, 4096x14336, up to 16 tokens"], found["cuBLAS / own, 32 tokens"]
+    assert [(e["met"], e["cells"]) for e in (missing, large)] == [(None, 0), (False, 1)]
+    every, mean = (found[f"best peer / own, {what}"] for what in ("every cell", "geometric mean"))
+    assert (every["met"], every["value"], every["at"]) == (False, 0.833, [4096, 4096, 32])
+    assert (mean["met"], mean["value"]) == (False, pytest.approx((1.1 * 5 / 6) ** 0.5, abs=1e-3))
+    assert found["error / error of cuBLAS"]["met"] is True
+    assert judged(timed_rows(1, 4, 14, 4), [slower], variant="tactic 2")[small["what"]]["value"] == 2.8
+    assert targets.line(every).startswith("MISSED: best peer / own, every cell: 0.833 (limit 1.0) at 4096x4096, 32 tok")
+    assert "not measured" in targets.line(missing)
+    assert {e["met"] for e in judged().values()} == {None}
 
 
 def test_targets_of_prefill() -> None:
     """Limits as they are asked for; each is met on one side of it and missed on the other."""
-
-    def verdicts(*cells: list[dict[str, Any]]) -> dict[str, Any]:
-        found = targets.evaluate([row for rows in cells for row in rows], (64, 8192))
-        return {e["what"]: e["met"] for e in found}
-
-    floor = Shape(4096, 4096, 128).floor_us(64, False, 3e12, 800e12)
-    at_64, faster = "time / (1.3 floor + 3 us), 64 tokens", "cuBLAS / own, 64 to 256 tokens"
-    good = 1.3 * floor + 2.9
-    met = verdicts(prefill_rows(64, good, 1.31 * good, 0.96 * good))
-    assert [met[at_64], met[faster]] == [True, True]
-    assert met["best peer / own, from 64 tokens, every cell"] is True
-    assert met["best peer / own, from 64 tokens, geometric mean"] is False
-    missed = verdicts(prefill_rows(64, good + 0.2, 1.29 * good, 0.94 * good))
-    assert [missed[at_64], missed[faster]] == [False, False]
-    assert missed["best peer / own, from 64 tokens, every cell"] is False
-
+    good = 1.3 * Shape(4096, 4096, 128).floor_us(64, False, 3e12, 800e12) + 2.9
+    names = ["time / (1.3 floor + 3 us), 64 tokens", "cuBLAS / own, 64 to 256 tokens",
+             "best peer / own, from 64 tokens, every cell"]  # fmt: skip
+    met = judged(timed_rows(64, good, 1.31 * good, 0.96 * good))
+    missed = judged(timed_rows(64, good + 0.2, 1.29 * good, 0.94 * good))
+    for name in names:
+        assert (met[name]["met"], missed[name]["met"]) == (True, False)
     for m, limit in ((128, 0.70), (256, 0.75)):
         us = 2 * m * 4096**2 / 800e6 / limit
         name = f"fraction of the peak, {m} tokens, group 128"
-        assert verdicts(prefill_rows(m, us * 0.99, us, us))[name] is True
-        assert verdicts(prefill_rows(m, us * 1.01, us, us))[name] is False
-        other = [row | {"group_size": 64} for row in prefill_rows(m, us * 1.01, us, us)]
-        assert verdicts(other)[name] is None
-
+        assert judged(timed_rows(m, us * 0.99, us, us))[name]["met"] is True
+        assert judged(timed_rows(m, us * 1.01, us, us))[name]["met"] is False
+        assert judged(timed_rows(m, us * 1.01, us, us, group_size=64))[name]["met"] is None
     every, middle = (f"cuBLAS / own, beyond 256 tokens, {what}" for what in ("every cell", "median"))
-    three = [prefill_rows(m, 100, us, 120) for m, us in ((512, 95.5), (1024, 99), (8192, 130))]
-    found = verdicts(*three)
-    assert (found[every], found[middle], found[faster]) == (True, False, None)
-    assert found["best peer / own, from 64 tokens, geometric mean"] is True
-    found = verdicts(*three[1:], prefill_rows(512, 100, 94, 120), prefill_rows(2048, 100, 110, 120))
-    assert (found[every], found[middle]) == (False, True)
+    peers = "best peer / own, from 64 tokens, geometric mean"
+    three = [timed_rows(m, 100, us, 120) for m, us in ((512, 95.5), (1024, 99), (8192, 130))]
+    assert [judged(*three)[name]["met"] for name in (every, middle, names[1], peers)] == [True, False, None, True]
+    four = judged(*three[1:], timed_rows(512, 100, 94, 120), timed_rows(2048, 100, 110, 105))
+    assert [four[name]["met"] for name in (every, middle)] == [False, True]
 
 
 def test_decode_and_prefill_are_judged_apart() -> None:
     """A prefill cell that loses moves no target of decoding, and the other way round."""
-    decode = [{**row, "m": 32} for row in prefill_rows(64, 5, 15, 7)]
-    prefill = prefill_rows(512, 100, 50, 50)
-
-    def values(rows: list[dict[str, Any]], tokens: tuple[int, ...]) -> dict[str, Any]:
-        return {e["what"]: e.get("value") for e in targets.evaluate(rows, tokens) if not e["what"].startswith("error")}
-
-    alone, other = values(decode, (32,)), values(prefill, (512,))
+    decode, prefill = timed_rows(32, 5, 15, 7), timed_rows(512, 100, 50, 50)
+    alone, other, both = ({what: e.get("value") for what, e in judged(*cells).items() if not what.startswith("error")}
+                          for cells in ([decode], [prefill], [decode, prefill]))  # fmt: skip
     assert not alone.keys() & other.keys()
-    assert values(decode + prefill, (32, 512)) == alone | other
+    assert both == alone | other
 
 
 def test_floors_are_put_into_timed_rows_only() -> None:
-    rows: list[dict[str, Any]] = [dict(CELL), {"n": 4096, "k": 4096, "m": 1, "problem": "wrong"}]
-    rows.append({**CELL, "m": 1024, "us": 50.0})
-    targets.add_floors(rows, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
-    assert rows[0]["floor_us"] == 2.911
-    assert rows[0]["fraction_of_floor"] == 0.2911
-    assert "floor_us" not in rows[1]
-    assert (rows[2]["floor_us"], rows[2]["fraction_of_floor"]) == (42.95, 0.859)
-    assert rows[2]["fraction_of_peak"] == pytest.approx(2 * 1024 * 4096**2 / 50e-6 / 800e12, abs=1e-4)
+    (first, *_), (many, *_) = timed_rows(1, 10, 10, 10), timed_rows(1024, 50, 50, 50)
+    assert (first["floor_us"], first["fraction_of_floor"]) == (2.911, 0.2911)
+    assert (many["floor_us"], many["fraction_of_floor"]) == (42.95, 0.859)
+    assert many["fraction_of_peak"] == pytest.approx(2 * 1024 * 4096**2 / 50e-6 / 800e12, abs=1e-4)
+    wrong: list[dict[str, Any]] = [{"n": 4096, "k": 4096, "m": 1, "problem": "wrong"}]
+    targets.add_floors(wrong, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
+    assert "floor_us" not in wrong[0]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: object) -> tuple[int, dict[str, Any]]:

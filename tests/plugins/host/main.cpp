@@ -79,7 +79,7 @@ int Supports(Library const& library) {
   Log10 log;
   library.set_logger_finder(log.AsFinder());
   while (std::cin >> n >> k >> group >> type >> sm) {
-    Reason const reason = WhyNot(n, k, group, TypeOf(type), sm);
+    Reason const reason = UnsupportedReason(n, k, group, TypeOf(type), sm);
     Plugin const plugin = CreatePlugin(library, {{"out_features", n}, {"in_features", k}, {"group_size", group}});
     std::string message = log.Take();
     while (!message.empty() && message.back() == '\n') message.pop_back();
