@@ -1,5 +1,5 @@
-// Few tokens: every weight is read once and used a handful of times, so memory must never be idle: that is all that
-// counts.
+// Few tokens: every weight is read once and used a handful of times, so speed is that of memory, which must never be
+// idle.
 //
 // A warp streams its K-blocks of weights (decode_schedule.h) through a ring of its own in shared memory, kDecodeStages
 // deep and filled by cp.async: no barrier between the first K-block and the last. X is small and read by every warp, so
@@ -31,8 +31,9 @@ AWQ_DEVICE void Add(Sums& sum, Words const& part) {
   for (int32_t e = 0; e < 4; ++e) sum.v[e] += FloatOf(part.w[e]);
 }
 
-// What a lane copies next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8 bytes of
-// `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
+// The copies that a lane starts next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8
+// bytes of `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put
+// there.
 template <int kPackedRows>
 struct Fetch {
   static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
@@ -43,7 +44,7 @@ struct Fetch {
   uint32_t roles;  // in any K-block; in the last one of a row tile, shifted by kLast
   char const* q;   // of this lane in tile 0
 
-  // The next one is `k_block` of `row_tile`; the rectangle ends before end_k_block.
+  // Begins with `k_block` of `row_tile`; the rectangle ends before end_k_block.
   AWQ_DEVICE Fetch(GemmArgs const& args, DecodeSchedule const& schedule, int32_t row_tile, int32_t k_block,
                    int32_t end_k_block, int32_t lane)
       : left(end_k_block - k_block),
@@ -269,7 +270,8 @@ AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodeSchedule const& schedule,
   }
 }
 
-// What a block has of a layer: row tiles first_row_tile .., of each the K-blocks first_k_block ..
+// The part of a layer that a block computes: row tiles from first_row_tile on, of each the K-blocks from first_k_block
+// on.
 struct Rectangle {
   int32_t first_row_tile, row_tiles, first_k_block, k_blocks;
   uint32_t reciprocal;  // of K-blocks
@@ -355,8 +357,7 @@ AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodeSchedule const& schedule) 
   }
 }
 
-// What a warp has to do: `count` K-blocks, the first ones of `row_tile` from its K-block `from` in the rectangle
-// on.
+// The work of a warp: `count` consecutive K-blocks; the first is K-block `from` (in the rectangle) of `row_tile`.
 template <int kPackedRows>
 struct Segment {
   Fetch<kPackedRows> fetch;

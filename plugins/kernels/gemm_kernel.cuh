@@ -13,7 +13,7 @@ namespace awq_trt {
 constexpr int32_t kWarpRowTiles = 2;                         // of 16 features
 constexpr int32_t kChunk = 8, kRowChunks = kTileK / kChunk;  // elements in 16 bytes; chunks of a token in a K-block
 
-// What a thread copies next.
+// The copies that a thread starts next.
 template <int kWarps, int kTokens>
 struct GemmFetch {
   static constexpr int32_t kThreads = kWarps * kWarp, kRowTiles = kWarps * kWarpRowTiles;

@@ -20,8 +20,8 @@ struct Piece {
 
 // The pieces of a block, in the order in which it computes them:
 //
-//   for (Piece piece = FirstPiece(schedule, block); IsPiece(schedule, piece); piece = NextPiece(schedule, block,
-//   piece.tile))
+//   for (Piece piece = FirstPiece(schedule, block); IsPiece(schedule, piece);
+//        piece = NextPiece(schedule, block, piece.tile))
 //
 // The next one follows from the tile of the last one alone, as registers are scarce.
 AWQ_DEVICE Piece WholeTile(GemmSchedule const& schedule, int32_t tile) { return {tile, 0, schedule.k_blocks}; }
@@ -44,8 +44,8 @@ AWQ_DEVICE Piece NextPiece(GemmSchedule const& schedule, int32_t block, int32_t 
 }
 AWQ_DEVICE bool IsPiece(GemmSchedule const& schedule, Piece const& piece) { return piece.tile < schedule.tiles; }
 
-// Where a tile lies in Y, in tiles: raster groups of `schedule.raster_group` tiles of tokens, in each one row of tiles
-// after the other.
+// The position of a tile in Y, counted in tiles. Raster groups of `schedule.raster_group` tiles along the tokens follow
+// each other; within one, tiles run along the tokens first, then along the features.
 struct TileAt {
   int32_t row, token;
 };

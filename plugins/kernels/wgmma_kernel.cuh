@@ -35,7 +35,7 @@ struct WgmmaStages {
   AWQ_DEVICE Shared Scratch() const { return Stage(kWgmmaStages); }
 };
 
-// The place of a K-block in the ring, and how often the ring has been gone round, modulo two.
+// The stage of a K-block in the ring, and the parity of how often the ring has been filled.
 struct RingPlace {
   int32_t stage = 0;
   uint32_t parity = 0;

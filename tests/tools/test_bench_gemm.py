@@ -29,7 +29,7 @@ from bench.gemm.methods import Packed
 from bench.gemm.plot import draw
 from bench.gemm.problem import Problem, make_problem
 from bench.gemm.record import read, write
-from bench.gemm.shapes import HEADLINE, MODELS, PREFILL, TOKENS, Shape, rotations, shapes
+from bench.gemm.shapes import HEADLINE, PREFILL, TOKENS, Shape, rotations, shapes
 
 from awq_trt import layout
 
@@ -42,15 +42,12 @@ SETTINGS = Settings((SHAPE,), (1, 5), "float16", False, 3, "cpu", None, 4.0, 1 <
 def test_shapes_of_the_models() -> None:
     found = {(s.n, s.k): s for s in shapes()}
     assert [(s.n, s.k) for s in shapes()][:3] == list(HEADLINE)
-    assert set(found) == {
-        (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192),
-        (8192, 28672), (24576, 4096), (4096, 12288), (960, 576), (576, 576), (3072, 576), (576, 1536),
-    }  # fmt: skip
+    assert len(found) == 14 > len(shapes(["Llama-3.1-8B"])) == 4
+    assert {(6144, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (24576, 4096), (960, 576)} <= set(found)
     assert found[4096, 4096].layers == ("Llama-3.1-8B o", "Qwen3-8B o")
     for shape in found.values():
         assert layout.supports(shape.n, shape.k, shape.group_size)
         assert shape.group_size == (64 if "SmolLM2" in shape.layers[0] else 128)
-    assert len(shapes(["Llama-3.1-8B"])) == 4 == len(MODELS)
 
 
 def test_bytes_and_floor() -> None:
@@ -170,9 +167,6 @@ def test_dry_run_writes_a_record(
         monkeypatch, tmp_path, "--plot", tmp_path / "result.svg", "--tokens", "32", "1", "64", "200", "200", *options
     )
     assert code == 0
-    assert set(record) == {
-        "date", "hardware", "versions", "settings", "refusals", "rows", "device", "targets", "not_run", "seconds",
-    }  # fmt: skip
     assert record["settings"]["seed"] == 5
     assert record["settings"]["tokens"] == [1, 32, 64, 200]
     assert record["not_run"] == []
@@ -191,10 +185,9 @@ def test_dry_run_writes_a_record(
         assert row["error"] < measure.LARGEST_ERROR[row["dtype"]]
         assert row["copies"] >= 2
     out = capsys.readouterr().out
-    assert "57344x8192" in out, "the plan is of the real layers"
-    assert "14 shapes x 4 x 6 methods" in out
-    assert "geometric mean" in out
-    assert (tmp_path / "result.svg").read_text().count("64x128") or "<svg" in (tmp_path / "result.svg").read_text()
+    for words in ("57344x8192", "14 shapes x 4 x 6 methods", "geometric mean"):
+        assert words in out, "what is printed is of the real layers"
+    assert "<svg" in (tmp_path / "result.svg").read_text()
 
 
 def test_a_peer_that_raises_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,10 +260,7 @@ def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come as from this process; one that dies, or does not end, is a refusal and what it had said is kept."""
     apart = list(processes.run(SETTINGS, ["awq_trt", "cublas"], 100))
     here = list(processes.run(SETTINGS, ["awq_trt", "cublas"], 100, isolate=False))
-    moving = ("pack_seconds",)
-    assert [{k: v for k, v in r.items() if k not in moving} for r in apart] == [
-        {k: v for k, v in r.items() if k not in moving} for r in here
-    ]
+    assert [row | {"pack_seconds": 0} for row in apart] == [row | {"pack_seconds": 0} for row in here]
     script = 'import sys, os; print(\'@row {"method": "cublas", "m": 1}\', flush=True); '
     popen = subprocess.Popen
 
@@ -330,14 +320,11 @@ def test_report_has_each_layer_and_their_sum() -> None:
     assert "takes 1.25 times as long" in text
     assert text.count("## ") == 2, "Qwen3-8B shares layers with Llama-3.1-8B, the others have none here"
     llama = text[text.index("## Llama-3.1-8B") : text.index("## Qwen3-8B")]
-    heads = "| tokens | qkv 6144x4096 | o 4096x4096 | gate_up 28672x4096 | down 4096x14336 | all four |"
-    assert heads in llama
+    assert "| tokens | qkv 6144x4096 | o 4096x4096 | gate_up 28672x4096 | down 4096x14336 | all four |" in llama
     assert "| 1 | 4.00 / 2.00 = **2.00** | 8.00 / 4.00 = **2.00** |" in llama
     assert "| 64 | 130 / 65.00 = **2.00** |" in llama
     assert "| 40.00 / 20.00 = **2.00** |\n" in llama
-    assert (
-        "| 4.00 / 2.00 = **2.00** | 8.00 / 4.00 = **2.00** | - / - | - / - | - / - |" in text[text.index("## Qwen3") :]
-    )
+    assert "| 8.00 / 4.00 = **2.00** | - / - | - / - | - / - |" in text[text.index("## Qwen3") :]
     one_sided = made_up_record(layers)
     one_sided["rows"] = [r for r in one_sided["rows"] if (r["n"], r["method"]) != (6144, "awq_trt")]
     assert "| 1 | 4.00 / - | 8.00 / 4.00 = **2.00** |" in report.markdown(one_sided)
@@ -358,9 +345,8 @@ def test_report_and_plot_from_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (tmp_path / "second.md").read_bytes() == (tmp_path / "first.md").read_bytes()
     assert "<svg" in (tmp_path / "second.svg").read_text()
     assert (tmp_path / "result.json").read_bytes() == before
-    again = tmp_path / "again.json"
-    write(record, again)
-    assert read(again) == record
+    write(record, tmp_path / "again.json")
+    assert read(tmp_path / "again.json") == record
 
 
 def test_records_that_are_none(
@@ -368,7 +354,6 @@ def test_records_that_are_none(
 ) -> None:
     def said(text: str | None) -> str:
         path = tmp_path / "r.json"
-        path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
         monkeypatch.setattr(sys, "argv", ["bench_gemm.py", "--from", str(path)])
@@ -399,8 +384,6 @@ def test_ranges_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             tokens(*wrong)
         assert "not allowed with" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench_gemm.parser().parse_args([])
     with pytest.raises(gpu_check.UsageError, match="--tokens 0: "):
         tokens("--tokens", "0")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.reader import Checkpoint
 from bench.float_model import WEIGHTS
 from bench.machine import run
 
@@ -51,27 +50,16 @@ def float_directory(model: str, cache: Path, blocks: int | None) -> Path:
         config.dtype = torch.float32
         config.save_pretrained(part)
         checkpoint.tokenizer.save_pretrained(part)
-        names = [name for name, _ in empty_model(config).named_parameters()]
-        save_file(float_tensors(checkpoint, names), str(part / WEIGHTS), metadata={"format": "pt"})
+        tensors = {name: checkpoint.tensor(name).float() for name, _ in empty_model(config).named_parameters()}
+        for name in tensors:  # in the orientation of the file, not of `empty_model`
+            tensors[name] = (tensors[name].t() if name in checkpoint.transposed else tensors[name]).contiguous()
+        save_file(tensors, str(part / WEIGHTS), metadata={"format": "pt"})
         part.rename(folder)
     return folder
-
-
-def float_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Parameters in fp32, in the orientation of the file (not of `empty_model`)."""
-    tensors = {}
-    for name in names:
-        value = checkpoint.tensor(name).float()
-        tensors[name] = (value.t() if name in checkpoint.transposed else value).contiguous()
-    return tensors
 
 
 def linear_shapes(directory: Path) -> dict[str, int]:
     """'N x K' -> how many linear layers of the blocks have that shape."""
     _, blocks = find_blocks(empty_model(open_checkpoint(directory).config))
-    shapes: dict[str, int] = {}
-    for module in blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            key = f"{module.out_features} x {module.in_features}"
-            shapes[key] = shapes.get(key, 0) + 1
-    return shapes
+    linears = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    return Counter(f"{linear.out_features} x {linear.in_features}" for linear in linears)
