@@ -46,16 +46,6 @@ class Settings:
     limit_bytes: int  # but no more than this
     replays: int  # of a graph, at most
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Settings:
-        """The inverse of `as_json`."""
-        shapes = tuple(Shape(**s | {"layers": tuple(s["layers"])}) for s in data["shapes"])
-        return Settings(**data | {"shapes": shapes, "tokens": tuple(data["tokens"])})
-
 
 def measure(settings: Settings, names: Sequence[str], seconds: float, first: bool) -> Iterator[Row]:
     """The rows of some methods, shape after shape; ends when the seconds are up.

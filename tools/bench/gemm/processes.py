@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -41,10 +42,9 @@ def run(settings: Settings, names: Sequence[str], seconds: float, isolate: bool 
 
 def child(settings: Settings, names: Sequence[str], share: float, left: float, first: bool) -> Iterator[Row]:
     """Rows of one process, as they come."""
-    job = {"settings": settings.as_json(), "methods": list(names), "seconds": share, "first": first}
     path = os.pathsep.join(filter(None, [str(TOOLS), str(TOOLS.parent), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
-        json.dump(job, stdin)
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile("w+") as stderr:
+        pickle.dump((settings, names, share, first), stdin)
         stdin.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.gemm.processes"], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
@@ -68,9 +68,8 @@ def child(settings: Settings, names: Sequence[str], share: float, left: float, f
 
 
 def main() -> None:
-    """One process of a run: what to measure comes on stdin as JSON, rows go out as marked lines."""
-    job = json.load(sys.stdin)
-    for row in measure(Settings.from_json(job["settings"]), job["methods"], job["seconds"], job["first"]):
+    """One process of a run: the arguments of `measure` come on stdin, rows go out as marked lines."""
+    for row in measure(*pickle.load(sys.stdin.buffer)):
         print(MARK + json.dumps(row), flush=True)
 
 

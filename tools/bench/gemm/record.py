@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def new_record(settings: Settings, seconds: float) -> Record:
         "date": machine.now(),
         "hardware": machine.gpus(),
         "versions": gpu_check.versions() | peers | {"cuda of torch": str(torch.version.cuda)},
-        "settings": settings.as_json() | {"library": settings.library and LIBRARY, "seconds": seconds},
+        "settings": asdict(settings) | {"library": settings.library and LIBRARY, "seconds": seconds},
         "refusals": {},
         "rows": [],
     }
