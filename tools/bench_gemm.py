@@ -11,15 +11,8 @@ Weights are rotated past the L2 cache, calls are timed in replays of a CUDA grap
 record says how many), and the floor is counted with the memory bandwidth and the tensor cores' peak measured in the
 same run. Every method is compared with the product in double precision before it is timed: all tokens up to 64, beyond
 one in each 16, always all features. Peers are optional: what is missing or fails is recorded in its own words. Each has
-a process of its own. Where the GPU machine has no network, fetch their wheels elsewhere, carry the folder along, and
-install it there:
-
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels \\
-        humming-kernels==0.1.19 fbgemm-gpu-genai==1.6.0 && pip wheel --no-deps -w wheels gemlite==0.6.0.post2
-    pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
-
-(humming 0.6 MB, gemlite 0.3 MB; fbgemm 36 MB, for torch 2.11 and CUDA 13, bfloat16 only.) `--dry-run` says what a run
-would do and goes through everything with tiny layers on a CPU.
+a process of its own; tools/README.md says how to carry their wheels to a machine without network. `--dry-run` says what
+a run would do and goes through everything with tiny layers on a CPU.
 """
 
 from __future__ import annotations
@@ -28,17 +21,17 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import gpu_check
 import torch
+from bench import machine
 from bench.gemm import processes, report, targets
 from bench.gemm.measure import Settings
 from bench.gemm.method_awq_trt import LIBRARY
 from bench.gemm.methods import METHODS, OWN, named
-from bench.gemm.plan import show_plan
 from bench.gemm.plot import draw
 from bench.gemm.record import Record, finish, new_record, read, write
 from bench.gemm.shapes import MODELS, RANGES, Shape, shapes
@@ -85,7 +78,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise gpu_check.UsageError(f"--tokens {min(args.tokens)}: give numbers of tokens from 1 on")
     methods = [m.name for m in named(args.methods)]
     own = not args.dry_run and OWN in methods
-    library = str(gpu_check.find_files(args, gpu_check.hardware(), LIBRARY)[0]) if own else None
+    library = str(gpu_check.find_files(args, machine.gpus(), LIBRARY)[0]) if own else None
     return Settings(
         shapes=DRY_SHAPES if args.dry_run else tuple(shapes(args.models)),
         tokens=tuple(sorted(set(args.tokens or RANGES[args.range]))),
@@ -111,7 +104,7 @@ def main() -> int:
     if args.plot:
         draw(record, args.plot)
     if args.report:
-        gpu_check.write_text(args.report, report.markdown(record))
+        machine.write_text(args.report, report.markdown(record))
     return summary(record, args.recorded or args.output)
 
 
@@ -125,7 +118,7 @@ def measured(args: argparse.Namespace) -> Record:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise gpu_check.UsageError("there is no GPU here (or torch has no CUDA): use --dry-run to see the plan")
     names = [m.name for m in named(args.methods)]
-    show_plan(shapes(args.models), settings, names, args.seconds)
+    show_plan(shapes(args.models), settings, names)
     started, written = time.monotonic(), 0.0
     record = new_record(settings, args.seconds)
 
@@ -146,6 +139,14 @@ def measured(args: argparse.Namespace) -> Record:
             written = time.monotonic()
     keep()
     return record
+
+
+def show_plan(planned: Sequence[Shape], settings: Settings, names: Sequence[str]) -> None:
+    """Print the layers, the bytes that a call moves, and how many cells there are."""
+    for shape in planned:
+        low, high = (shape.bytes(m, settings.symmetric) / 1e6 for m in (settings.tokens[0], settings.tokens[-1]))
+        print(f"{shape.name:>12} group {shape.group_size:<4} {low:8.2f} to {high:8.2f} MB   {', '.join(shape.layers)}")
+    print(f"{len(planned)} shapes x {len(settings.tokens)} x {len(names)} methods: {', '.join(names)}")
 
 
 def summary(record: Record, path: Path) -> int:

@@ -15,24 +15,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY, HOST_CHECK = "libawq_trt_plugins.so", "awq_trt_host_check"
 PACKAGES = ("awq_trt", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "numpy")
-HARDWARE = "name,compute_cap,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
-HOST_CHECK_SECONDS = 420
+HOST_CHECK_SECONDS, SANITIZER_SECONDS, ENGINE_SECONDS = 420, 100, 150
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZER_SECONDS = 100
 
 
 class UsageError(Exception):
@@ -52,29 +50,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def hardware() -> list[dict[str, str]]:
-    """One entry per GPU with what nvidia-smi says of it; empty where there is no GPU or no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={HARDWARE}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    rows = done.stdout.splitlines() if done.returncode == 0 else []
-    return [dict(zip(HARDWARE.split(","), (v.strip() for v in row.split(",")), strict=False)) for row in rows]
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python, nvcc and the packages that are installed."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
-        found["nvcc"] = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    """Versions of Python, the system, nvcc and the packages that are installed."""
+    found = machine.versions(PACKAGES) | {"system": platform.platform()}
+    if nvcc := shutil.which("nvcc"):
+        lines = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+        found["nvcc"] = lines[-1] if lines else ""
     return found
 
 
@@ -104,13 +85,6 @@ def find_files(args: argparse.Namespace, gpus: list[dict[str, str]], *names: str
     return [path.resolve() for path in paths]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that there is a whole one at any time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def build(folder: Path, gpus: list[dict[str, str]]) -> Path:
     """Build library and test program with CMake and nvcc; for the first GPU only, else for every architecture."""
     options = []
@@ -126,24 +100,28 @@ def build(folder: Path, gpus: list[dict[str, str]]) -> Path:
     return folder
 
 
-def check_plugin(library: Path, host_check: Path, seed: int) -> dict[str, Any]:
-    """Run the test program on the library; its JSON lines, the summary apart."""
-    command = [str(host_check), "gpu", str(library), "--seed", str(seed)]
+def run(command: list[Any], limit: int) -> tuple[int, str, str, float]:
+    """Exit code, stdout, stderr and seconds of a command; code -1 where it was stopped after `limit` seconds."""
     started = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HOST_CHECK_SECONDS)
-        stdout, stderr, code = done.stdout, done.stderr, done.returncode
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=limit)
+        code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        stdout = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        stderr, code = f"stopped after {HOST_CHECK_SECONDS} seconds", -1
-    lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{") and line.endswith("}")]
-    summary = next((line for line in lines if line.get("summary")), None)
+        out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        code, err = -1, f"stopped after {limit} seconds"
+    return code, out, err, round(time.monotonic() - started, 1)
+
+
+def check_plugin(library: Path, host_check: Path, seed: int) -> dict[str, Any]:
+    """Run the test program on the library; its JSON lines, the summary apart."""
+    code, out, err, seconds = run([host_check, "gpu", library, "--seed", seed], HOST_CHECK_SECONDS)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
     return {
         "exit_code": code,
-        "seconds": round(time.monotonic() - started, 1),
-        "summary": summary,
+        "seconds": seconds,
+        "summary": next((line for line in lines if line.get("summary")), None),
         "max_error_over_tolerance": max((line.get("error_over_tolerance", 0.0) for line in lines), default=0.0),
-        "stderr": stderr[-4000:],
+        "stderr": err[-4000:],
         "checks": [line for line in lines if not line.get("summary")],
     }
 
@@ -158,69 +136,49 @@ def check_sanitizers(library: Path, host_check: Path, seed: int) -> dict[str, An
         return {tool: {"clean": None, "words": "compute-sanitizer is not installed"} for tool in SANITIZERS}
     found: dict[str, Any] = {}
     for tool in SANITIZERS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", str(host_check), "few", str(library)]
-        started = time.monotonic()
-        try:
-            done = subprocess.run(
-                [*command, "--seed", str(seed)], capture_output=True, text=True, timeout=SANITIZER_SECONDS
-            )
-            lines, code = done.stdout.splitlines() + done.stderr.splitlines(), done.returncode
-        except subprocess.TimeoutExpired:
-            lines, code = [f"stopped after {SANITIZER_SECONDS} seconds"], -1
-        words = [line for line in lines if line.startswith("=========") or not line.startswith("{")]
-        on_gpu = any('"gpu": "' in line for line in lines)
-        clean = None if code == 0 and not on_gpu else code == 0
-        found[tool] = {
-            "clean": clean,
-            "exit_code": code,
-            "seconds": round(time.monotonic() - started, 1),
-            "words": "\n".join(words[-20:]) if clean is not None else "no GPU",
-        }
+        command = [program, "--tool", tool, "--error-exitcode", 9, host_check, "few", library, "--seed", seed]
+        code, out, err, seconds = run(command, SANITIZER_SECONDS)
+        lines = out.splitlines() + err.splitlines()
+        clean = None if code == 0 and not any('"gpu": "' in line for line in lines) else code == 0
+        words = [line for line in lines if not line.startswith("{")][-20:] if clean is not None else ["no GPU"]
+        found[tool] = {"clean": clean, "exit_code": code, "seconds": seconds, "words": "\n".join(words)}
     return found
 
 
-def check_engine(args: argparse.Namespace) -> dict[str, Any]:
+def check_engine(engine: Path, onnx: Path | None) -> dict[str, Any]:
     """Load and run a plan in a child process, which may die with it; what it printed, or its last words."""
-    onnx = args.onnx or args.engine.with_suffix(".onnx")
-    for path in (args.engine, onnx):
+    onnx = onnx or engine.with_suffix(".onnx")
+    for path in (engine, onnx):
         if not path.is_file():
             raise UsageError(f"{path} does not exist")
     child = Path(__file__).with_name("run_plan.py")
-    started = time.monotonic()
-    try:
-        done = subprocess.run([sys.executable, child, args.engine, onnx], capture_output=True, text=True, timeout=150)
-    except subprocess.TimeoutExpired:
-        return {"ran": False, "refusal": "stopped after 150 seconds", "onnx": str(onnx)}
-    answer = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), None)
-    result: dict[str, Any] = {"engine": str(args.engine), "onnx": str(onnx), "exit_code": done.returncode}
-    if answer is not None:
-        result |= json.loads(answer)
-    else:
-        result |= {"ran": False, "refusal": done.stderr[-4000:]}
-    return result | {"seconds": round(time.monotonic() - started, 1)}
+    code, out, err, seconds = run([sys.executable, child, engine, onnx], ENGINE_SECONDS)
+    answer = next((line for line in reversed(out.splitlines()) if line.startswith("{")), None)
+    result = {"ran": False, "refusal": err[-4000:]} if answer is None else json.loads(answer)
+    return {"engine": str(engine), "onnx": str(onnx), "exit_code": code} | result | {"seconds": seconds}
 
 
 def main() -> int:
     """Run everything, write the file, say the outcome in a line."""
     args = parser().parse_args()
     seed = args.seed if args.seed is not None else int(time.time())
-    gpus = hardware()
+    gpus = machine.gpus()
     try:
         library, host_check = find_files(args, gpus, LIBRARY, HOST_CHECK)
         result: dict[str, Any] = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": machine.now(),
             "hardware": gpus,
             "versions": versions(),
             "library": str(library),
             "seed": seed,
             "plugin": check_plugin(library, host_check, seed),
             "sanitizer": check_sanitizers(library, host_check, seed) if args.sanitizer else None,
-            "engine": check_engine(args) if args.engine else None,
+            "engine": check_engine(args.engine, args.onnx) if args.engine else None,
         }
     except UsageError as problem:
         print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    machine.write_json(args.output, result)
 
     plugin, engine = result["plugin"], result["engine"]
     summary = plugin["summary"] or {}

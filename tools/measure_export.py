@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
+from bench import machine
 
 EXPORT = Path(__file__).with_name("export.py")
 IMPORTS = "import torch, transformers, onnxruntime, onnx_graphsurgeon, awq_trt.evaluate.verify, awq_trt.export.export"
@@ -83,49 +81,31 @@ def main() -> None:
     fp16_bytes = 2 * sum(p.numel() for p in empty_model(config).parameters())
     memory = {"imports": imports, "export": export, "build": build}
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": machine.now(),
         "command": " ".join(["tools/export.py --model", Path(args.model).name, "--engine out.plan", *args.options]),
         "hardware": {
-            "cpu": cpu_name(),
+            "cpu": machine.processor(),
             "cores": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
+            "memory_bytes": machine.memory_bytes(),
             "gpu": None,
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": machine.versions(PACKAGES),
         "parameters": fp16_bytes // 2,
         "fp16_bytes": fp16_bytes,
         "seconds": round(seconds, 1),
         "peak_bytes": memory,
         "bounds": bounds(sidecar, fp16_bytes, memory),
         "layers_quantized": len(sidecar["quantized"]),
-        "left_in_float": sidecar["left_in_float"],
         "profiles": [
             {"name": p["name"], "input_ids": p["inputs"]["input_ids"]}
             for p in sidecar["profiles"]
             if "input_ids" in p["inputs"]
         ],
-        "gpu_architectures": sidecar["gpu_architectures"],
-        "sizes": sidecar["sizes"],
-        "accuracy": sidecar["accuracy"],
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    record |= {name: sidecar[name] for name in ("left_in_float", "gpu_architectures", "sizes", "accuracy")}
+    machine.write_json(args.output, record, indent=2)
     print(text)
     print(json.dumps(record["bounds"], indent=2))
-
-
-def cpu_name() -> str:
-    """The processor's name, as Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def version(package: str) -> str | None:
-    """The installed version, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

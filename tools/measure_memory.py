@@ -3,7 +3,7 @@
     python tools/measure_memory.py --output tools/results/memory-llama-3.1-8b.json
 
 By default the shape of Llama-3.1-8B: 32 blocks, vocabulary 128256, bfloat16, 16 GB. The bounds it is compared with are
-1.2 x (one block in the compute dtype + its second moments) + 600 MiB, and 6 GiB. Peak memory is what the kernel says of
+1.2 x (one block in the compute dtype + its Hessians) + 600 MiB, and 6 GiB. Peak memory is what the kernel says of
 the child process at its end (resident, pages of mapped files included); "anonymous" is sampled and leaves those out.
 """
 
@@ -15,16 +15,16 @@ import math
 import os
 import platform
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
+from bench import machine
+
+SHAPE: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -36,8 +36,15 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+SIZES = {
+    "blocks": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+"""Option -> field of the shape."""
 POOL = 4_194_301
-"""Random values made; tensors are cut out of their repetition. A prime, so that no two rows are alike."""
+"""Random values made; every tensor is their repetition. A prime, so that no two rows are alike."""
 
 
 def block_shapes(shape: dict[str, Any]) -> dict[str, list[int]]:
@@ -50,27 +57,13 @@ def block_shapes(shape: dict[str, Any]) -> dict[str, list[int]]:
     return named | {"input_layernorm.weight": [h], "post_attention_layernorm.weight": [h]}
 
 
-def write_shard(path: Path, shapes: dict[str, list[int]], pool: bytes) -> None:
-    """A safetensors file of bfloat16 tensors, cut out of the repeated `pool`; nothing larger than it in memory."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
-        end += 2 * math.prod(shape)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        while end:
-            end -= file.write(pool[:end])
-
-
 def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
     """config.json and one shard per block, besides one for embedding, norm and head."""
     import torch
+    from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    pool = torch.randn(POOL).mul(0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    pool = torch.randn(POOL).mul(0.02).to(torch.bfloat16)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", **shape}
     (folder / "config.json").write_text(json.dumps(config))
     h, v = shape["hidden_size"], shape["vocab_size"]
@@ -79,7 +72,9 @@ def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
         files[f"{i:05}"] = {f"model.layers.{i}.{name}": s for name, s in block_shapes(shape).items()}
     weight_map: dict[str, str] = {}
     for label, shapes in files.items():
-        write_shard(folder / f"model-{label}.safetensors", shapes, pool)
+        counts = {name: math.prod(s) for name, s in shapes.items()}
+        values = {name: pool.repeat(-(-count // POOL))[:count].reshape(shapes[name]) for name, count in counts.items()}
+        save_file(values, folder / f"model-{label}.safetensors")
         weight_map |= dict.fromkeys(shapes, f"model-{label}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -97,9 +92,8 @@ def child(options: dict[str, Any]) -> None:
     options["compute_dtype"] = getattr(torch, options["compute_dtype"])
     model, output = options.pop("model"), options.pop("output")
     report = quantize(model, Path(output), QuantizeConfig(**options), console=Console(stderr=True))
-    print(
-        json.dumps({"estimate": asdict(report.estimate) if report.estimate else None, "actual": asdict(report.actual)})
-    )
+    estimate = asdict(report.estimate) if report.estimate else None
+    print(json.dumps({"estimate": estimate, "actual": asdict(report.actual)}))
 
 
 def watch(command: list[str]) -> dict[str, Any]:
@@ -119,10 +113,8 @@ def watch(command: list[str]) -> dict[str, Any]:
     text = process.stdout.read()
     if code:
         sys.exit(f"the run failed: {text}")
-    peak = usage.ru_maxrss * 1024
-    return {"seconds": round(seconds, 1), "peak_bytes": peak, "anonymous_bytes": anonymous} | json.loads(
-        text.splitlines()[-1]
-    )
+    measured = {"seconds": round(seconds, 1), "peak_bytes": usage.ru_maxrss * 1024, "anonymous_bytes": anonymous}
+    return measured | json.loads(text.splitlines()[-1])
 
 
 def main() -> None:
@@ -131,12 +123,10 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint, 16 GB and the result (default: /tmp)")
-    parser.add_argument("--blocks", type=int, default=SHAPE["num_hidden_layers"], help="(default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"], help="(default: %(default)s)")
-    parser.add_argument("--intermediate", type=int, default=SHAPE["intermediate_size"], help="(default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=SHAPE["vocab_size"], help="(default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=2, help="calibration windows (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=64, help="tokens each (default: %(default)s)")
+    numbers = {"samples": (2, "calibration windows"), "length": (64, "tokens of each")}
+    numbers |= {option: (SHAPE[field], "of the model") for option, field in SIZES.items()}
+    for option, (default, what) in numbers.items():
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--effort", help="as tools/export.py has it (default: its default)")
     args = parser.parse_args()
@@ -145,8 +135,7 @@ def main() -> None:
         return
     import numpy as np
 
-    sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "vocab_size": args.vocabulary}
-    shape = SHAPE | sizes | {"num_hidden_layers": args.blocks}
+    shape = SHAPE | {field: getattr(args, option) for option, field in SIZES.items()}
     folder = Path(tempfile.mkdtemp(prefix="measure_memory.", dir=args.folder))
     try:
         (folder / "model").mkdir()
@@ -167,7 +156,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": machine.now(),
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
@@ -180,23 +169,21 @@ def main() -> None:
         **measured,
         "bounds": bounds(shape, args.compute_dtype, measured),
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(json.dumps(record, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+        machine.write_json(args.output, record, indent=2)
 
 
 def bounds(shape: dict[str, Any], dtype: str, measured: dict[str, Any]) -> dict[str, Any]:
     """What the peak may be, and whether it is; how far estimate and measurement are apart."""
     h, m = shape["hidden_size"], shape["intermediate_size"]
     block = sum(math.prod(s) for s in block_shapes(shape).values()) * (4 if dtype == "float32" else 2)
-    moments = 4 * (3 * h * h + m * m)  # q/k/v, o, gate/up, down
-    bound = int(1.2 * (block + moments)) + (600 << 20)
+    hessians = 4 * (3 * h * h + m * m)  # q/k/v, o, gate/up, down
+    bound = int(1.2 * (block + hessians)) + (600 << 20)
     estimate, actual = measured["estimate"], measured["actual"]
     return {
         "block_bytes": block,
-        "moments_bytes": moments,
+        "moments_bytes": hessians,
         "bound_bytes": bound,
         "within_bound": measured["peak_bytes"] <= bound,
         "within_6_GiB": measured["peak_bytes"] <= 6 << 30,

@@ -85,7 +85,7 @@ def export_checkpoint(
     """Write the ONNX file; returns what the verification says of it, the quantized model and the original, if open."""
     from awq_trt.evaluate.verify import verify
     from awq_trt.export.export import export_onnx
-    from awq_trt.export.trace import DecoderOptions
+    from awq_trt.export.interface import DecoderOptions
 
     decoder = DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
     with console.status("Exporting to ONNX"):

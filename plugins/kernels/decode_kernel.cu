@@ -4,11 +4,11 @@
 
 namespace awq_trt {
 
-cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const& device,
-                         cudaStream_t stream) {
-  dim3 const blocks(static_cast<uint32_t>(plan.slices), static_cast<uint32_t>(plan.ranges));
-  LaunchShape const shape{blocks, plan.warps() * kWarp, plan.shared_bytes};
-  return LaunchEarly(DecodeKernelFor(type, plan.token_tiles), shape, device, stream, args, plan);
+cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodeSchedule const& schedule,
+                         Device const& device, cudaStream_t stream) {
+  dim3 const blocks(static_cast<uint32_t>(schedule.slices), static_cast<uint32_t>(schedule.ranges));
+  LaunchShape const shape{blocks, schedule.warps() * kWarp, schedule.shared_bytes};
+  return LaunchEarly(DecodeKernelFor(type, schedule.token_tiles), shape, device, stream, args, schedule);
 }
 
 }  // namespace awq_trt

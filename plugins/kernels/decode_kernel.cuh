@@ -1,9 +1,10 @@
-// Few tokens: every weight is read once and used a handful of times, so all that counts is that memory never waits.
+// Few tokens: every weight is read once and used a handful of times, so speed is that of memory, which must never be
+// idle.
 //
-// A warp streams its units of weights (decode_plan.h) through a ring of its own in shared memory, kDecodeStages deep
-// and filled by cp.async: no barrier between the first unit and the last. X is small and read by every warp, so the
-// block's slice of it is brought to shared memory once. Weights do not depend on the kernel before this one, X does:
-// the rings are filled before that kernel has ended.
+// A warp streams its K-blocks of weights (decode_schedule.h) through a ring of its own in shared memory, kDecodeStages
+// deep and filled by cp.async: no barrier between the first K-block and the last. X is small and read by every warp, so
+// the block's slice of it is brought to shared memory once. Weights do not depend on the kernel before this one, X
+// does: the rings are filled before that kernel has ended.
 //
 // Scales are applied to sums, not to weights: within a group the products are (q - zero) * x with q - zero an exact
 // integer, and every group's sum is multiplied by its scale in fp32. That is one fused multiply-add per weight pair
@@ -13,13 +14,13 @@
 #include <type_traits>
 
 #include "kernels/fragments.h"
-#include "plan/decode_plan.h"
+#include "plan/decode_schedule.h"
 
 namespace awq_trt {
 
-constexpr int32_t kMaxSums = 8;  // of a lane: rows of 16 features times tiles of tokens
+constexpr int32_t kMaxSums = 8;  // of a lane: packed rows times tiles of tokens
 
-// Four floats of a lane for 16 features and one tile of tokens: accumulators as in fragments.h. Sums of a strip are
+// Four floats of a lane for 16 features and one tile of tokens: accumulators as in fragments.h. Sums of a row tile are
 // [row of 16 features][tile of tokens].
 struct Sums {
   float v[4];
@@ -30,40 +31,43 @@ AWQ_DEVICE void Add(Sums& sum, Words const& part) {
   for (int32_t e = 0; e < 4; ++e) sum.v[e] += FloatOf(part.w[e]);
 }
 
-// What a lane copies next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8 bytes of
-// `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put there.
-template <int kStripTiles>
+// The copies that a lane starts next. Two lanes copy the scales of a part, the first of them also its zeros: 32 and 8
+// bytes of `entry` in the layer's scales and zeros. Parts beyond K are not copied; they keep what PrepareRing has put
+// there.
+template <int kPackedRows>
 struct Fetch {
   static constexpr uint32_t kSecondTile = 1, kScales = 2, kZeros = 4;
   static constexpr int32_t kLast = 3;
-  int32_t left;  // units of the strip, in the block's rectangle
-  int32_t rows;  // of 16 features, from the strip on
+  int32_t left;  // K-blocks of the row tile, in the block's rectangle
+  int32_t rows;  // packed rows from the row tile on
   uint32_t tile, entry;
-  uint32_t roles;  // in any unit; in the last one of a strip, shifted by kLast
+  uint32_t roles;  // in any K-block; in the last one of a row tile, shifted by kLast
   char const* q;   // of this lane in tile 0
 
-  // The next one is `unit` of `strip`; the rectangle ends before end_unit.
-  AWQ_DEVICE Fetch(GemmArgs const& args, DecodePlan const& plan, int32_t strip, int32_t unit, int32_t end_unit,
-                   int32_t lane)
-      : left(end_unit - unit),
-        rows(CeilDiv(args.n, kTileN) - strip * kStripTiles),
-        tile(strip * kStripTiles * CeilDiv(args.k, kTileK) + unit * kUnitTiles),
-        entry(strip * kStripTiles * args.groups + unit * plan.part_step + lane / 2),
+  // Begins with `k_block` of `row_tile`; the rectangle ends before end_k_block.
+  AWQ_DEVICE Fetch(GemmArgs const& args, DecodeSchedule const& schedule, int32_t row_tile, int32_t k_block,
+                   int32_t end_k_block, int32_t lane)
+      : left(end_k_block - k_block),
+        rows(CeilDiv(args.n, kTileN) - row_tile * kPackedRows),
+        tile(row_tile * kPackedRows * CeilDiv(args.k, kTileK) + k_block * kBlockKTiles),
+        entry(row_tile * kPackedRows * args.groups + k_block * schedule.part_step + lane / 2),
         q(Opaque(reinterpret_cast<char const*>(args.qweight) + lane * 16)) {
     int32_t const part = lane / 2;
     uint32_t const copies = lane % 2 == 0 && args.zeros != nullptr ? kScales | kZeros : kScales;
-    uint32_t const any = kSecondTile | (part < kUnitMaxGroups >> plan.part_shift ? copies : 0);
-    uint32_t const second = CeilDiv(args.k, kTileK) % kUnitTiles == 0 ? kSecondTile : 0;
-    uint32_t const last = end_unit <= plan.last_unit ? any : second | (part < plan.last_parts ? copies : 0);
+    uint32_t const any = kSecondTile | (part < kBlockKMaxGroups >> schedule.part_shift ? copies : 0);
+    uint32_t const second = CeilDiv(args.k, kTileK) % kBlockKTiles == 0 ? kSecondTile : 0;
+    uint32_t const last =
+        end_k_block <= schedule.last_k_block ? any : second | (part < schedule.last_parts ? copies : 0);
     roles = Opaque(any | last << kLast);
   }
 
-  // Start the copy of a unit into a stage and go on to the next one. `lane_stage` is the stage's address + lane * 16,
-  // `units` those of a strip in the rectangle.
-  AWQ_DEVICE void Fill(GemmArgs const& args, DecodePlan const& plan, Shared lane_stage, int32_t units, int32_t lane) {
+  // Start the copy of a K-block into a stage and go on to the next one. `lane_stage` is the stage's address + lane *
+  // 16, `k_blocks` those of a row tile in the rectangle.
+  AWQ_DEVICE void Fill(GemmArgs const& args, DecodeSchedule const& schedule, Shared lane_stage, int32_t k_blocks,
+                       int32_t lane) {
     uint32_t const now = left == 1 ? roles >> kLast : roles;
 #pragma unroll
-    for (int32_t row = 0; row < kStripTiles; ++row, lane_stage += kStageBytes) {
+    for (int32_t row = 0; row < kPackedRows; ++row, lane_stage += kStageBytes) {
       bool const there = row == 0 || row < rows;
       uint32_t const row_tile = tile + row * CeilDiv(args.k, kTileK), row_entry = entry + row * args.groups;
       char const* const source = q + static_cast<uint64_t>(row_tile) * kTileBytes;
@@ -75,27 +79,27 @@ struct Fetch {
         CopyAsync8(lane_stage + kStageZeros, args.zeros + static_cast<uint64_t>(row_entry) * 8);
       }
     }
-    tile += kUnitTiles, entry += plan.part_step;
+    tile += kBlockKTiles, entry += schedule.part_step;
     if (--left > 0) return;
-    left = units, rows -= kStripTiles;
-    tile += kStripTiles * CeilDiv(args.k, kTileK) - units * kUnitTiles;
-    entry += kStripTiles * args.groups - units * plan.part_step;
+    left = k_blocks, rows -= kPackedRows;
+    tile += kPackedRows * CeilDiv(args.k, kTileK) - k_blocks * kBlockKTiles;
+    entry += kPackedRows * args.groups - k_blocks * schedule.part_step;
   }
 };
 
 // Scales of 0 for parts that are never copied (times sums of 0; whatever was there might be NaN), and the zero 8 of
 // layers that have none.
-template <int kStripTiles>
+template <int kPackedRows>
 AWQ_DEVICE void PrepareRing(GemmArgs const& args, Shared ring, int32_t lane) {
   uint32_t const fill = lane % 16 >= 8 && args.zeros == nullptr ? 0x88888888u : 0u;
 #pragma unroll
-  for (int32_t stage = lane / 16; stage < kDecodeStages * kStripTiles; stage += 2) {
+  for (int32_t stage = lane / 16; stage < kDecodeStages * kPackedRows; stage += 2) {
     StoreShared(ring + stage * kStageBytes + kStageScales + lane % 16 * 16, {{fill, fill, fill, fill}});
   }
   SyncWarp();
 }
 
-// What a part of a unit is scaled with.
+// Scales and zero points of one part of a K-block, for the two rows of a lane.
 template <typename T>
 struct PartScale {
   float low = 0, high = 0;  // of rows g and g + 8
@@ -134,26 +138,26 @@ AWQ_DEVICE void AddScaled(Sums* acc, Sums* sums, PartScale<T> const& scale) {
   }
 }
 
-// acc += unit * X, scaled in parts of 32 << kPartShift columns. `x_rows[j]` is where this lane reads X for ldmatrix.
+// acc += K-block * X, scaled in parts of 32 << kPartShift columns. `x_rows[j]` is where this lane reads X for ldmatrix.
 template <typename T, int32_t kPartShift, int kTokenTiles>
-AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTokenTiles], int32_t lane) {
-  constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kParts = kUnitMaxGroups >> kPartShift;
-  [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kUnitTiles : 1;  // registers
-  Sums sums[kStripTiles * kTokenTiles] = {};
-  PartScale<T> scale[kStripTiles];
+AWQ_DEVICE void MultiplyKBlock(Sums* acc, Shared stage, Shared const (&x_rows)[kTokenTiles], int32_t lane) {
+  constexpr int32_t kPackedRows = PackedRows(kTokenTiles), kParts = kBlockKMaxGroups >> kPartShift;
+  [[maybe_unused]] constexpr int32_t kAtOnce = kTokenTiles == 1 && kPartShift == 2 ? kBlockKTiles : 1;  // registers
+  Sums sums[kPackedRows * kTokenTiles] = {};
+  PartScale<T> scale[kPackedRows];
   auto begin_part = [&](int32_t row, int32_t part) { scale[row] = {stage + row * kStageBytes, part, lane}; };
   auto end_part = [&](int32_t row) {
     AddScaled<T, kTokenTiles>(acc + row * kTokenTiles, sums + row * kTokenTiles, scale[row]);
   };
   if constexpr (kParts == 1) {
 #pragma unroll
-    for (int32_t row = 0; row < kStripTiles; ++row) begin_part(row, 0);
+    for (int32_t row = 0; row < kPackedRows; ++row) begin_part(row, 0);
   }
 #pragma unroll kAtOnce
-  for (int32_t tile = 0; tile < kUnitTiles; ++tile) {
-    Words q[kStripTiles];
+  for (int32_t tile = 0; tile < kBlockKTiles; ++tile) {
+    Words q[kPackedRows];
 #pragma unroll
-    for (int32_t row = 0; row < kStripTiles; ++row) {
+    for (int32_t row = 0; row < kPackedRows; ++row) {
       q[row] = LoadShared(stage + row * kStageBytes + tile * kTileBytes + lane * 16);
     }
 #pragma unroll
@@ -162,7 +166,7 @@ AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTo
 #pragma unroll
       for (int32_t j = 0; j < kTokenTiles; ++j) LoadMatrices(b[j], x_rows[j] + tile * 128 + half * 64);
 #pragma unroll
-      for (int32_t row = 0; row < kStripTiles; ++row) {
+      for (int32_t row = 0; row < kPackedRows; ++row) {
         if (kParts == 4 || (kParts == 2 && half == 0)) begin_part(row, tile * kParts / 2 + half * kParts / 4);
         MultiplyQuarter<T>(sums + row * kTokenTiles, q[row].w[2 * half], q[row].w[2 * half + 1], scale[row].minus_zero,
                            b);
@@ -172,7 +176,7 @@ AWQ_DEVICE void MultiplyUnit(Sums* acc, Shared stage, Shared const (&x_rows)[kTo
   }
   if constexpr (kParts == 1) {
 #pragma unroll
-    for (int32_t row = 0; row < kStripTiles; ++row) end_part(row);
+    for (int32_t row = 0; row < kPackedRows; ++row) end_part(row);
   }
 }
 
@@ -198,10 +202,10 @@ AWQ_DEVICE Words LoadTokenChunk(GemmArgs const& args, int32_t token, int32_t col
 
 // Bring the slice of X to shared memory: row `token` at token * row_bytes. Loads are issued four at a time.
 template <typename T>
-AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared x, int32_t first_column,
-                            int32_t units) {
+AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodeSchedule const& schedule, Shared x, int32_t first_column,
+                            int32_t k_blocks) {
   constexpr int32_t kBatch = 4;
-  int32_t const chunks = units * (kUnitK / 8), threads = BlockThreads();
+  int32_t const chunks = k_blocks * (kBlockK / 8), threads = BlockThreads();
   int32_t const token_step = threads / chunks, chunk_step = threads % chunks;
   int32_t token = ThreadIndex() / chunks, chunk = ThreadIndex() % chunks;
   while (token < args.tokens) {
@@ -210,7 +214,7 @@ AWQ_DEVICE void StageTokens(GemmArgs const& args, DecodePlan const& plan, Shared
     bool valid[kBatch];
 #pragma unroll
     for (int32_t i = 0; i < kBatch; ++i) {
-      targets[i] = x + token * plan.row_bytes + chunk * 16;
+      targets[i] = x + token * schedule.row_bytes + chunk * 16;
       valid[i] = token < args.tokens;
       if (valid[i]) loaded[i] = LoadTokenChunk<T>(args, token, first_column + chunk * 8);
       token += token_step, chunk += chunk_step;
@@ -247,183 +251,189 @@ AWQ_DEVICE int32_t BlockSlice() { return BlockIndex(); }
 AWQ_DEVICE int32_t BlockRange() { return BlockRow(); }
 
 // Where a slice leaves its sums of 16 features and a tile of tokens in the workspace.
-AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodePlan const& plan, int32_t slice, int32_t row,
+AWQ_DEVICE Words* PartialSums(GemmArgs const& args, DecodeSchedule const& schedule, int32_t slice, int32_t row,
                               int32_t token_tile, int32_t lane) {
   int64_t const tile = static_cast<int64_t>(slice) * CeilDiv(args.n, kTileN) + row;
-  return static_cast<Words*>(args.workspace) + (tile * plan.token_tiles + token_tile) * kWarp + lane;
+  return static_cast<Words*>(args.workspace) + (tile * schedule.token_tiles + token_tile) * kWarp + lane;
 }
 
-// The sums of a slice are complete: they are Y if it is the only one. The last strip may have a row that is not there.
+// The sums of a slice are complete: they are Y if it is the only one. The last row tile may have a row that is not
+// there.
 template <typename T>
-AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodePlan const& plan, Sums const& sums, Shared scratch, int32_t row,
-                           int32_t token_tile, int32_t lane) {
+AWQ_DEVICE void StoreSlice(GemmArgs const& args, DecodeSchedule const& schedule, Sums const& sums, Shared scratch,
+                           int32_t row, int32_t token_tile, int32_t lane) {
   if (row * kTileN >= args.n) return;
-  if (plan.slices == 1) {
+  if (schedule.slices == 1) {
     StoreSums<T>(args, sums, scratch, row, token_tile, lane);
   } else {
-    StoreWords(PartialSums(args, plan, BlockSlice(), row, token_tile, lane), WordsOf(sums));
+    StoreWords(PartialSums(args, schedule, BlockSlice(), row, token_tile, lane), WordsOf(sums));
   }
 }
 
-// What a block has of a layer: strips first_strip .., of each the units first_unit ..
+// The part of a layer that a block computes: row tiles from first_row_tile on, of each the K-blocks from first_k_block
+// on.
 struct Rectangle {
-  int32_t first_strip, strips, first_unit, units;
-  uint32_t reciprocal;  // of units
+  int32_t first_row_tile, row_tiles, first_k_block, k_blocks;
+  uint32_t reciprocal;  // of K-blocks
 };
-AWQ_DEVICE Rectangle RectangleOf(DecodePlan const& plan, int32_t range, int32_t slice) {
-  bool const larger = slice < plan.units_of_slice.extra;
-  return {plan.strips_of_range.Begin(range), plan.strips_of_range.Size(range), plan.units_of_slice.Begin(slice),
-          plan.units_of_slice.Size(slice), larger ? plan.larger_reciprocal : plan.reciprocal};
+AWQ_DEVICE Rectangle RectangleOf(DecodeSchedule const& schedule, int32_t range, int32_t slice) {
+  bool const larger = slice < schedule.k_blocks_of_slice.extra;
+  return {schedule.row_tiles_of_range.Begin(range), schedule.row_tiles_of_range.Size(range),
+          schedule.k_blocks_of_slice.Begin(slice), schedule.k_blocks_of_slice.Size(slice),
+          larger ? schedule.larger_reciprocal : schedule.reciprocal};
 }
-// How its units, strip after strip, are cut into one segment for each warp.
-AWQ_DEVICE Cut SegmentsOf(DecodePlan const& plan, Rectangle const& block) {
-  int32_t const total = block.strips * block.units;
-  return {total >> plan.warp_shift, total & (plan.warps() - 1)};
+// How its K-blocks, row tile after row tile, are cut into one segment for each warp.
+AWQ_DEVICE Cut SegmentsOf(DecodeSchedule const& schedule, Rectangle const& block) {
+  int32_t const total = block.row_tiles * block.k_blocks;
+  return {total >> schedule.warp_shift, total & (schedule.warps() - 1)};
 }
 // position / block.units
-AWQ_DEVICE int32_t StripOf(Rectangle const& block, int32_t position) {
-  return block.units == 1 ? position : static_cast<int32_t>(MultiplyHigh(position, block.reciprocal));
+AWQ_DEVICE int32_t RowTileOf(Rectangle const& block, int32_t position) {
+  return block.k_blocks == 1 ? position : static_cast<int32_t>(MultiplyHigh(position, block.reciprocal));
 }
 
-// Shared memory of a block: the rings, sums that could not be stored, X. A segment that ends inside a strip leaves the
-// sums of its last one, its tail, where the ring was. One that begins inside a strip and completes it keeps those sums,
-// its head, until all tails are there.
+// Shared memory of a block: the rings, sums that could not be stored, X. A segment that ends inside a row tile leaves
+// the sums of its last one, its tail, where the ring was. One that begins inside a row tile and completes it keeps
+// those sums, its head, until all tails are there.
 template <int kTokenTiles>
 struct SharedLayout {
-  static constexpr int32_t kStripTiles = StripTiles(kTokenTiles), kSums = kStripTiles * kTokenTiles;
-  static constexpr int32_t kRingBytes = kDecodeStages * kStripTiles * kStageBytes;
+  static constexpr int32_t kPackedRows = PackedRows(kTokenTiles), kSums = kPackedRows * kTokenTiles;
+  static constexpr int32_t kRingBytes = kDecodeStages * kPackedRows * kStageBytes;
   Shared rings, heads, x;
-  AWQ_DEVICE explicit SharedLayout(DecodePlan const& plan)
+  AWQ_DEVICE explicit SharedLayout(DecodeSchedule const& schedule)
       : rings(DynamicShared()),
-        heads(rings + (kRingBytes << plan.warp_shift)),
-        x(heads + (kSums * kSumsBytes << plan.warp_shift)) {}
+        heads(rings + (kRingBytes << schedule.warp_shift)),
+        x(heads + (kSums * kSumsBytes << schedule.warp_shift)) {}
   AWQ_DEVICE Shared Ring(int32_t warp) const { return rings + warp * kRingBytes; }
   AWQ_DEVICE Shared Head(int32_t warp, int32_t i) const { return heads + (warp * kSums + i) * kSumsBytes; }
   AWQ_DEVICE Shared Tail(int32_t warp, int32_t i) const { return Ring(warp) + i * kSumsBytes; }
   AWQ_DEVICE Shared Scratch(int32_t warp) const { return Tail(warp, kMaxSums); }  // once the ring is free
 };
 
-// A warp that has completed a strip which began in segments before adds their tails, nearest first, and stores it.
+// A warp that has completed a row tile which began in segments before adds their tails, nearest first, and stores it.
 template <typename T, int kTokenTiles>
-AWQ_DEVICE void AddTails(GemmArgs const& args, DecodePlan const& plan) {
+AWQ_DEVICE void AddTails(GemmArgs const& args, DecodeSchedule const& schedule) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  Rectangle const block = RectangleOf(plan, Opaque(BlockRange()), Opaque(BlockSlice()));
-  Cut const segments = SegmentsOf(plan, block);
-  int32_t const begin = segments.Begin(warp), strip = StripOf(block, begin), strip_begin = strip * block.units;
-  if (begin == strip_begin || segments.Begin(warp + 1) < strip_begin + block.units) return;
-  SharedLayout<kTokenTiles> const shared(plan);
-  int32_t const first_row = (block.first_strip + strip) * StripTiles(kTokenTiles);
+  Rectangle const block = RectangleOf(schedule, Opaque(BlockRange()), Opaque(BlockSlice()));
+  Cut const segments = SegmentsOf(schedule, block);
+  int32_t const begin = segments.Begin(warp), row_tile = RowTileOf(block, begin),
+                row_tile_begin = row_tile * block.k_blocks;
+  if (begin == row_tile_begin || segments.Begin(warp + 1) < row_tile_begin + block.k_blocks) return;
+  SharedLayout<kTokenTiles> const shared(schedule);
+  int32_t const first_row = (block.first_row_tile + row_tile) * PackedRows(kTokenTiles);
 #pragma unroll 1
   for (int32_t i = 0; i < shared.kSums; ++i) {
     Sums sums = {};
     Add(sums, LoadShared(shared.Head(warp, i) + lane * 16));
 #pragma unroll 2
-    for (int32_t w = warp - 1; segments.Begin(w + 1) > strip_begin; --w) {
+    for (int32_t w = warp - 1; segments.Begin(w + 1) > row_tile_begin; --w) {
       Add(sums, LoadShared(shared.Tail(w, i) + lane * 16));
     }
-    StoreSlice<T>(args, plan, sums, shared.Scratch(warp), first_row + i / kTokenTiles, i % kTokenTiles, lane);
+    StoreSlice<T>(args, schedule, sums, shared.Scratch(warp), first_row + i / kTokenTiles, i % kTokenTiles, lane);
   }
 }
 
 // The block that is the last one of its range to come here adds the sums of all slices, in their order.
 template <typename T, int kTokenTiles>
-AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodePlan const& plan) {
+AWQ_DEVICE void AddSlices(GemmArgs const& args, DecodeSchedule const& schedule) {
   AWQ_SHARED uint32_t arrived;
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp, range = BlockRange();
   SyncThreads();  // all sums of this block are in the workspace
   if (ThreadIndex() == 0) arrived = CountArrival(args.counters + range);
   SyncThreads();
-  if (arrived + 1 != static_cast<uint32_t>(plan.slices)) return;
+  if (arrived + 1 != static_cast<uint32_t>(schedule.slices)) return;
   if (ThreadIndex() == 0) Store32(args.counters + range, 0);  // for the next call
-  int32_t const first_row = plan.strips_of_range.Begin(range) * StripTiles(kTokenTiles);
-  int32_t const rows = plan.strips_of_range.Size(range) * StripTiles(kTokenTiles);
+  int32_t const first_row = schedule.row_tiles_of_range.Begin(range) * PackedRows(kTokenTiles);
+  int32_t const rows = schedule.row_tiles_of_range.Size(range) * PackedRows(kTokenTiles);
 #pragma unroll 1
-  for (int32_t item = warp; item < rows * kTokenTiles; item += plan.warps()) {
+  for (int32_t item = warp; item < rows * kTokenTiles; item += schedule.warps()) {
     int32_t const row = first_row + item / kTokenTiles, token_tile = item % kTokenTiles;
     if (row * kTileN >= args.n) break;
     Sums sums = {};
 #pragma unroll 4
-    for (int32_t i = 0; i < plan.slices; ++i) Add(sums, LoadWords(PartialSums(args, plan, i, row, token_tile, lane)));
-    StoreSums<T>(args, sums, SharedLayout<kTokenTiles>(plan).Scratch(warp), row, token_tile, lane);
+    for (int32_t i = 0; i < schedule.slices; ++i)
+      Add(sums, LoadWords(PartialSums(args, schedule, i, row, token_tile, lane)));
+    StoreSums<T>(args, sums, SharedLayout<kTokenTiles>(schedule).Scratch(warp), row, token_tile, lane);
   }
 }
 
-// What a warp has before it: `count` units, the first ones of `strip` from its unit `from` in the rectangle on.
-template <int kStripTiles>
+// The work of a warp: `count` consecutive K-blocks; the first is K-block `from` (in the rectangle) of `row_tile`.
+template <int kPackedRows>
 struct Segment {
-  Fetch<kStripTiles> fetch;
+  Fetch<kPackedRows> fetch;
   Shared ring;
-  int32_t count, strip, from, units;  // units: of a strip in the rectangle
+  int32_t count, row_tile, from, k_blocks;  // K-blocks: of a row tile in the rectangle
 
-  // Of the ring, for the unit after which `left` are left: counted down, so that one register does for both.
-  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * (kStripTiles * kStageBytes); }
+  // Of the ring, for the K-block after which `left` are left: counted down, so that one register does for both.
+  AWQ_DEVICE Shared Stage(int32_t left) const { return ring + left % kDecodeStages * (kPackedRows * kStageBytes); }
 };
 
-// All units of a segment; what is left in `acc` is its tail. kDecodeStages - 1 units are under way. x_rows: where this
-// lane reads X for ldmatrix, at the first unit's columns.
+// All K-blocks of a segment; what is left in `acc` is its tail. kDecodeStages - 1 K-blocks are in flight. x_rows: where
+// this lane reads X for ldmatrix, at the first K-block's columns.
 template <typename T, int32_t kPartShift, int kTokenTiles>
-AWQ_DEVICE void StreamUnits(Sums* acc, GemmArgs const& args, DecodePlan const& plan,
-                            Segment<StripTiles(kTokenTiles)>& segment, Shared (&x_rows)[kTokenTiles], int32_t lane) {
-  bool from_start = segment.from == 0;  // of the strip
-  int32_t unit = segment.from, strip = segment.strip;
+AWQ_DEVICE void StreamKBlocks(Sums* acc, GemmArgs const& args, DecodeSchedule const& schedule,
+                              Segment<PackedRows(kTokenTiles)>& segment, Shared (&x_rows)[kTokenTiles], int32_t lane) {
+  bool from_start = segment.from == 0;  // of the row tile
+  int32_t k_block = segment.from, row_tile = segment.row_tile;
 #pragma unroll 1
   for (uint32_t left = segment.count; left > 0; --left) {
     WaitCopies<kDecodeStages - 2>();
     SyncWarp();  // every lane's copies have arrived, and every lane has used the stage that is filled next
     if (left >= kDecodeStages) {
-      segment.fetch.Fill(args, plan, segment.Stage(left - (kDecodeStages - 1)) + lane * 16, segment.units, lane);
+      segment.fetch.Fill(args, schedule, segment.Stage(left - (kDecodeStages - 1)) + lane * 16, segment.k_blocks, lane);
     }
     CommitCopies();
     Shared const stage = segment.Stage(left);
-    MultiplyUnit<T, kPartShift>(acc, stage, x_rows, lane);
-    ++unit;
+    MultiplyKBlock<T, kPartShift>(acc, stage, x_rows, lane);
+    ++k_block;
 #pragma unroll
-    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] += kUnitK * 2;
-    if (unit < segment.units) continue;
-    // the strip is complete: stored here, or, if it began in segments before, by AddTails
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] += kBlockK * 2;
+    if (k_block < segment.k_blocks) continue;
+    // the row tile is complete: stored here, or, if it began in segments before, by AddTails
 #pragma unroll
-    for (int32_t i = 0; i < StripTiles(kTokenTiles) * kTokenTiles; ++i) {
+    for (int32_t i = 0; i < PackedRows(kTokenTiles) * kTokenTiles; ++i) {
       if (from_start) {
-        int32_t const row = strip * StripTiles(kTokenTiles) + i / kTokenTiles;
-        StoreSlice<T>(args, plan, acc[i], stage, row, i % kTokenTiles, lane);
+        int32_t const row = row_tile * PackedRows(kTokenTiles) + i / kTokenTiles;
+        StoreSlice<T>(args, schedule, acc[i], stage, row, i % kTokenTiles, lane);
       } else {
-        StoreShared(SharedLayout<kTokenTiles>(plan).Head(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
+        StoreShared(SharedLayout<kTokenTiles>(schedule).Head(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
       }
       acc[i] = {};
     }
 #pragma unroll
-    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] -= segment.units * (kUnitK * 2);
-    unit = 0, ++strip, from_start = true;
+    for (int32_t j = 0; j < kTokenTiles; ++j) x_rows[j] -= segment.k_blocks * (kBlockK * 2);
+    k_block = 0, ++row_tile, from_start = true;
   }
 }
 
 template <typename T, int kTokenTiles>
-AWQ_KERNEL(kDecodeMaxWarps* kWarp / StripTiles(kTokenTiles), kTokenTiles == 1 ? 2 : 1)
-DecodeKernel(GemmArgs const args, DecodePlan const plan) {
+AWQ_KERNEL(kDecodeMaxWarps* kWarp / PackedRows(kTokenTiles), kTokenTiles == 1 ? 2 : 1)
+DecodeKernel(GemmArgs const args, DecodeSchedule const schedule) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  Rectangle const block = RectangleOf(plan, BlockRange(), BlockSlice());
-  Cut const segments = SegmentsOf(plan, block);
-  constexpr int32_t kStripTiles = StripTiles(kTokenTiles);
-  SharedLayout<kTokenTiles> const shared(plan);
-  int32_t const begin = segments.Begin(warp), strips = StripOf(block, begin), from = begin - strips * block.units;
-  int32_t const strip = block.first_strip + strips;
-  Segment<kStripTiles> segment{
-      Fetch<kStripTiles>(args, plan, strip, block.first_unit + from, block.first_unit + block.units, lane),
-      shared.Ring(warp),
-      Opaque(segments.Size(warp)),
-      strip,
-      from,
-      Opaque(block.units)};
-  PrepareRing<kStripTiles>(args, segment.ring, lane);
+  Rectangle const block = RectangleOf(schedule, BlockRange(), BlockSlice());
+  Cut const segments = SegmentsOf(schedule, block);
+  constexpr int32_t kPackedRows = PackedRows(kTokenTiles);
+  SharedLayout<kTokenTiles> const shared(schedule);
+  int32_t const begin = segments.Begin(warp), row_tiles = RowTileOf(block, begin),
+                from = begin - row_tiles * block.k_blocks;
+  int32_t const row_tile = block.first_row_tile + row_tiles;
+  Segment<kPackedRows> segment{Fetch<kPackedRows>(args, schedule, row_tile, block.first_k_block + from,
+                                                  block.first_k_block + block.k_blocks, lane),
+                               shared.Ring(warp),
+                               Opaque(segments.Size(warp)),
+                               row_tile,
+                               from,
+                               Opaque(block.k_blocks)};
+  PrepareRing<kPackedRows>(args, segment.ring, lane);
 #pragma unroll
   for (int32_t i = 0; i < kDecodeStages - 1; ++i) {
     Shared const lane_stage = segment.Stage(segment.count + kDecodeStages - i) + lane * 16;
-    if (i < segment.count) segment.fetch.Fill(args, plan, lane_stage, segment.units, lane);
+    if (i < segment.count) segment.fetch.Fill(args, schedule, lane_stage, segment.k_blocks, lane);
     CommitCopies();
   }
   LetNextKernelStart();
   WaitForPreviousKernel();
-  StageTokens<T>(args, plan, shared.x, block.first_unit * kUnitK, block.units);
+  StageTokens<T>(args, schedule, shared.x, block.first_k_block * kBlockK, block.k_blocks);
   SyncThreads();
 
   // ldmatrix: lanes 8i .. 8i + 7 read 8 columns of 8 tokens each, 8i columns on; missing tokens repeat the last one
@@ -431,28 +441,28 @@ DecodeKernel(GemmArgs const args, DecodePlan const plan) {
 #pragma unroll
   for (int32_t j = 0; j < kTokenTiles; ++j) {
     int32_t const token = j * kTokenTile + lane % 8;
-    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * plan.row_bytes + lane / 8 * 16 +
-                from * (kUnitK * 2);
+    x_rows[j] = shared.x + (token < args.tokens ? token : args.tokens - 1) * schedule.row_bytes + lane / 8 * 16 +
+                from * (kBlockK * 2);
   }
   Sums acc[shared.kSums] = {};
-  if (plan.part_shift == 2) {
-    StreamUnits<T, 2>(acc, args, plan, segment, x_rows, lane);
-  } else if (plan.part_shift == 1) {
-    StreamUnits<T, 1>(acc, args, plan, segment, x_rows, lane);
+  if (schedule.part_shift == 2) {
+    StreamKBlocks<T, 2>(acc, args, schedule, segment, x_rows, lane);
+  } else if (schedule.part_shift == 1) {
+    StreamKBlocks<T, 1>(acc, args, schedule, segment, x_rows, lane);
   } else {
-    StreamUnits<T, 0>(acc, args, plan, segment, x_rows, lane);
+    StreamKBlocks<T, 0>(acc, args, schedule, segment, x_rows, lane);
   }
   SyncWarp();  // no lane needs the ring any more
 #pragma unroll
   for (int32_t i = 0; i < shared.kSums; ++i) {
-    StoreShared(SharedLayout<kTokenTiles>(plan).Tail(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
+    StoreShared(SharedLayout<kTokenTiles>(schedule).Tail(ThreadIndex() / kWarp, i) + lane * 16, WordsOf(acc[i]));
   }
   SyncThreads();
-  AddTails<T, kTokenTiles>(args, plan);
-  if (plan.slices > 1) AddSlices<T, kTokenTiles>(args, plan);
+  AddTails<T, kTokenTiles>(args, schedule);
+  if (schedule.slices > 1) AddSlices<T, kTokenTiles>(args, schedule);
 }
 
-using DecodeFunction = void (*)(GemmArgs, DecodePlan);
+using DecodeFunction = void (*)(GemmArgs, DecodeSchedule);
 
 // The kernel for tokens of up to 8 * token_tiles.
 template <typename T>

@@ -3,11 +3,11 @@
 
 namespace awq_trt {
 
-cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_strip, int32_t strips,
+cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_row_tile, int32_t row_tiles,
                              uint16_t* w, cudaStream_t stream) {
-  WeightRows const rows{first_strip, strips, w};
+  WeightRows const rows{first_row_tile, row_tiles, w};
   if (!CanDequantize(args, rows)) return cudaErrorInvalidValue;
-  int32_t const blocks = DequantizeBlocks(args, strips);
+  int32_t const blocks = DequantizeBlocks(args, row_tiles);
   if (blocks == 0) return cudaSuccess;
   DequantizeKernelFor(type)<<<blocks, kDequantizeThreads, kDequantizeSharedBytes, stream>>>(args, rows);
   return cudaGetLastError();

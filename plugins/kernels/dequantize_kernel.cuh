@@ -18,9 +18,9 @@ constexpr int32_t kExchangeBytes = kWarp * 16;  // for 8 rows x 32 columns
 constexpr int32_t kDequantizeWarpBytes = 2 * 2 * kExchangeBytes;  // rows g and g + 8, in turn for the halves of a tile
 constexpr int32_t kDequantizeSharedBytes = kDequantizeWarps * kDequantizeWarpBytes;
 
-// The strips of 16 rows to write, and where the first one goes. Rows from N on are not written.
+// The row tiles of 16 rows to write, and where the first one goes. Rows from N on are not written.
 struct WeightRows {
-  int32_t first_strip, strips;
+  int32_t first_row_tile, row_tiles;
   uint16_t* w;  // [rows, K], 16-byte aligned
 };
 
@@ -59,18 +59,18 @@ DequantizeKernel(GemmArgs const args, WeightRows const rows) {
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
   int32_t const k_tiles = CeilDiv(args.k, kTileK), runs = CeilDiv(k_tiles, kRunTiles);
   int32_t const run = BlockIndex() * kDequantizeWarps + warp;
-  int32_t const strip = rows.first_strip + run / runs, first_tile = run % runs * kRunTiles;
-  if (run / runs >= rows.strips) return;
+  int32_t const row_tile = rows.first_row_tile + run / runs, first_tile = run % runs * kRunTiles;
+  if (run / runs >= rows.row_tiles) return;
 
   WeightTile tiles[kRunTiles];
 #pragma unroll
   for (int32_t i = 0; i < kRunTiles; ++i) {
-    if (first_tile + i < k_tiles) tiles[i] = LoadWeightTile(args, strip, first_tile + i, lane);
+    if (first_tile + i < k_tiles) tiles[i] = LoadWeightTile(args, row_tile, first_tile + i, lane);
   }
   Shared const exchange = DynamicShared() + warp * kDequantizeWarpBytes;
   Shared const mine = exchange + ExchangeByte(lane / 4, lane % 4), theirs = exchange + ExchangeByte(lane % 8, lane / 8);
   uint16_t* const row = rows.w + (static_cast<int64_t>(run / runs) * kTileN + lane / 4) * args.k;
-  bool const second = strip * kTileN + 8 < args.n;  // N is a multiple of 8
+  bool const second = row_tile * kTileN + 8 < args.n;  // N is a multiple of 8
 #pragma unroll
   for (int32_t i = 0; i < kRunTiles; ++i) {
 #pragma unroll
@@ -84,16 +84,16 @@ DequantizeKernel(GemmArgs const args, WeightRows const rows) {
   }
 }
 
-inline int32_t DequantizeBlocks(GemmArgs const& args, int32_t strips) {
-  int32_t const runs = strips * CeilDiv(CeilDiv(args.k, kTileK), kRunTiles);  // 2^28 for the largest N and K
+inline int32_t DequantizeBlocks(GemmArgs const& args, int32_t row_tiles) {
+  int32_t const runs = row_tiles * CeilDiv(CeilDiv(args.k, kTileK), kRunTiles);  // 2^28 for the largest N and K
   return CeilDiv(runs, kDequantizeWarps);
 }
 
-// Whether there are such strips, and W can take 16-byte stores.
+// Whether there are such row tiles, and W can take 16-byte stores.
 inline bool CanDequantize(GemmArgs const& args, WeightRows const& rows) {
   int32_t const all = CeilDiv(args.n, kTileN);
-  return rows.first_strip >= 0 && rows.strips >= 0 && rows.strips <= all - rows.first_strip && rows.w != nullptr &&
-         IsAligned(rows.w, 16);
+  return rows.first_row_tile >= 0 && rows.row_tiles >= 0 && rows.row_tiles <= all - rows.first_row_tile &&
+         rows.w != nullptr && IsAligned(rows.w, 16);
 }
 
 using DequantizeFunction = void (*)(GemmArgs, WeightRows);

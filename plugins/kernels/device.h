@@ -9,7 +9,7 @@
 namespace awq_trt {
 
 // Element types. `kExponent` is the bit pattern that turns a 4-bit integer in the low mantissa bits into
-// kOffset + integer: 1024 in fp16, 128 in bf16, where the unit in the last place is 1.
+// kOffset + integer: 1024 in fp16, 128 in bf16, where a unit in the last place is 1.
 struct Half {
   static constexpr uint32_t kExponent = 0x64006400, kOne = 0x3c003c00;
   static constexpr uint32_t kExponentOver16 = 0x54005400, kSixteenth = 0x2c002c00;  // 1024 / 16 and 1 / 16
@@ -23,7 +23,7 @@ struct Bfloat16 {
 constexpr uint32_t kSignBits = 0x80008000;  // also: a pair of -0.0, the neutral addend of a product
 constexpr int32_t kWarp = 32, kWarpgroup = 4 * kWarp;
 
-// What the copy engine of sm_90 knows of a matrix in global memory: CUtensorMap of the driver, made by the host.
+// What TMA of sm_90 knows of a matrix in global memory: CUtensorMap of the driver, made by the host.
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
@@ -167,7 +167,7 @@ AWQ_DEVICE void CopyAsync8(Shared shared, void const* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }
 AWQ_DEVICE void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most kPending of this thread's committed groups are under way.
+// Wait until at most kPending of this thread's committed groups are in flight.
 template <int kPending>
 AWQ_DEVICE void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -188,7 +188,7 @@ using Barrier = uint64_t;
 AWQ_DEVICE void InitBarrier(Shared barrier, int32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// After the last InitBarrier: the copy engine sees them, too.
+// After the last InitBarrier: TMA sees them, too.
 AWQ_DEVICE void PublishBarriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 AWQ_DEVICE void Arrive(Shared barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -317,7 +317,7 @@ AWQ_DEVICE void Mma<Bfloat16>(float (&d)[4], uint32_t const (&a)[4], uint32_t b0
 // be touched. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 AWQ_DEVICE void StartMultiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 AWQ_DEVICE void CommitMultiplying() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most kPending committed groups are under way.
+// Until at most kPending committed groups are in flight.
 template <int kPending>
 AWQ_DEVICE void WaitMultiplying() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

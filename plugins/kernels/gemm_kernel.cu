@@ -4,11 +4,11 @@
 
 namespace awq_trt {
 
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const& device,
                        cudaStream_t stream) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  LaunchShape const shape{dim3(plan.blocks), tile.warps * kWarp, plan.shared_bytes};
-  return LaunchEarly(GemmKernelFor(type, tile), shape, device, stream, args, plan);
+  GemmTile const& tile = kGemmTiles[schedule.tile];
+  LaunchShape const shape{dim3(schedule.blocks), tile.warps * kWarp, schedule.shared_bytes};
+  return LaunchEarly(GemmKernelFor(type, tile), shape, device, stream, args, schedule);
 }
 
 }  // namespace awq_trt

@@ -46,10 +46,10 @@ bool MakeMap(TensorMap& map, Matrix const& matrix, uint32_t box_columns, uint32_
 
 bool HasWgmma() { return true; }
 
-cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const& device,
                         cudaStream_t stream) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  uint64_t const words = static_cast<uint64_t>(plan.units) * kWarp * kSteps;
+  GemmTile const& tile = kGemmTiles[schedule.tile];
+  uint64_t const words = static_cast<uint64_t>(schedule.k_blocks) * kWarp * kSteps;
   Matrix const x{args.x,
                  type == ActivationType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                  static_cast<uint64_t>(args.k), static_cast<uint64_t>(args.tokens), 2 * static_cast<uint64_t>(args.k)};
@@ -57,10 +57,10 @@ cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan cons
                  4 * words};
   WgmmaMaps maps;
   bool const made = MakeMap(maps.x, x, kTileK, tile.tokens, CU_TENSOR_MAP_SWIZZLE_128B) &&
-                    MakeMap(maps.q, q, kWarp * kSteps, tile.warps * tile.strips, CU_TENSOR_MAP_SWIZZLE_NONE);
+                    MakeMap(maps.q, q, kWarp * kSteps, tile.warps * tile.row_tiles, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (!made) return cudaErrorNotSupported;
-  LaunchShape const shape{dim3(plan.blocks), kWgmmaThreads, plan.shared_bytes};
-  return LaunchEarly(WgmmaKernelFor(type, tile), shape, device, stream, args, plan, maps);
+  LaunchShape const shape{dim3(schedule.blocks), kWgmmaThreads, schedule.shared_bytes};
+  return LaunchEarly(WgmmaKernelFor(type, tile), shape, device, stream, args, schedule, maps);
 }
 
 }  // namespace awq_trt
@@ -71,7 +71,7 @@ namespace awq_trt {
 
 bool HasWgmma() { return false; }
 
-cudaError_t LaunchWgmma(GemmArgs const&, ActivationType, GemmPlan const&, Device const&, cudaStream_t) {
+cudaError_t LaunchWgmma(GemmArgs const&, ActivationType, GemmSchedule const&, Device const&, cudaStream_t) {
   return cudaErrorNotSupported;
 }
 

@@ -1,12 +1,12 @@
 // Many tokens on sm_90: a producer warpgroup and two that multiply.
 //
-// The producer's first lane has the copy engine (TMA) bring X and the weights, its second warp brings scales and zeros;
-// kWgmmaStages units are under way, across the ends of tiles. In the other warpgroups each warp dequantizes 16 *
-// kStrips features of its own in registers: they are the A operand of wgmma, X in shared memory is B. Operands are
+// The producer's first lane has TMA bring X and the weights, its second warp brings scales and zeros;
+// kWgmmaStages K-blocks are in flight, across the ends of tiles. In the other warpgroups each warp dequantizes 16 *
+// kRowTiles features of its own in registers: they are the A operand of wgmma, X in shared memory is B. Operands are
 // swapped, so that what is converted goes from registers to the tensor cores and never back to shared memory. While one
 // step of 16 columns is multiplied, the next one is dequantized.
 //
-// A stage is full when the bytes of the copy engine and the copies of 32 lanes have come, and free when the 8 warps
+// A stage is full when the bytes of TMA and the copies of 32 lanes have come, and free when the 8 warps
 // that multiply have said so.
 #pragma once
 
@@ -18,14 +18,14 @@ constexpr int32_t kConsumerWarps = 8, kWgmmaThreads = kWarpgroup + kConsumerWarp
 constexpr int32_t kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 for each at the start
 
 struct WgmmaMaps {
-  TensorMap x;  // [tokens, K], box of one unit of a tile
-  TensorMap q;  // [N16, 128 * K64] words, box of one unit of a tile
+  TensorMap x;  // [tokens, K], box of one K-block of a tile
+  TensorMap q;  // [N16, 128 * K64] words, box of one K-block of a tile
 };
 
-template <int kStrips, int kTokens>
+template <int kRowTiles, int kTokens>
 struct WgmmaStages {
-  static constexpr int32_t kTileStrips = kConsumerWarps * kStrips;
-  StageLayout layout{kTileStrips, kTokens};
+  static constexpr int32_t kTileRowTiles = kConsumerWarps * kRowTiles;
+  StageLayout layout{kTileRowTiles, kTokens};
   int32_t stage_bytes = CeilDiv(layout.bytes, kSwizzleBytes) * kSwizzleBytes;
   Shared ring, full, empty;
 
@@ -35,7 +35,7 @@ struct WgmmaStages {
   AWQ_DEVICE Shared Scratch() const { return Stage(kWgmmaStages); }
 };
 
-// The place of a unit in the ring, and how often the ring has been gone round, modulo two.
+// The stage of a K-block in the ring, and the parity of how often the ring has been filled.
 struct RingPlace {
   int32_t stage = 0;
   uint32_t parity = 0;
@@ -44,44 +44,45 @@ struct RingPlace {
   }
 };
 
-// The units of a block, one after the other.
-struct Units {
-  Piece piece;  // the unit is its `begin`
+// The K-blocks of a block, one after the other.
+struct KBlocks {
+  Piece piece;  // the K-block is its `begin`
   TileAt at;
 
-  AWQ_DEVICE explicit Units(GemmPlan const& plan)
-      : piece(FirstPiece(plan, BlockIndex())), at(LocateTile(plan, piece.tile)) {}
-  AWQ_DEVICE bool more(GemmPlan const& plan) const { return IsPiece(plan, piece); }
-  AWQ_DEVICE void Advance(GemmPlan const& plan) {
+  AWQ_DEVICE explicit KBlocks(GemmSchedule const& schedule)
+      : piece(FirstPiece(schedule, BlockIndex())), at(LocateTile(schedule, piece.tile)) {}
+  AWQ_DEVICE bool more(GemmSchedule const& schedule) const { return IsPiece(schedule, piece); }
+  AWQ_DEVICE void Advance(GemmSchedule const& schedule) {
     if (++piece.begin < piece.end) return;
-    piece = NextPiece(plan, BlockIndex(), piece.tile);
-    at = LocateTile(plan, piece.tile);
+    piece = NextPiece(schedule, BlockIndex(), piece.tile);
+    at = LocateTile(schedule, piece.tile);
   }
 };
 
-// One lane: X and the weights. The first units' weights do not wait for the kernel before this one.
-template <int kStrips, int kTokens>
-AWQ_DEVICE void CopyTiles(GemmPlan const& plan, WgmmaMaps const& maps, WgmmaStages<kStrips, kTokens> const& stages) {
-  constexpr int32_t kBytes = kTokens * kTileK * 2 + stages.kTileStrips * kTileN * kTileK / 2;
-  auto copy_weights = [&](Units const& units, int32_t i) {
+// One lane: X and the weights. The first K-blocks' weights do not wait for the kernel before this one.
+template <int kRowTiles, int kTokens>
+AWQ_DEVICE void CopyTiles(GemmSchedule const& schedule, WgmmaMaps const& maps,
+                          WgmmaStages<kRowTiles, kTokens> const& stages) {
+  constexpr int32_t kBytes = kTokens * kTileK * 2 + stages.kTileRowTiles * kTileN * kTileK / 2;
+  auto copy_weights = [&](KBlocks const& k_blocks, int32_t i) {
     ArriveExpecting(stages.Full(i), kBytes);
-    CopyBox(stages.Stage(i) + stages.layout.q, maps.q, units.piece.begin * (kWarp * kSteps),
-            units.at.row * stages.kTileStrips, stages.Full(i));
+    CopyBox(stages.Stage(i) + stages.layout.q, maps.q, k_blocks.piece.begin * (kWarp * kSteps),
+            k_blocks.at.row * stages.kTileRowTiles, stages.Full(i));
   };
   PrefetchMap(maps.q);
   PrefetchMap(maps.x);
-  Units ahead(plan);
-  for (int32_t i = 0; i < kWgmmaStages && ahead.more(plan); ++i, ahead.Advance(plan)) copy_weights(ahead, i);
+  KBlocks ahead(schedule);
+  for (int32_t i = 0; i < kWgmmaStages && ahead.more(schedule); ++i, ahead.Advance(schedule)) copy_weights(ahead, i);
   WaitForPreviousKernel();
   RingPlace place;
   bool first_round = true;
 #pragma unroll 1
-  for (Units units(plan); units.more(plan); units.Advance(plan)) {
+  for (KBlocks k_blocks(schedule); k_blocks.more(schedule); k_blocks.Advance(schedule)) {
     if (!first_round) {
       AwaitPhase(stages.Empty(place.stage), place.parity ^ 1);
-      copy_weights(units, place.stage);
+      copy_weights(k_blocks, place.stage);
     }
-    CopyBox(stages.Stage(place.stage), maps.x, units.piece.begin * kTileK, units.at.token * kTokens,
+    CopyBox(stages.Stage(place.stage), maps.x, k_blocks.piece.begin * kTileK, k_blocks.at.token * kTokens,
             stages.Full(place.stage));
     place.Advance();
     if (place.stage == 0) first_round = false;
@@ -89,43 +90,43 @@ AWQ_DEVICE void CopyTiles(GemmPlan const& plan, WgmmaMaps const& maps, WgmmaStag
 }
 
 // One warp: scales and zeros.
-template <int kStrips, int kTokens>
-AWQ_DEVICE void CopyAllScales(GemmArgs const& args, GemmPlan const& plan, WgmmaStages<kStrips, kTokens> const& stages,
-                              int32_t lane) {
+template <int kRowTiles, int kTokens>
+AWQ_DEVICE void CopyAllScales(GemmArgs const& args, GemmSchedule const& schedule,
+                              WgmmaStages<kRowTiles, kTokens> const& stages, int32_t lane) {
   RingPlace place;
 #pragma unroll 1
-  for (Units units(plan); units.more(plan); units.Advance(plan)) {
+  for (KBlocks k_blocks(schedule); k_blocks.more(schedule); k_blocks.Advance(schedule)) {
     AwaitPhase(stages.Empty(place.stage), place.parity ^ 1);  // at once in the first round
-    if (lane < 2 * stages.kTileStrips) {
-      CopyScales(args, stages.layout, stages.Stage(place.stage), units.at.row * stages.kTileStrips, lane / 2,
-                 units.piece.begin, lane % 2);
+    if (lane < 2 * stages.kTileRowTiles) {
+      CopyScales(args, stages.layout, stages.Stage(place.stage), k_blocks.at.row * stages.kTileRowTiles, lane / 2,
+                 k_blocks.piece.begin, lane % 2);
     }
     ArriveAfterCopies(stages.Full(place.stage));
     place.Advance();
   }
 }
 
-// acc += the unit in a stage; the last step is under way when this returns. `release` is called once the unit before
-// has been multiplied.
-template <typename T, bool kPreScale, int kStrips, int kTokenTiles, typename Release>
-AWQ_DEVICE void MultiplyUnit([[maybe_unused]] GemmArgs const& args, Accumulators<kStrips, kTokenTiles>& acc,
-                             uint32_t (&a)[2][kStrips][4], StageLayout const& layout, Shared stage,
-                             [[maybe_unused]] int32_t unit, int32_t warp, int32_t lane, Release const& release) {
-  WeightTile weights[kStrips];
+// acc += the K-block in a stage; the last step is in flight when this returns. `release` is called once the K-block
+// before has been multiplied.
+template <typename T, bool kPreScale, int kRowTiles, int kTokenTiles, typename Release>
+AWQ_DEVICE void MultiplyKBlock([[maybe_unused]] GemmArgs const& args, Accumulators<kRowTiles, kTokenTiles>& acc,
+                               uint32_t (&a)[2][kRowTiles][4], StageLayout const& layout, Shared stage,
+                               [[maybe_unused]] int32_t k_block, int32_t warp, int32_t lane, Release const& release) {
+  WeightTile weights[kRowTiles];
 #pragma unroll
-  for (int32_t i = 0; i < kStrips; ++i) weights[i] = LoadStageTile(layout, stage, warp * kStrips + i, lane);
+  for (int32_t i = 0; i < kRowTiles; ++i) weights[i] = LoadStageTile(layout, stage, warp * kRowTiles + i, lane);
 #pragma unroll
   for (int32_t step = 0; step < kSteps; ++step) {
 #pragma unroll
-    for (int32_t i = 0; i < kStrips; ++i) Dequantize<T>(a[step % 2][i], weights[i], step);
+    for (int32_t i = 0; i < kRowTiles; ++i) Dequantize<T>(a[step % 2][i], weights[i], step);
     if constexpr (kPreScale) {
-      ColumnScales const scales = LoadColumnScales(args, unit, step, lane);
+      ColumnScales const scales = LoadColumnScales(args, k_block, step, lane);
 #pragma unroll
-      for (int32_t i = 0; i < kStrips; ++i) MultiplyColumns<T>(a[step % 2][i], scales);
+      for (int32_t i = 0; i < kRowTiles; ++i) MultiplyColumns<T>(a[step % 2][i], scales);
     }
     StartMultiplying();
 #pragma unroll
-    for (int32_t i = 0; i < kStrips; ++i) MultiplyAsync<T>(acc[i], a[step % 2][i], stage + step * (kStepK * 2));
+    for (int32_t i = 0; i < kRowTiles; ++i) MultiplyAsync<T>(acc[i], a[step % 2][i], stage + step * (kStepK * 2));
     CommitMultiplying();
     WaitMultiplying<1>();  // the step before has been multiplied
     if (step == 0) release();
@@ -133,49 +134,51 @@ AWQ_DEVICE void MultiplyUnit([[maybe_unused]] GemmArgs const& args, Accumulators
 }
 
 // The eight warps that multiply.
-template <typename T, int kStrips, int kTokenTiles>
-AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmPlan const& plan,
-                              WgmmaStages<kStrips, kTokenTiles * kTokenTile> const& stages, int32_t warp,
+template <typename T, int kRowTiles, int kTokenTiles>
+AWQ_DEVICE void MultiplyTiles(GemmArgs const& args, GemmSchedule const& schedule,
+                              WgmmaStages<kRowTiles, kTokenTiles * kTokenTile> const& stages, int32_t warp,
                               int32_t lane) {
   WaitForPreviousKernel();  // which may still read what this one writes
   RingPlace place;
 #pragma unroll 1
-  for (Piece piece = FirstPiece(plan, BlockIndex()); IsPiece(plan, piece);
-       piece = NextPiece(plan, BlockIndex(), piece.tile)) {
-    Accumulators<kStrips, kTokenTiles> acc;
-    ClearSums<kStrips, kTokenTiles>(acc);
-    uint32_t a[2][kStrips][4];  // of the step that is multiplied, and of the next one
-    int32_t used = 0;           // the stage that the unit before was in
+  for (Piece piece = FirstPiece(schedule, BlockIndex()); IsPiece(schedule, piece);
+       piece = NextPiece(schedule, BlockIndex(), piece.tile)) {
+    Accumulators<kRowTiles, kTokenTiles> acc;
+    ClearSums<kRowTiles, kTokenTiles>(acc);
+    uint32_t a[2][kRowTiles][4];  // of the step that is multiplied, and of the next one
+    int32_t used = 0;             // the stage that the K-block before was in
 #pragma unroll 1
-    for (int32_t unit = piece.begin; unit < piece.end; ++unit) {
+    for (int32_t k_block = piece.begin; k_block < piece.end; ++k_block) {
       Shared const stage = stages.Stage(place.stage);
       AwaitPhase(stages.Full(place.stage), place.parity);
-      auto release = [&] {  // the stage of the unit before: its last step has been multiplied
-        if (unit > piece.begin && lane == 0) Arrive(stages.Empty(used));
+      auto release = [&] {  // the stage of the K-block before: its last step has been multiplied
+        if (k_block > piece.begin && lane == 0) Arrive(stages.Empty(used));
       };
       if (args.pre_scale == nullptr) {
-        MultiplyUnit<T, false, kStrips, kTokenTiles>(args, acc, a, stages.layout, stage, unit, warp, lane, release);
+        MultiplyKBlock<T, false, kRowTiles, kTokenTiles>(args, acc, a, stages.layout, stage, k_block, warp, lane,
+                                                         release);
       } else {
-        MultiplyUnit<T, true, kStrips, kTokenTiles>(args, acc, a, stages.layout, stage, unit, warp, lane, release);
+        MultiplyKBlock<T, true, kRowTiles, kTokenTiles>(args, acc, a, stages.layout, stage, k_block, warp, lane,
+                                                        release);
       }
       used = place.stage;
       place.Advance();
     }
     WaitMultiplying<0>();
 #pragma unroll
-    for (int32_t i = 0; i < kStrips; ++i) Settle(acc[i]);
+    for (int32_t i = 0; i < kRowTiles; ++i) Settle(acc[i]);
     if (lane == 0) Arrive(stages.Empty(used));
-    FinishPiece<T, kConsumerWarps, kStrips, kTokenTiles>(args, plan, piece.tile, acc, stages.Scratch(),
-                                                         ThreadIndex() - kWarpgroup);
+    FinishPiece<T, kConsumerWarps, kRowTiles, kTokenTiles>(args, schedule, piece.tile, acc, stages.Scratch(),
+                                                           ThreadIndex() - kWarpgroup);
   }
 }
 
-template <typename T, int kStrips, int kTokenTiles>
+template <typename T, int kRowTiles, int kTokenTiles>
 AWQ_KERNEL(kWgmmaThreads, 1)
-WgmmaKernel(GemmArgs const args, GemmPlan const plan, AWQ_GRID_CONSTANT WgmmaMaps const maps) {
+WgmmaKernel(GemmArgs const args, GemmSchedule const schedule, AWQ_GRID_CONSTANT WgmmaMaps const maps) {
   AWQ_SHARED Barrier barriers[2 * kWgmmaStages];
   int32_t const warp = ThreadIndex() / kWarp, lane = ThreadIndex() % kWarp;
-  WgmmaStages<kStrips, kTokenTiles * kTokenTile> stages;
+  WgmmaStages<kRowTiles, kTokenTiles * kTokenTile> stages;
   stages.ring = AlignShared(DynamicShared(), kSwizzleBytes);
   stages.full = SharedOf(barriers);
   stages.empty = stages.Full(kWgmmaStages);
@@ -186,26 +189,26 @@ WgmmaKernel(GemmArgs const args, GemmPlan const plan, AWQ_GRID_CONSTANT WgmmaMap
     }
     PublishBarriers();
   }
-  PrepareZeros(args, stages.layout, stages.ring, kWgmmaStages, stages.stage_bytes, stages.kTileStrips, kWgmmaThreads);
+  PrepareZeros(args, stages.layout, stages.ring, kWgmmaStages, stages.stage_bytes, stages.kTileRowTiles, kWgmmaThreads);
   SyncThreads();
   LetNextKernelStart();
   if (warp < kWarpgroup / kWarp) {
     GiveRegisters<kProducerRegisters>();
-    if (warp == 0 && lane == 0) CopyTiles(plan, maps, stages);
-    if (warp == 1) CopyAllScales(args, plan, stages, lane);
+    if (warp == 0 && lane == 0) CopyTiles(schedule, maps, stages);
+    if (warp == 1) CopyAllScales(args, schedule, stages, lane);
   } else {
     TakeRegisters<kConsumerRegisters>();
-    MultiplyTiles<T, kStrips, kTokenTiles>(args, plan, stages, warp - kWarpgroup / kWarp, lane);
+    MultiplyTiles<T, kRowTiles, kTokenTiles>(args, schedule, stages, warp - kWarpgroup / kWarp, lane);
   }
 }
 
-using WgmmaFunction = void (*)(GemmArgs, GemmPlan, WgmmaMaps);
+using WgmmaFunction = void (*)(GemmArgs, GemmSchedule, WgmmaMaps);
 
 // nullptr where `tile` is not for these kernels.
 template <typename T>
 WgmmaFunction WgmmaKernelFor(GemmTile const& tile) {
   if (!tile.wgmma || tile.warps != kConsumerWarps) return nullptr;
-  if (tile.strips == 1) return tile.tokens == 128 ? WgmmaKernel<T, 1, 16> : nullptr;
+  if (tile.row_tiles == 1) return tile.tokens == 128 ? WgmmaKernel<T, 1, 16> : nullptr;
   return tile.tokens == 64 ? WgmmaKernel<T, 2, 8> : WgmmaKernel<T, 2, 16>;
 }
 inline WgmmaFunction WgmmaKernelFor(ActivationType type, GemmTile const& tile) {

@@ -36,7 +36,7 @@ AWQ_API int awq_trt_gemm(void const* x, void const* qweight, void const* scales,
   cudaError_t const error = QueryDevice(device);
   if (error != cudaSuccess) return error;
   Tactic const* const found = FindTactic(tactic);
-  if (found == nullptr || tokens < 0 || !WhyNot(n, k, group_size, type, device.sm).empty())
+  if (found == nullptr || tokens < 0 || !UnsupportedReason(n, k, group_size, type, device.sm).empty())
     return cudaErrorInvalidValue;
   for (void const* p : {x, qweight, scales, zeros, pre_scale, static_cast<void const*>(y),
                         static_cast<void const*>(workspace), static_cast<void const*>(counters)}) {

@@ -284,7 +284,7 @@ struct OfDevice {
   Status status;  // of cublasLtCreate: it is asked once
   Handle handle;
 };
-struct Plan {
+struct Choice {
   Status status;  // kSuccess, or kNotSupported: there is no algorithm
   Algorithm algorithm;
 };
@@ -293,9 +293,9 @@ struct Plan {
 struct State {
   std::mutex mutex;
   std::map<int32_t, OfDevice> devices;
-  std::map<Key, Plan> plans;
+  std::map<Key, Choice> choices;
 };
-constexpr size_t kMaxPlans = 4096;  // 700 KB; then they are forgotten
+constexpr size_t kMaxChoices = 4096;  // 700 KB; then they are forgotten
 
 State& GetState() {
   static State& state = *new State;
@@ -335,14 +335,14 @@ int32_t CurrentDevice() {
   return 0;
 }
 
-cudaError_t FindPlan(MatMul const& p, Descriptors const& descriptors, cudaStream_t stream, Handle& handle,
-                     Algorithm& algorithm) {
+cudaError_t FindAlgorithm(MatMul const& p, Descriptors const& descriptors, cudaStream_t stream, Handle& handle,
+                          Algorithm& algorithm) {
   int32_t const device = CurrentDevice();
   Key const key = KeyOf(device, p);
   State& state = GetState();
   std::lock_guard<std::mutex> const lock(state.mutex);
-  auto found = state.plans.find(key);
-  if (found == state.plans.end()) {
+  auto found = state.choices.find(key);
+  if (found == state.choices.end()) {
     // cuBLAS 13.3 fails in cublasLtMatmulAlgoGetHeuristic then, and cublasLtCreate may take device memory
     if (IsCapturing(stream)) {
       return Fail(cudaErrorNotSupported,
@@ -359,20 +359,20 @@ cudaError_t FindPlan(MatMul const& p, Descriptors const& descriptors, cudaStream
     if (of_device.status != kSuccess) {
       return FailedCall(cudaErrorNotSupported, "cublasLtCreate", of_device.status, p);
     }
-    Plan plan{};
-    plan.status = AskForAlgorithm(of_device.handle, descriptors, p, plan.algorithm);
-    if (plan.status != kSuccess && plan.status != kNotSupported) {  // it may be another time
-      return FailedCall(cudaErrorNotSupported, "cublasLtMatmulAlgoGetHeuristic", plan.status, p);
+    Choice choice{};
+    choice.status = AskForAlgorithm(of_device.handle, descriptors, p, choice.algorithm);
+    if (choice.status != kSuccess && choice.status != kNotSupported) {  // it may be another time
+      return FailedCall(cudaErrorNotSupported, "cublasLtMatmulAlgoGetHeuristic", choice.status, p);
     }
-    if (state.plans.size() >= kMaxPlans) state.plans.clear();
-    found = state.plans.emplace(key, plan).first;
+    if (state.choices.size() >= kMaxChoices) state.choices.clear();
+    found = state.choices.emplace(key, choice).first;
   }
-  Plan const& plan = found->second;
-  if (plan.status != kSuccess) {
-    return FailedCall(cudaErrorNotSupported, "cublasLtMatmulAlgoGetHeuristic", plan.status, p);
+  Choice const& choice = found->second;
+  if (choice.status != kSuccess) {
+    return FailedCall(cudaErrorNotSupported, "cublasLtMatmulAlgoGetHeuristic", choice.status, p);
   }
   handle = state.devices[device].handle;
-  algorithm = plan.algorithm;
+  algorithm = choice.algorithm;
   return cudaSuccess;
 }
 
@@ -401,7 +401,7 @@ cudaError_t Multiply(MatMul const& p, cudaStream_t stream, bool launch) {
   Handle handle = nullptr;
   Algorithm algorithm;
   try {
-    error = FindPlan(p, descriptors, stream, handle, algorithm);
+    error = FindAlgorithm(p, descriptors, stream, handle, algorithm);
   } catch (std::bad_alloc const&) {
     return Fail(cudaErrorMemoryAllocation, "out of host memory");
   }

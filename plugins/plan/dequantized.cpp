@@ -9,7 +9,7 @@ namespace awq_trt {
 namespace {
 
 constexpr int64_t kCublasLtBytes = 32 << 20;  // what NVIDIA recommends for Hopper
-constexpr int32_t kLeastRows = 1024;          // of a piece: with fewer, cuBLASLt leaves multiprocessors idle
+constexpr int32_t kLeastRows = 1024;          // of a piece: with fewer, cuBLASLt leaves SMs idle
 constexpr int32_t kRowStep = 128;             // of pieces: its tiles
 
 // Rows of W that the workspace holds at once; 0 if that is too few.

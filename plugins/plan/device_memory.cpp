@@ -10,7 +10,7 @@ cudaError_t QueryDevice(Device& device) {
   };
   get(major, cudaDevAttrComputeCapabilityMajor);
   get(minor, cudaDevAttrComputeCapabilityMinor);
-  get(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(device.sm_count, cudaDevAttrMultiProcessorCount);
   get(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   device.sm = 10 * major + minor;
   device.wgmma = device.sm == 90 && HasWgmma();

@@ -29,10 +29,10 @@ cudaError_t Launch(GemmArgs const& args, ActivationType type, Tactic const& tact
     cudaError_t const error = LaunchDequantized(args, type, stream);
     if (error != cudaErrorNotSupported) return error;
   }
-  DecodePlan decode;
-  if (PlanDecode(args, tactic.decode, device, decode)) return LaunchDecode(args, type, decode, device, stream);
-  GemmPlan gemm;
-  if (!PlanGemm(args, tactic.gemm, device, gemm)) return cudaErrorInvalidConfiguration;
+  DecodeSchedule decode;
+  if (ScheduleDecode(args, tactic.decode, device, decode)) return LaunchDecode(args, type, decode, device, stream);
+  GemmSchedule gemm;
+  if (!ScheduleGemm(args, tactic.gemm, device, gemm)) return cudaErrorInvalidConfiguration;
   return kGemmTiles[gemm.tile].wgmma ? LaunchWgmma(args, type, gemm, device, stream)
                                      : LaunchGemm(args, type, gemm, device, stream);
 }

@@ -1,4 +1,4 @@
-// What is known of a GPU before anything is measured: plans are made from it.
+// What is known of a GPU before anything is measured: schedules are made from it.
 #pragma once
 
 #include <cstdint>
@@ -6,21 +6,21 @@
 namespace awq_trt {
 
 struct Device {
-  int32_t sm;               // compute capability times ten
-  int32_t multiprocessors;  //
-  int32_t shared_bytes;     // of a multiprocessor that its blocks may use together
-  bool wgmma = false;       // this is sm_90, and its kernels are in this library
+  int32_t sm;            // compute capability times ten
+  int32_t sm_count;      // multiprocessors
+  int32_t shared_bytes;  // of an SM that its blocks may use together
+  bool wgmma = false;    // this is sm_90, and its kernels are in this library
 };
 
 constexpr int32_t kReservedBytes = 1024;  // of shared memory, by the system, for every block
 constexpr double kL2Ratio = 2;            // bandwidth of L2 over that of device memory
 
-// A generation. Rates are those of datasheets, over the multiprocessors of the GPU that is named.
+// A generation. Rates are those of datasheets, over the SMs of the GPU that is named.
 struct Architecture {
   int32_t sm;            // this one and newer, up to the next row
-  double bandwidth;      // bytes per nanosecond for one multiprocessor
-  int32_t decode_warps;  // of one multiprocessor: what keeps bandwidth * 1 us under way, if shared memory allows
-  double mma;            // multiply-adds per nanosecond of one multiprocessor: mma.sync in 16 bits with fp32 sums
+  double bandwidth;      // bytes per nanosecond for one SM
+  int32_t decode_warps;  // of one SM: what keeps bandwidth * 1 us in flight, if shared memory allows
+  double mma;            // multiply-adds per nanosecond of one SM: mma.sync in 16 bits with fp32 sums
   double wgmma;          // the same for wgmma; 0 where there is none
 };
 Architecture const& ArchitectureOf(int32_t sm);

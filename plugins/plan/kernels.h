@@ -3,8 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "plan/decode_plan.h"
-#include "plan/gemm_plan.h"
+#include "plan/decode_schedule.h"
+#include "plan/gemm_schedule.h"
 #include "plan/problem.h"
 
 namespace awq_trt {
@@ -53,17 +53,17 @@ size_t DequantizedWorkspaceBytes(GemmArgs const& args);  // 0 where it cannot be
 
 // The kernels: each runs what was planned for these args. Decode and Gemm are for every GPU, Wgmma for sm_90, where
 // HasWgmma says that it is in this library.
-cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const& device,
-                         cudaStream_t stream);
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodeSchedule const& schedule,
+                         Device const& device, cudaStream_t stream);
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const& device,
                        cudaStream_t stream);
-cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const& device,
+cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const& device,
                         cudaStream_t stream);
 bool HasWgmma();
 
-// Rows 16 * first_strip .. of the layer, 16 * strips of them, cut at N, as w [rows, K], 16-byte aligned: weights times
-// pre_scale where there is one.
-cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_strip, int32_t strips,
+// Rows 16 * first_row_tile .. of the layer, 16 * row tiles of them, cut at N, as w [rows, K], 16-byte aligned: weights
+// times pre_scale where there is one.
+cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_row_tile, int32_t row_tiles,
                              uint16_t* w, cudaStream_t stream);
 
 }  // namespace awq_trt

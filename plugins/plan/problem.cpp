@@ -10,7 +10,7 @@ constexpr int32_t kMinSm = 80;
 
 }  // namespace
 
-Reason WhyNot(int64_t n, int64_t k, int64_t group_size, ActivationType type, int32_t sm) {
+Reason UnsupportedReason(int64_t n, int64_t k, int64_t group_size, ActivationType type, int32_t sm) {
   Reason reason{};
   auto say = [&reason](auto... args) { std::snprintf(reason.text, sizeof(reason.text), args...); };
   if (type != ActivationType::kHalf && type != ActivationType::kBfloat16) {
@@ -32,7 +32,7 @@ Reason WhyNot(int64_t n, int64_t k, int64_t group_size, ActivationType type, int
   return reason;
 }
 
-Reason WhyNotSplit(int64_t n, int32_t outputs, int32_t const* splits) {
+Reason UnsupportedSplitReason(int64_t n, int32_t outputs, int32_t const* splits) {
   Reason reason{};
   auto say = [&reason](auto... args) { std::snprintf(reason.text, sizeof(reason.text), args...); };
   if (outputs < 1 || outputs > kMaxOutputs) {

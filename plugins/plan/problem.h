@@ -86,9 +86,9 @@ struct Reason {
 
 // The capability table, the same as awq_trt/layout.py: why the kernels cannot run this layer, or nothing.
 // `sm` is the compute capability times ten.
-Reason WhyNot(int64_t n, int64_t k, int64_t group_size, ActivationType type, int32_t sm);
+Reason UnsupportedReason(int64_t n, int64_t k, int64_t group_size, ActivationType type, int32_t sm);
 
 // Why Y [.., n] cannot be cut so, or nothing.
-Reason WhyNotSplit(int64_t n, int32_t outputs, int32_t const* splits);
+Reason UnsupportedSplitReason(int64_t n, int32_t outputs, int32_t const* splits);
 
 }  // namespace awq_trt

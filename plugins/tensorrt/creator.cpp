@@ -114,8 +114,8 @@ nvinfer1::IPluginV3* W4A16GemmCreator::createPlugin(char const* name, nvinfer1::
   if (!ReadFields(layer, fields, values)) return nullptr;
   int32_t const* v = values.scalars;
   // The type of X and the device are not known here: they are checked where they are.
-  Reason reason = WhyNot(v[0], v[1], v[2], ActivationType::kHalf, 80);
-  if (reason.empty()) reason = WhyNotSplit(v[0], values.outputs, values.splits);
+  Reason reason = UnsupportedReason(v[0], v[1], v[2], ActivationType::kHalf, 80);
+  if (reason.empty()) reason = UnsupportedSplitReason(v[0], values.outputs, values.splits);
   if (!reason.empty()) {
     LogError("%s: %s", layer, reason.text);
     return nullptr;

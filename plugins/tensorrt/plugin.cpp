@@ -386,7 +386,7 @@ bool W4A16GemmPlugin::Attach() noexcept {
     return false;
   }
   Reason const reason =
-      WhyNot(layer_.out_features, layer_.in_features, layer_.group_size, ActivationType::kHalf, device_.sm);
+      UnsupportedReason(layer_.out_features, layer_.in_features, layer_.group_size, ActivationType::kHalf, device_.sm);
   if (!reason.empty()) {
     LogError("this GPU: %s", reason.text);
     return false;

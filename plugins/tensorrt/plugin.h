@@ -32,7 +32,7 @@ class W4A16GemmPlugin final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneBuild,
                               public nvinfer1::IPluginV3OneRuntime {
  public:
-  // `layer` has passed WhyNot and WhyNotSplit.
+  // `layer` has passed UnsupportedReason and UnsupportedSplitReason.
   explicit W4A16GemmPlugin(LayerConfig const& layer) noexcept;
   ~W4A16GemmPlugin() override;
 

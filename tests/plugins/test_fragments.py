@@ -92,7 +92,7 @@ def _ptx_wgmma_a(thread: int, i: int) -> tuple[int, int]:
 
 
 def test_four_tiles_are_the_a_fragment_of_a_warpgroup() -> None:
-    """What warp w of a warpgroup loads of strip 4 b + w is its share of wgmma's A: one layout serves Hopper too."""
+    """What warp w of a warpgroup loads of row tile 4 b + w is its share of wgmma's A: one layout serves Hopper too."""
     places = {_ptx_wgmma_a(thread, i) for thread in range(128) for i in range(8)}
     assert places == {(r, c) for r in range(64) for c in range(16)}
     for thread in range(128):

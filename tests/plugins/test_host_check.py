@@ -76,37 +76,29 @@ def _pack(linear: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "group", "symmetric", "bias", "pre_scale"),
+    ("shape", "options"),  # tokens, N, K, group
     [
-        (1, 72, 96, 32, False, False, False),
-        (9, 24, 128, 64, False, True, True),
-        (17, 136, 256, 128, True, False, True),
-        (70, 40, 160, 160, False, True, False),
-        (1025, 24, 96, 32, False, True, True),
+        ((1, 72, 96, 32), ["zeros"]),
+        ((9, 24, 128, 64), ["zeros", "bias", "pre_scale"]),
+        ((17, 136, 256, 128), ["pre_scale"]),
+        ((70, 40, 160, 160), ["zeros", "bias"]),
+        ((1025, 24, 96, 32), ["zeros", "bias", "pre_scale"]),
     ],
+    ids=str,
 )
 def test_kernels_read_what_python_packs(
-    host_check: Path,
-    tmp_path: Path,
-    dtype: torch.dtype,
-    tokens: int,
-    n: int,
-    k: int,
-    group: int,
-    symmetric: bool,
-    bias: bool,
-    pre_scale: bool,
+    host_check: Path, tmp_path: Path, dtype: torch.dtype, shape: tuple[int, int, int, int], options: list[str]
 ) -> None:
     """A layer quantized and packed in Python, multiplied by the emulated kernels: the product of its own definition."""
+    tokens, n, k, group = shape
     generator = torch.Generator().manual_seed(tokens)
-    linear = quantize_weight(torch.randn(n, k, generator=generator), group, symmetric, dtype)
-    scale = torch.rand(k, generator=generator).add(0.5).to(dtype) if pre_scale else None
+    linear = quantize_weight(torch.randn(n, k, generator=generator), group, "zeros" not in options, dtype)
+    scale = torch.rand(k, generator=generator).add(0.5).to(dtype) if "pre_scale" in options else None
     linear = QuantizedLinear(linear.q, linear.scales, linear.zeros, group, scale)
     x = torch.randn(tokens, k, generator=generator).to(dtype)
-    b = torch.randn(n, generator=generator).to(dtype) if bias else None
+    b = torch.randn(n, generator=generator).to(dtype) if "bias" in options else None
 
     (tmp_path / "in").write_bytes(_pack(linear, x, b))
-    options = [name for name, on in (("zeros", not symmetric), ("bias", bias), ("pre_scale", pre_scale)) if on]
     name = {torch.float16: "float16", torch.bfloat16: "bfloat16"}[dtype]
     for tactic in range(6):
         arguments = [tokens, n, k, group, name, tactic, ",".join(options) or "none", tmp_path / "in", tmp_path / "out"]

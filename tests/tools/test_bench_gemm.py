@@ -1,12 +1,8 @@
-"""tools/bench_gemm.py: the shapes, the arithmetic of the floor and the targets, packing, and a run without a GPU."""
+"""tools/bench_gemm.py: the shapes, the floor and the targets, runs without a GPU, records, reports and plots."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,53 +16,38 @@ import torch
 from bench.gemm import (
     measure,
     method_awq_trt,
-    method_fbgemm,
     method_gemlite,
     method_humming,
     method_int4pack,
-    plan,
     processes,
     report,
     targets,
     timing,
 )
 from bench.gemm.measure import Settings
-from bench.gemm.methods import METHODS, PROCESSES, SHARES, Packed, named
+from bench.gemm.methods import Packed
 from bench.gemm.plot import draw
-from bench.gemm.problem import Problem, checked_tokens, make_problem, pack_words, relative_error, worst_part
+from bench.gemm.problem import Problem, make_problem
 from bench.gemm.record import read, write
-from bench.gemm.shapes import HEADLINE, MODELS, PREFILL, RANGES, TOKENS, Shape, rotations, shapes
+from bench.gemm.shapes import HEADLINE, PREFILL, TOKENS, Shape, rotations, shapes
 
 from awq_trt import layout
-from awq_trt.checkpoint.formats import to_parts
-from awq_trt.linear import QuantizedLinear
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SHAPE = Shape(40, 192, 64)
 CELL = {"n": 4096, "k": 4096, "m": 1, "variant": "default", "dtype": "float16", "error": 1e-4, "us": 10.0}
-
-
-def problem(symmetric: bool = False, dtype: str = "float16", shape: Shape = SHAPE) -> Problem:
-    return make_problem(shape, dtype, symmetric, (1, 5), "cpu", seed=3)
-
-
-def settings(**changes: Any) -> Settings:
-    default = Settings((SHAPE,), (1, 5), "float16", False, 3, "cpu", None, 4.0, 1 << 20, 3)
-    return Settings.from_json(default.as_json() | changes)
+SETTINGS = Settings((SHAPE,), (1, 5), "float16", False, 3, "cpu", None, 4.0, 1 << 20, 3)
 
 
 def test_shapes_of_the_models() -> None:
     found = {(s.n, s.k): s for s in shapes()}
     assert [(s.n, s.k) for s in shapes()][:3] == list(HEADLINE)
-    assert set(found) == {
-        (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192),
-        (8192, 28672), (24576, 4096), (4096, 12288), (960, 576), (576, 576), (3072, 576), (576, 1536),
-    }  # fmt: skip
+    assert len(found) == 14 > len(shapes(["Llama-3.1-8B"])) == 4
+    assert {(6144, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (24576, 4096), (960, 576)} <= set(found)
     assert found[4096, 4096].layers == ("Llama-3.1-8B o", "Qwen3-8B o")
     for shape in found.values():
         assert layout.supports(shape.n, shape.k, shape.group_size)
         assert shape.group_size == (64 if "SmolLM2" in shape.layers[0] else 128)
-    assert len(shapes(["Llama-3.1-8B"])) == 4 == len(MODELS)
 
 
 def test_bytes_and_floor() -> None:
@@ -93,393 +74,80 @@ def test_rotations_leave_the_cache_behind() -> None:
     assert rotations(8 << 20, l2, 4, 1) == 1
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_problem_is_the_same_for_all_and_its_reference_exact(symmetric: bool) -> None:
-    one = problem(symmetric)
-    weight = one.layer.dequantize().double()
-    assert relative_error(one.x.double() @ weight.t(), one.expected) < 1e-3
-    assert torch.equal(problem(symmetric).layer.q, one.layer.q)
-    assert len(one.layer.q.unique()) == 16
-    other = one.cast("bfloat16")
-    assert other.layer.q is one.layer.q
-    assert other.layer.scales.dtype == other.x.dtype == torch.bfloat16
-    assert not torch.equal(other.expected, one.expected)
-    assert one.cast("float16") is one
-    assert math.isnan(relative_error(torch.full_like(one.expected, torch.nan), one.expected))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_own_form_loses_nothing(symmetric: bool) -> None:
-    one = problem(symmetric)
-    (packed,) = method_awq_trt.load(None)(one, (1, 5))
-    out = packed.variants["default"](packed.tensors, one.x, torch.empty(5, SHAPE.n, dtype=torch.float16))
-    assert relative_error(out, one.expected) < 1e-3
-    assert (packed.tensors[2] is None) == symmetric
-
-
-def test_humming_is_given_what_autoawq_stores() -> None:
-    """Its own packer needs a GPU: what goes in is compared with this package's AutoAWQ layout instead."""
-    one = problem()
-    found, expected = method_humming.awq_tensors(one), to_parts("awq-gemm", one.layer)
-    assert all(torch.equal(found[name], expected[name]) for name in ("qweight", "qzeros", "scales"))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_int4pack_scales_and_zeros(symmetric: bool) -> None:
-    """torch's CPU kernel takes the same scales and zeros; only the order of its nibbles is the GPU's own."""
-    one = make_problem(Shape(64, 128, 32), "bfloat16", symmetric, (5,), "cpu", seed=3)
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(one.layer.q.int(), 2)
-    both = method_int4pack.scales_and_zeros(one)
-    assert both.shape == (4, 64, 2)
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(one.x, weight, 32, both)
-    assert relative_error(out, one.expected) < measure.LARGEST_ERROR["bfloat16"]
-    bytes_ = method_int4pack.nibbles(one.layer.q)
-    assert torch.equal(torch.stack([bytes_ >> 4, bytes_ & 15], -1).flatten(1), one.layer.q)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_fbgemm_is_given_signed_nibbles_and_float_zeros(symmetric: bool) -> None:
-    """W = q * scale + zero with q signed, low bits first, as its `pack_int4` and `int4_row_quantize_zp` have it."""
-    one = make_problem(SHAPE, "bfloat16", symmetric, (5,), "cpu", seed=3)
-    weight, scales, zeros = method_fbgemm.pack(one)[0].tensors
-    assert weight is not None
-    assert scales is not None
-    assert zeros is not None
-    q = torch.stack([weight << 4 >> 4, weight >> 4], -1).flatten(1)  # arithmetic shifts keep the sign
-    group = torch.arange(SHAPE.k) // SHAPE.group_size
-    dequantized = q.float() * scales.t().float()[:, group] + zeros.t().float()[:, group]
-    assert relative_error(one.x.float() @ dequantized.t(), one.expected) < measure.LARGEST_ERROR["bfloat16"]
-
-
-def test_gemlite_is_asked_for_what_it_has_settings_for() -> None:
-    """Its packer needs a GPU to be imported at all."""
-    wanted = ["GEMV_REVSPLITK", *["GEMM_SPLITK"] * 3, *["GEMM"] * 2]
-    assert [method_gemlite.kernel_for(m) for m in (1, 2, 32, 64, 128, 8192)] == wanted
-
-
-def test_words_hold_eight_values_in_the_order_asked_for() -> None:
-    values = torch.arange(16, dtype=torch.uint8).reshape(1, 16)
-    assert pack_words(values).tolist() == [[0x76543210, 0xFEDCBA98 - (1 << 32)]]
-    assert pack_words(values[:, :8], (7, 6, 5, 4, 3, 2, 1, 0)).tolist() == [[0x01234567]]
-
-
-STUB = """
-static long seen[16];
-const long* last(void) { return seen; }
-int awq_trt_tactics(int* ids, int capacity) { ids[0] = 7; ids[1] = 3; return capacity < 2 ? 0 : 2; }
-unsigned long awq_trt_workspace_bytes(int tokens, int n, int k) { return tokens * n; }
-unsigned long awq_trt_counter_bytes(int n) { return 4 * n; }
-const char* awq_trt_error_text(int error) { return "no such tactic"; }
-int awq_trt_gemm(const void* x, const void* qweight, const void* scales, const void* zeros, const void* bias,
-                 const void* pre_scale, void* y, int tokens, int n, int k, int group_size, int is_bfloat16, int tactic,
-                 void* workspace, void* counters, void* stream) {
-  long now[] = {(long)x, (long)qweight, (long)scales, (long)zeros, (long)bias, (long)pre_scale, (long)y, tokens, n, k,
-                group_size, is_bfloat16, tactic, workspace != 0, counters != 0, (long)stream};
-  for (int i = 0; i < 16; ++i) seen[i] = now[i];
-  return tactic == 3 ? 1 : 0;
-}
-"""
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_arguments_of_the_c_library(tmp_path: Path, symmetric: bool) -> None:
-    compiler = shutil.which("cc")
-    assert compiler
-    (tmp_path / "stub.c").write_text(STUB)
-    library = tmp_path / method_awq_trt.LIBRARY
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "stub.c"], check=True)
-    one = problem(symmetric)
-    (packed,) = method_awq_trt.load(library)(one, (1, 5))
-    assert list(packed.variants) == ["default", "tactic 7", "tactic 3"]
-    y = torch.empty(5, SHAPE.n, dtype=torch.float16)
-    assert packed.variants["tactic 7"](packed.tensors, one.x, y) is y
-    last = ctypes.CDLL(str(library)).last
-    last.restype = ctypes.POINTER(ctypes.c_long)
-    pointers = [0 if t is None else t.data_ptr() for t in packed.tensors]
-    expected = [one.x.data_ptr(), *pointers, 0, 0, y.data_ptr(), 5, SHAPE.n, SHAPE.k, 64, 0, 7, 1, 1, 0]
-    assert last()[:16] == expected
-    with pytest.raises(method_awq_trt.KernelError, match="no such tactic.*code 1"):
-        packed.variants["tactic 3"](packed.tensors, one.x, y)
-
-
-@pytest.mark.parametrize("tokens", [(1, 5), (64, 128, 8192), (1000,), (65, 79, 80)])
-def test_checked_tokens_are_in_every_tile(tokens: tuple[int, ...]) -> None:
-    """Tiles of 16 tokens, as no kernel has smaller ones, for each number of tokens, its tail included."""
-    checked = checked_tokens(tokens, seed=3)
-    assert checked == sorted(set(checked))
-    for m in tokens:
-        within = [t for t in checked if t < m]
-        assert {t // 16 for t in within} == {t // 16 for t in range(m)}
-        assert {0, m - 1} <= set(within)
-        assert set(range(min(m, 64))) <= set(within)
-    assert len(checked) < 64 + len(tokens) + max(tokens) / 16
-    assert max(tokens) < 1000 or checked != checked_tokens(tokens, seed=4), "places in a tile vary"
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_one_wrong_tile_in_a_large_product_is_seen(dtype: str) -> None:
-    """Rounding alone passes, whatever part of the tokens is asked for; and tokens that are shifted are seen."""
-    one = make_problem(Shape(2048, 256, 128), dtype, False, (1024,), "cpu", seed=3)
-    right = one.x @ one.layer.dequantize().t()
-    limit = measure.LARGEST_ERROR[dtype]
-    error, worst = one.errors(right)
-    assert error < limit
-    assert worst < measure.WORST_PART * limit / 2
-    for token in (0, 336, 1008):
-        for feature in (0, 1016, 2032):
-            wrong = right.clone()
-            tile = slice(token, token + 16), slice(feature, feature + 16)
-            wrong[tile] -= (one.x[tile[0], :32] @ one.layer.dequantize()[tile[1], :32].t()).to(wrong.dtype)
-            error, worst = one.errors(wrong)
-            assert worst > measure.WORST_PART * limit, "a k-slice of 32 of 256 columns is missing"
-            wrong[tile] = torch.nan
-            assert math.isnan(one.errors(wrong)[1])
-    shifted = torch.cat([right[:512], right[511:1023]])
-    assert one.errors(shifted)[0] > 0.5
-    assert one.errors(right[:100])[0] < limit
-    assert worst_part(torch.zeros(2, 8), torch.ones(2, 8).double()) == 1
-
-
-def test_a_wrong_tile_is_not_timed() -> None:
-    one = make_problem(Shape(4096, 128, 128), "float16", False, (2048,), "cpu", seed=3)
-    right = one.x @ one.layer.dequantize().t()
-    right[1024:1040, 640:656] = 0
-    found = measure.cell(lambda tensors, x, y: right, [[]], one, 2048, timing.FakeTimer())
-    assert found == {"problem": found["problem"]}
-    assert "in one part, not timed; at most 0.02" in found["problem"]
-
-
-def test_x_and_y_take_turns_from_64_tokens_on() -> None:
-    """As many copies as take the cache four times, x and y among what they take; the same x and y for decoding."""
-    one = make_problem(SHAPE, "float16", False, (4, 256), "cpu", seed=3)
-    seen: list[tuple[int, int, int, int]] = []
-
-    def call(tensors: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append((len(x), tensors[0].data_ptr(), x.data_ptr(), y.data_ptr()))
-        return y.copy_(x.float() @ one.layer.dequantize().float().t())
-
-    packed = Packed([one.layer.q], {"default": call})
-    rows = list(
-        measure.cells(
-            settings(shapes=(), tokens=(4, 256), limit_bytes=1 << 30), METHODS[1], lambda: [packed], one,
-            timing.FakeTimer(), 50000, math.inf,
-        )
-    )  # fmt: skip
-    assert [r["m"] for r in rows if "us" in r] == [4, 256]
-    weights, touched = 40 * 192, 40 * 192 + 2 * 256 * (40 + 192)
-    assert [r["copies"] for r in rows] == [math.ceil(200000 / weights), 2]
-    assert touched * 2 >= 200000
-    for m, inputs in ((4, 1), (256, 2)):
-        of_m = [places for places in seen if places[0] == m]
-        assert len({w for _, w, _, _ in of_m}) == (27 if m == 4 else 2)
-        assert len({x for _, _, x, _ in of_m}) == len({y for _, _, _, y in of_m}) == inputs
-        assert len({(w, x) for _, w, x, _ in of_m}) == (27 if m == 4 else 2), "a copy keeps its x"
-
-
-@pytest.mark.parametrize(
-    ("count", "us", "calls", "replays"),
-    [
-        (16, 5.0, 16, 30),  # decode: all that is asked for
-        (3, 5.0, 18, 30),
-        (1000, 3.0, 1000, 20),  # many small copies: 3 ms a graph
-        (2, 700.0, 14, 7),
-        (2, 2500.0, 4, 7),
-        (2, 50000.0, 2, 7),  # a slow peer: one graph is 0.1 s
-    ],
-)
-def test_fewer_calls_where_they_take_longer(count: int, us: float, calls: int, replays: int) -> None:
-    assert count * timing.repeats(count, us) == calls
-    assert timing.replays_for(calls * us, 30) == replays
-    most = max(timing.GRAPH_US + timing.CELL_US, 12 * count * us) + timing.GRAPH_US
-    assert calls * us * replays < timing.cell_us(count, us, 30) < 2 * most
-    assert timing.replays_for(calls * us, 3) == 3
-
-
-class FakeCuda:
-    """As much of torch.cuda as the clock uses, with a time of its own: microseconds of what was queued."""
-
-    def __init__(self) -> None:
-        self.now, self.capturing, self.replayed = 0.0, False, 0
-        self.current_stream = self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
-        self.stream = lambda stream: contextlib.nullcontext()
-        self.synchronize = lambda: None
-
-    def work(self, us: float) -> None:
-        if self.capturing:
-            self.captured += us
-        else:
-            self.now += us
-
-    def Event(self, enable_timing: bool) -> SimpleNamespace:  # noqa: N802
-        event = SimpleNamespace()
-        event.record = lambda: setattr(event, "at", self.now)
-        event.elapsed_time = lambda other: (other.at - event.at) / 1e3
-        return event
-
-    def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802
-        def begin(capture_error_mode: str) -> None:
-            self.capturing, self.captured = True, 0.0
-
-        def replay() -> None:
-            self.replayed += 1
-            self.now += self.captured
-
-        return SimpleNamespace(
-            capture_begin=begin, capture_end=lambda: setattr(self, "capturing", False), replay=replay
-        )
-
-
-@pytest.mark.parametrize(("copies", "us", "calls", "replays"), [(3, 5.0, 18, 30), (2, 3000.0, 2, 10), (1, 9e4, 1, 7)])
-def test_graph_timer(copies: int, us: float, calls: int, replays: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph holds what its time allows, and all of it is counted; on a clock that is a sum."""
-    cuda = FakeCuda()
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
-    found = timing.GraphTimer(30).measure([lambda: cuda.work(us)] * copies)
-    assert found == timing.Timing(us=us, p10_us=us, calls=calls, replays=replays)
-    assert cuda.replayed == 1 + timing.warm_replays(replays) + replays
-    assert cuda.now == pytest.approx(timing.cell_us(copies, us, 30))
-
-    def fails() -> None:
-        if cuda.capturing:
-            raise RuntimeError("not in a graph")
-
-    with pytest.raises(RuntimeError, match="not in a graph"):
-        timing.GraphTimer(30).measure([fails])
-    assert not cuda.capturing
-
-
-def test_plan_counts_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Within what the parts must take at least and what a run may take; more cells, more seconds."""
-    by_name = {m.name: m for m in METHODS}
-    whole = settings(tokens=PREFILL, rotate=4.0, limit_bytes=16 << 30, replays=30)
-    large, own = Shape(57344, 8192, 128), by_name["awq_trt"]
-    floor = large.floor_us(8192, False, plan.BANDWIDTH, plan.PEAK) / 1e6
-    assert floor == pytest.approx(0.00974, abs=1e-4)
-    found = plan.cell_seconds(own, large, 8192, whole)
-    assert own.variants * (0.1 + 9 * 2 * 1.5 * floor) < found < own.variants * (0.1 + 14 * 2 * 1.5 * floor)
-    assert plan.cell_seconds(by_name["int4pack"], large, 8192, whole) == pytest.approx(
-        0.1 + (2 + 3 + 9 * 2) * (15 * floor + 4e-6), rel=0.01
-    )
-    one = plan.method_seconds(own, [large], whole)
-    assert one == pytest.approx(own.setup_seconds + sum(plan.cell_seconds(own, large, m, whole) for m in PREFILL))
-    for name, allowed in (("decode", 540), ("prefill", 540), ("all", 540)):
-        plan.show_plan(
-            shapes(), settings(tokens=RANGES[name], limit_bytes=16 << 30, replays=30), list(by_name), allowed
-        )
-        out = capsys.readouterr().out
-        assert f"14 shapes x {len(RANGES[name])} x 6 methods" in out
-        assert ("more than the 540 s allowed" in out) == (name == "all")
-
-
-def test_timing_is_per_call() -> None:
-    found = timing.timing_of([3.2, 1.6, 4.8, 1.6], calls=16)
-    assert found == timing.Timing(us=150.0, p10_us=100.0, calls=16, replays=4)
-    calls: list[int] = []
-    counted = timing.FakeTimer(replays=3).measure([lambda: calls.append(0), lambda: calls.append(1)] * 5)
-    assert calls == [0, 1] * 10
-    assert counted.calls == 20 >= timing.MIN_CALLS
-    used = timing.bandwidth(timing.FakeTimer(), "cpu", 1 << 12)
-    assert used["by"] == "copy"
-    assert used["used"] == used["copy"] == 2 * used["read"]  # type: ignore[operator]
-
-
-def test_targets_met_missed_and_not_measured() -> None:
-    fast = {**CELL, "method": "awq_trt", "floor_us": 3.0, "us": 5.0}
-    rows = [
-        fast,
-        {**fast, "variant": "tactic 2", "us": 4.0},
-        {**fast, "m": 32, "us": 6.0},
-        {**CELL, "method": "cublas", "us": 14.0},
-        {**CELL, "method": "cublas", "m": 32, "us": 11.0},
-        {**CELL, "method": "humming", "us": 4.4},
-        {**CELL, "method": "gemlite", "us": 9.0},
-        {**CELL, "method": "humming", "m": 32, "problem": "wrong"} | {"us": 5.0},
-        {"method": "fbgemm", "n": 4096, "k": 4096, "m": 1, "variant": "", "problem": "RuntimeError: no"},
-    ]
-    by_name = {entry["what"]: entry for entry in targets.evaluate(rows, (1, 32))}
-    floor, small, missing, _, large, every, mean, error = by_name.values()
-    assert floor["met"] is True
-    assert floor["value"] == pytest.approx(4.0 / (1.15 * 3 + 2.5), abs=1e-3)
-    assert small["met"] is True
-    assert (small["value"], small["at"], small["cells"]) == (3.5, [4096, 4096, 1], 1)
-    assert missing["met"] is None
-    assert (large["met"], large["cells"]) == (False, 1)
-    assert every["met"] is False
-    assert (every["value"], every["at"]) == (0.833, [4096, 4096, 32])
-    assert mean["met"] is False
-    assert mean["value"] == pytest.approx(math.sqrt(1.1 * 5 / 6), abs=1e-3)
-    assert error["met"] is True
-    assert by_name.keys() == {e["what"] for e in targets.evaluate(rows, (1, 32), "default")}
-    assert targets.evaluate(rows, (1, 32), "default")[0]["value"] == pytest.approx(5.0 / 5.95, abs=1e-3)
-    assert "MISSED" in targets.line(every)
-    assert "not measured" in targets.line(missing)
-    assert {e["met"] for e in targets.evaluate([], (1, 64))} == {None}
-
-
-def prefill_rows(m: int, own: float, cublas: float, peer: float, k: int = 4096) -> list[dict[str, Any]]:
-    rows = [{**CELL, "m": m, "k": k, "method": name, "us": us, "group_size": 128}
+def timed_rows(m: int, own: float, cublas: float, peer: float, **changes: Any) -> list[dict[str, Any]]:
+    """One cell of 4096 x 4096, in microseconds, with its floor."""
+    rows = [{**CELL, "m": m, "method": name, "us": us, "group_size": 128}
             for name, us in (("awq_trt", own), ("cublas", cublas), ("humming", peer))]  # fmt: skip
-    targets.add_floors(rows, [Shape(4096, k, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
-    return rows
+    targets.add_floors(rows, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
+    return [row | changes for row in rows]
+
+
+def judged(*cells: list[dict[str, Any]], variant: str | None = None) -> dict[str, dict[str, Any]]:
+    rows = [row for rows in cells for row in rows]
+    return {entry["what"]: entry for entry in targets.evaluate(rows, {row["m"] for row in rows} or (1, 64), variant)}
+
+
+def test_targets_of_decoding() -> None:
+    slower = {**timed_rows(1, 5, 1, 1)[0], "variant": "tactic 2"}
+    wrong = [{**CELL, "m": 32, "method": "gemlite", "problem": "wrong"}, {"method": "fbgemm", "m": 1, "problem": "no"}]
+    found = judged(timed_rows(1, 4, 14, 4.4), [slower], timed_rows(32, 6, 11, 5), wrong)
+    floor = found["time / (1.15 floor + 2.5 us), up to 16 tokens"]
+    assert floor["value"] == pytest.approx(4 / (1.15 * 2.911 + 2.5), abs=1e-3)
+    assert floor["met"] is True
+    small = found["cuBLAS / own, 4096x4096, up to 16 tokens"]
+    assert (small["value"], small["at"], small["cells"]) == (3.5, [4096, 4096, 1], 1)
+    missing, large = found["cuBLAS / own, 4096x14336, up to 16 tokens"], found["cuBLAS / own, 32 tokens"]
+    assert [(e["met"], e["cells"]) for e in (missing, large)] == [(None, 0), (False, 1)]
+    every, mean = (found[f"best peer / own, {what}"] for what in ("every cell", "geometric mean"))
+    assert (every["met"], every["value"], every["at"]) == (False, 0.833, [4096, 4096, 32])
+    assert (mean["met"], mean["value"]) == (False, pytest.approx((1.1 * 5 / 6) ** 0.5, abs=1e-3))
+    assert found["error / error of cuBLAS"]["met"] is True
+    assert judged(timed_rows(1, 4, 14, 4), [slower], variant="tactic 2")[small["what"]]["value"] == 2.8
+    assert targets.line(every).startswith("MISSED: best peer / own, every cell: 0.833 (limit 1.0) at 4096x4096, 32 tok")
+    assert "not measured" in targets.line(missing)
+    assert {e["met"] for e in judged().values()} == {None}
 
 
 def test_targets_of_prefill() -> None:
     """Limits as they are asked for; each is met on one side of it and missed on the other."""
-
-    def verdicts(*cells: list[dict[str, Any]]) -> dict[str, Any]:
-        found = targets.evaluate([row for rows in cells for row in rows], (64, 8192))
-        return {e["what"]: e["met"] for e in found}
-
-    floor = Shape(4096, 4096, 128).floor_us(64, False, 3e12, 800e12)
-    at_64, faster = "time / (1.3 floor + 3 us), 64 tokens", "cuBLAS / own, 64 to 256 tokens"
-    good = 1.3 * floor + 2.9
-    met = verdicts(prefill_rows(64, good, 1.31 * good, 0.96 * good))
-    assert [met[at_64], met[faster]] == [True, True]
-    assert met["best peer / own, from 64 tokens, every cell"] is True
-    assert met["best peer / own, from 64 tokens, geometric mean"] is False
-    missed = verdicts(prefill_rows(64, good + 0.2, 1.29 * good, 0.94 * good))
-    assert [missed[at_64], missed[faster]] == [False, False]
-    assert missed["best peer / own, from 64 tokens, every cell"] is False
-
+    good = 1.3 * Shape(4096, 4096, 128).floor_us(64, False, 3e12, 800e12) + 2.9
+    names = ["time / (1.3 floor + 3 us), 64 tokens", "cuBLAS / own, 64 to 256 tokens",
+             "best peer / own, from 64 tokens, every cell"]  # fmt: skip
+    met = judged(timed_rows(64, good, 1.31 * good, 0.96 * good))
+    missed = judged(timed_rows(64, good + 0.2, 1.29 * good, 0.94 * good))
+    for name in names:
+        assert (met[name]["met"], missed[name]["met"]) == (True, False)
     for m, limit in ((128, 0.70), (256, 0.75)):
         us = 2 * m * 4096**2 / 800e6 / limit
         name = f"fraction of the peak, {m} tokens, group 128"
-        assert verdicts(prefill_rows(m, us * 0.99, us, us))[name] is True
-        assert verdicts(prefill_rows(m, us * 1.01, us, us))[name] is False
-        other = [row | {"group_size": 64} for row in prefill_rows(m, us * 1.01, us, us)]
-        assert verdicts(other)[name] is None
-
+        assert judged(timed_rows(m, us * 0.99, us, us))[name]["met"] is True
+        assert judged(timed_rows(m, us * 1.01, us, us))[name]["met"] is False
+        assert judged(timed_rows(m, us * 1.01, us, us, group_size=64))[name]["met"] is None
     every, middle = (f"cuBLAS / own, beyond 256 tokens, {what}" for what in ("every cell", "median"))
-    three = [prefill_rows(m, 100, us, 120) for m, us in ((512, 95.5), (1024, 99), (8192, 130))]
-    found = verdicts(*three)
-    assert (found[every], found[middle], found[faster]) == (True, False, None)
-    assert found["best peer / own, from 64 tokens, geometric mean"] is True
-    found = verdicts(*three[1:], prefill_rows(512, 100, 94, 120), prefill_rows(2048, 100, 110, 120))
-    assert (found[every], found[middle]) == (False, True)
+    peers = "best peer / own, from 64 tokens, geometric mean"
+    three = [timed_rows(m, 100, us, 120) for m, us in ((512, 95.5), (1024, 99), (8192, 130))]
+    assert [judged(*three)[name]["met"] for name in (every, middle, names[1], peers)] == [True, False, None, True]
+    four = judged(*three[1:], timed_rows(512, 100, 94, 120), timed_rows(2048, 100, 110, 105))
+    assert [four[name]["met"] for name in (every, middle)] == [False, True]
 
 
 def test_decode_and_prefill_are_judged_apart() -> None:
     """A prefill cell that loses moves no target of decoding, and the other way round."""
-    decode = [{**row, "m": 32} for row in prefill_rows(64, 5, 15, 7)]
-    prefill = prefill_rows(512, 100, 50, 50)
-
-    def values(rows: list[dict[str, Any]], tokens: tuple[int, ...]) -> dict[str, Any]:
-        return {e["what"]: e.get("value") for e in targets.evaluate(rows, tokens) if not e["what"].startswith("error")}
-
-    alone, other = values(decode, (32,)), values(prefill, (512,))
+    decode, prefill = timed_rows(32, 5, 15, 7), timed_rows(512, 100, 50, 50)
+    alone, other, both = ({what: e.get("value") for what, e in judged(*cells).items() if not what.startswith("error")}
+                          for cells in ([decode], [prefill], [decode, prefill]))  # fmt: skip
     assert not alone.keys() & other.keys()
-    assert values(decode + prefill, (32, 512)) == alone | other
+    assert both == alone | other
 
 
 def test_floors_are_put_into_timed_rows_only() -> None:
-    rows: list[dict[str, Any]] = [dict(CELL), {"n": 4096, "k": 4096, "m": 1, "problem": "wrong"}]
-    rows.append({**CELL, "m": 1024, "us": 50.0})
-    targets.add_floors(rows, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
-    assert rows[0]["floor_us"] == 2.911
-    assert rows[0]["fraction_of_floor"] == 0.2911
-    assert "floor_us" not in rows[1]
-    assert (rows[2]["floor_us"], rows[2]["fraction_of_floor"]) == (42.95, 0.859)
-    assert rows[2]["fraction_of_peak"] == pytest.approx(2 * 1024 * 4096**2 / 50e-6 / 800e12, abs=1e-4)
+    (first, *_), (many, *_) = timed_rows(1, 10, 10, 10), timed_rows(1024, 50, 50, 50)
+    assert (first["floor_us"], first["fraction_of_floor"]) == (2.911, 0.2911)
+    assert (many["floor_us"], many["fraction_of_floor"]) == (42.95, 0.859)
+    assert many["fraction_of_peak"] == pytest.approx(2 * 1024 * 4096**2 / 50e-6 / 800e12, abs=1e-4)
+    wrong: list[dict[str, Any]] = [{"n": 4096, "k": 4096, "m": 1, "problem": "wrong"}]
+    targets.add_floors(wrong, [Shape(4096, 4096, 128)], symmetric=False, bandwidth=3e12, peak=800e12)
+    assert "floor_us" not in wrong[0]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
@@ -499,9 +167,6 @@ def test_dry_run_writes_a_record(
         monkeypatch, tmp_path, "--plot", tmp_path / "result.svg", "--tokens", "32", "1", "64", "200", "200", *options
     )
     assert code == 0
-    assert set(record) == {
-        "date", "hardware", "versions", "settings", "refusals", "rows", "device", "targets", "not_run", "seconds",
-    }  # fmt: skip
     assert record["settings"]["seed"] == 5
     assert record["settings"]["tokens"] == [1, 32, 64, 200]
     assert record["not_run"] == []
@@ -520,10 +185,9 @@ def test_dry_run_writes_a_record(
         assert row["error"] < measure.LARGEST_ERROR[row["dtype"]]
         assert row["copies"] >= 2
     out = capsys.readouterr().out
-    assert "57344x8192" in out, "the plan is of the real layers"
-    assert "14 shapes x 4 x 6 methods" in out
-    assert "geometric mean" in out
-    assert (tmp_path / "result.svg").read_text().count("64x128") or "<svg" in (tmp_path / "result.svg").read_text()
+    for words in ("57344x8192", "14 shapes x 4 x 6 methods", "geometric mean"):
+        assert words in out, "what is printed is of the real layers"
+    assert "<svg" in (tmp_path / "result.svg").read_text()
 
 
 def test_a_peer_that_raises_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,7 +212,7 @@ def test_a_peer_that_raises_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(method_int4pack, "load", lambda library: lambda p, tokens: [Packed([p.layer.q], forms)])
     monkeypatch.setattr(method_gemlite, "load", lambda library: cannot_pack)
     names = ["cublas", "humming", "int4pack", "gemlite"]
-    rows = list(processes.run(settings(), names, 100, isolate=False))
+    rows = list(processes.run(SETTINGS, names, 100, isolate=False))
     assert {"method": "humming", "refusal": "ImportError: built for another torch"} in rows
     problems = {(r["method"], r["variant"], r["m"]): r["problem"] for r in rows if "problem" in r}
     assert problems["int4pack", "raises", 1] == "RuntimeError: no such kernel"
@@ -561,7 +225,7 @@ def test_a_peer_that_raises_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_result_that_changes_while_it_is_timed_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, seen = problem(), []
+    one, seen = make_problem(SHAPE, "float16", False, (1, 5), "cpu", seed=3), []
 
     def drifts(tensors: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         seen.append(0)
@@ -580,7 +244,7 @@ def test_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     clock = iter([0.0, *[0.0] * 3, *[1.0] * 4, *[9.0] * 99])
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    rows = [r for r in measure.measure(settings(), ["awq_trt", "cublas"], 5.0, first=False) if "us" in r]
+    rows = [r for r in measure.measure(SETTINGS, ["awq_trt", "cublas"], 5.0, first=False) if "us" in r]
     assert 0 < len(rows) < 4
 
 
@@ -594,12 +258,9 @@ def test_own_kernels_that_are_wrong_fail_the_run(monkeypatch: pytest.MonkeyPatch
 
 def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come as from this process; one that dies, or does not end, is a refusal and what it had said is kept."""
-    apart = list(processes.run(settings(), ["awq_trt", "cublas"], 100))
-    here = list(processes.run(settings(), ["awq_trt", "cublas"], 100, isolate=False))
-    moving = ("pack_seconds",)
-    assert [{k: v for k, v in r.items() if k not in moving} for r in apart] == [
-        {k: v for k, v in r.items() if k not in moving} for r in here
-    ]
+    apart = list(processes.run(SETTINGS, ["awq_trt", "cublas"], 100))
+    here = list(processes.run(SETTINGS, ["awq_trt", "cublas"], 100, isolate=False))
+    assert [row | {"pack_seconds": 0} for row in apart] == [row | {"pack_seconds": 0} for row in here]
     script = 'import sys, os; print(\'@row {"method": "cublas", "m": 1}\', flush=True); '
     popen = subprocess.Popen
 
@@ -608,35 +269,13 @@ def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(processes, "subprocess", fake)
 
     instead(script + "print('cuda', file=sys.stderr, flush=True); os.abort()")
-    kept, refusal = processes.child(settings(), ["cublas"], 50, 50, first=False)
+    kept, refusal = processes.child(SETTINGS, ["cublas"], 50, 50, first=False)
     assert kept == {"method": "cublas", "m": 1}
     assert "ended with code -6" in refusal["refusal"]
     assert "cuda" in refusal["refusal"]
     instead(script + "import time; time.sleep(600)")
     monkeypatch.setattr(processes, "GRACE_SECONDS", 1)
-    assert "ended with code -9" in list(processes.child(settings(), ["cublas"], 0, 50, first=False))[1]["refusal"]
-
-
-def test_plot_of_a_made_up_record(tmp_path: Path) -> None:
-    rows = [
-        {**CELL, "method": name, "m": m, "us": us / m, "fraction_of_floor": 0.5, "floor_us": 3.0}
-        for name, us in (("awq_trt", 40), ("cublas", 90), ("humming", 45))
-        for m in (1, 8)
-    ]
-    record = {
-        "date": "2026-01-01T00:00:00+00:00",
-        "hardware": [{"name": "A GPU"}],
-        "settings": {
-            "shapes": [{"n": 4096, "k": 4096}, {"n": 64, "k": 64}],
-            "tokens": [1, 8, 32],
-            "dtype": "float16",
-        },
-        "rows": [*rows, {"method": "fbgemm", "n": 64, "k": 64, "m": 1, "variant": "", "problem": "no"}],
-    }
-    for name in ("result.svg", "result.png"):
-        draw(record, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
-    assert "<svg" in (tmp_path / "result.svg").read_text()
+    assert "ended with code -9" in list(processes.child(SETTINGS, ["cublas"], 0, 50, first=False))[1]["refusal"]
 
 
 def test_plot_has_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -648,7 +287,6 @@ def test_plot_has_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     made["settings"]["tokens"] = [1, 24, 48, 64, 8192]
     draw(made, tmp_path / "x.svg")
     lower = figures[0].axes[1]
-    assert lower.get_xscale() == "log"
     assert lower.get_xticks().tolist() == [1, 64, 8192]
     (own, *_) = lower.get_lines()
     assert own.get_xdata().tolist() == [1, 64, 8192], "measured cells, at their number of tokens"
@@ -681,14 +319,11 @@ def test_report_has_each_layer_and_their_sum() -> None:
     assert "takes 1.25 times as long" in text
     assert text.count("## ") == 2, "Qwen3-8B shares layers with Llama-3.1-8B, the others have none here"
     llama = text[text.index("## Llama-3.1-8B") : text.index("## Qwen3-8B")]
-    heads = "| tokens | qkv 6144x4096 | o 4096x4096 | gate_up 28672x4096 | down 4096x14336 | all four |"
-    assert heads in llama
+    assert "| tokens | qkv 6144x4096 | o 4096x4096 | gate_up 28672x4096 | down 4096x14336 | all four |" in llama
     assert "| 1 | 4.00 / 2.00 = **2.00** | 8.00 / 4.00 = **2.00** |" in llama
     assert "| 64 | 130 / 65.00 = **2.00** |" in llama
     assert "| 40.00 / 20.00 = **2.00** |\n" in llama
-    assert (
-        "| 4.00 / 2.00 = **2.00** | 8.00 / 4.00 = **2.00** | - / - | - / - | - / - |" in text[text.index("## Qwen3") :]
-    )
+    assert "| 8.00 / 4.00 = **2.00** | - / - | - / - | - / - |" in text[text.index("## Qwen3") :]
     one_sided = made_up_record(layers)
     one_sided["rows"] = [r for r in one_sided["rows"] if (r["n"], r["method"]) != (6144, "awq_trt")]
     assert "| 1 | 4.00 / - | 8.00 / 4.00 = **2.00** |" in report.markdown(one_sided)
@@ -709,9 +344,8 @@ def test_report_and_plot_from_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (tmp_path / "second.md").read_bytes() == (tmp_path / "first.md").read_bytes()
     assert "<svg" in (tmp_path / "second.svg").read_text()
     assert (tmp_path / "result.json").read_bytes() == before
-    again = tmp_path / "again.json"
-    write(record, again)
-    assert read(again) == record
+    write(record, tmp_path / "again.json")
+    assert read(tmp_path / "again.json") == record
 
 
 def test_records_that_are_none(
@@ -719,7 +353,6 @@ def test_records_that_are_none(
 ) -> None:
     def said(text: str | None) -> str:
         path = tmp_path / "r.json"
-        path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
         monkeypatch.setattr(sys, "argv", ["bench_gemm.py", "--from", str(path)])
@@ -750,18 +383,8 @@ def test_ranges_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             tokens(*wrong)
         assert "not allowed with" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench_gemm.parser().parse_args([])
     with pytest.raises(gpu_check.UsageError, match="--tokens 0: "):
         tokens("--tokens", "0")
-
-
-def test_every_method_has_a_process_and_a_share() -> None:
-    assert sorted(name for group in PROCESSES for name in group) == sorted(m.name for m in METHODS)
-    assert len(SHARES) == len(PROCESSES)
-    assert [m.name for m in named(["humming", "awq_trt"])] == ["awq_trt", "humming"]
-    with pytest.raises(KeyError, match="no method nonsense"):
-        named(["nonsense"])
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -775,13 +398,3 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "no method nonsense" in said("--dry-run", "--methods", "nonsense")
     if not torch.cuda.is_available():
         assert "use --dry-run" in said("--methods", "cublas")
-
-
-def test_dequantized_layers_are_what_cublas_is_given() -> None:
-    one = problem()
-    assert isinstance(one.layer, QuantizedLinear)
-    assert one.layer.zeros is not None
-    w = (one.layer.q.reshape(SHAPE.n, -1, 64).float() - one.layer.zeros[..., None]) * one.layer.scales[
-        ..., None
-    ].float()
-    assert torch.equal(one.layer.dequantize(), w.reshape(SHAPE.n, SHAPE.k).half())

@@ -39,16 +39,14 @@ def main() -> None:
     method = importlib.import_module(f"bench.{job['module']}")
     ids = torch.from_numpy(np.load(job["ids"]))
     output = Path(job["output"])
-    times = [time.monotonic()]
-    imports_mb = peak_mb()
+    imported, imports_mb = time.monotonic(), peak_mb()
     model = method.load(job["model"])
-    times.append(time.monotonic())
+    loaded = time.monotonic()
     method.quantize(model, ids, job)
-    times.append(time.monotonic())
     result = {
-        "seconds": round(times[2] - times[1], 2),
-        "load_seconds": round(times[1] - times[0], 2),
-        "import_seconds": round(times[0] - started, 2),
+        "seconds": round(time.monotonic() - loaded, 2),
+        "load_seconds": round(loaded - imported, 2),
+        "import_seconds": round(imported - started, 2),
         "peak_mb": peak_mb(),
         "imports_mb": imports_mb,
         "calibration_windows": len(ids),

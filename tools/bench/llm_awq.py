@@ -11,10 +11,13 @@ the published code, the output projection is scaled only where value and output 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from bench import float_model
 
 STEPS = 20
 CLIP_STEPS = 10
@@ -26,10 +29,10 @@ CLIP_ROWS = 64
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded. group_size: columns per scale. symmetric: no zero points."""
+    """How weights are rounded."""
 
-    group_size: int
-    symmetric: bool
+    group_size: int  # columns per scale
+    symmetric: bool  # no zero points
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """Round [..., K] to 4 bits in groups along K and return the values that are left, in the same dtype."""
@@ -73,8 +76,22 @@ def parts(block: Any) -> list[Part]:
     ]
 
 
+load = float_model.load
+
+
+def quantize(model: Any, ids: torch.Tensor, job: dict[str, Any]) -> None:
+    """In place; ids int64 [windows, length]."""
+    quantize_blocks(model, ids, Rounding(job["group_size"], job["symmetric"]))
+
+
+def deliver(model: Any, output: Path) -> list[str]:
+    """The rounded weights, and the norms with scales folded in."""
+    float_model.write(model.name_or_path, float_model.parameters(model), output / "model")
+    return ["model"]
+
+
 @torch.inference_mode()
-def quantize(model: Any, ids: torch.Tensor, rounding: Rounding) -> None:
+def quantize_blocks(model: Any, ids: torch.Tensor, rounding: Rounding) -> None:
     """Scale, clip and round the linear layers of a transformers decoder in place.
 
     Args:
@@ -95,7 +112,7 @@ def quantize(model: Any, ids: torch.Tensor, rounding: Rounding) -> None:
         hidden = following
 
 
-class _EnoughError(Exception):
+class StopForwardError(Exception):
     """Ends a forward early."""
 
 
@@ -105,12 +122,12 @@ def first_block_inputs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dic
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-        raise _EnoughError
+        raise StopForwardError
 
     handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(ids, use_cache=False)
-    except _EnoughError:
+    except StopForwardError:
         pass
     finally:
         handle.remove()

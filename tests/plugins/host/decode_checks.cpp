@@ -35,50 +35,56 @@ int32_t WrongIntegers(Format const& format) {
   return wrong;
 }
 
-// Nothing if every unit of the layer belongs to exactly one warp of one block, and all of it fits; else what is wrong.
-std::string ProblemOf(DecodePlan const& plan, GemmArgs const& args, DecodePolicy const& policy, Device const& device) {
-  int32_t const strip_tiles = StripTiles(plan.token_tiles), rows = CeilDiv(args.n, kTileN);
-  int32_t const strips = CeilDiv(rows, strip_tiles), units = CeilDiv(args.k, kUnitK);
-  if (plan.token_tiles * kTokenTile < args.tokens) return "tokens left out";
-  if (plan.ranges < 1 || plan.ranges > strips) return "more ranges than strips: counters would overflow";
-  if (plan.warps() * strip_tiles > kDecodeMaxWarps) return "warps";
-  if ((plan.shared_bytes + 1024) * policy.blocks_per_multiprocessor > device.shared_bytes) return "shared memory";
-  if (plan.row_bytes % 32 != 16) return "rows of X fall into the same banks";
-  int32_t const x_end = plan.warps() * strip_tiles * (kDecodeStages * kStageBytes + plan.token_tiles * kSumsBytes) +
-                        args.tokens * plan.row_bytes;
-  if (x_end != plan.shared_bytes) return "layout of shared memory";
-  if (plan.ranges > 65535) return "more rows of blocks than a launch may have";
-  if (plan.slices > 1) {
-    int64_t const sums = static_cast<int64_t>(plan.slices) * rows * plan.token_tiles * kSumsBytes;
+// Nothing if every K-block of the layer belongs to exactly one warp of one block, and all of it fits; else what is
+// wrong.
+std::string ProblemOf(DecodeSchedule const& schedule, GemmArgs const& args, DecodePolicy const& policy,
+                      Device const& device) {
+  int32_t const packed_rows = PackedRows(schedule.token_tiles), rows = CeilDiv(args.n, kTileN);
+  int32_t const row_tiles = CeilDiv(rows, packed_rows), k_blocks = CeilDiv(args.k, kBlockK);
+  if (schedule.token_tiles * kTokenTile < args.tokens) return "tokens left out";
+  if (schedule.ranges < 1 || schedule.ranges > row_tiles) return "more ranges than row tiles: counters would overflow";
+  if (schedule.warps() * packed_rows > kDecodeMaxWarps) return "warps";
+  constexpr int32_t kStaticBytes = 16;  // as tests/plugins/test_sass.py finds it
+  if ((schedule.shared_bytes + kStaticBytes + kReservedBytes) * policy.blocks_per_sm > device.shared_bytes)
+    return "shared memory";
+  if (schedule.row_bytes % 32 != 16) return "rows of X fall into the same banks";
+  int32_t const x_end =
+      schedule.warps() * packed_rows * (kDecodeStages * kStageBytes + schedule.token_tiles * kSumsBytes) +
+      args.tokens * schedule.row_bytes;
+  if (x_end != schedule.shared_bytes) return "layout of shared memory";
+  if (schedule.ranges > 65535) return "more rows of blocks than a launch may have";
+  if (schedule.slices > 1) {
+    int64_t const sums = static_cast<int64_t>(schedule.slices) * rows * schedule.token_tiles * kSumsBytes;
     if (sums > static_cast<int64_t>(DecodeWorkspaceBytes(args.n, args.k, args.tokens))) return "workspace";
   }
-  std::vector<uint8_t> seen(static_cast<size_t>(strips) * units);
-  for (int32_t slice = 0; slice < plan.slices; ++slice) {
-    for (int32_t range = 0; range < plan.ranges; ++range) {
-      Rectangle const block = RectangleOf(plan, range, slice);
-      if (block.strips < 1 || block.units < 1) return "an empty block";
-      if (plan.row_bytes < block.units * kUnitK * 2) return "rows of X are too short";
-      Cut const segments = SegmentsOf(plan, block);
-      for (int32_t warp = 0; warp < plan.warps(); ++warp) {
+  std::vector<uint8_t> seen(static_cast<size_t>(row_tiles) * k_blocks);
+  for (int32_t slice = 0; slice < schedule.slices; ++slice) {
+    for (int32_t range = 0; range < schedule.ranges; ++range) {
+      Rectangle const block = RectangleOf(schedule, range, slice);
+      if (block.row_tiles < 1 || block.k_blocks < 1) return "an empty block";
+      if (schedule.row_bytes < block.k_blocks * kBlockK * 2) return "rows of X are too short";
+      Cut const segments = SegmentsOf(schedule, block);
+      for (int32_t warp = 0; warp < schedule.warps(); ++warp) {
         int32_t const begin = segments.Begin(warp), end = begin + segments.Size(warp);
         if (end != segments.Begin(warp + 1)) return "segments that do not follow each other";
         for (int32_t i = begin; i < end; ++i) {
-          if (StripOf(block, i) != i / block.units) return "a quotient";
-          int32_t const strip = block.first_strip + i / block.units, unit = block.first_unit + i % block.units;
-          if (strip >= strips || unit >= units) return "a unit outside of the layer";
-          if (seen[static_cast<size_t>(strip) * units + unit]++ != 0) return "a unit twice";
+          if (RowTileOf(block, i) != i / block.k_blocks) return "a quotient";
+          int32_t const row_tile = block.first_row_tile + i / block.k_blocks,
+                        k_block = block.first_k_block + i % block.k_blocks;
+          if (row_tile >= row_tiles || k_block >= k_blocks) return "a K-block outside of the layer";
+          if (seen[static_cast<size_t>(row_tile) * k_blocks + k_block]++ != 0) return "a K-block twice";
         }
       }
     }
   }
   for (uint8_t s : seen) {
-    if (s != 1) return "a unit left out";
+    if (s != 1) return "a K-block left out";
   }
   return "";
 }
 
-void CheckPlans(uint64_t seed, Report& report) {
-  constexpr int32_t kPlans = 4000;
+void CheckSchedules(uint64_t seed, Report& report) {
+  constexpr int32_t kSchedules = 4000;
   constexpr Device kDevices[] = {{80, 108, 164 << 10}, {86, 82, 100 << 10}, {89, 128, 100 << 10},
                                  {90, 132, 228 << 10}, {90, 6, 228 << 10},  {100, 148, 228 << 10},
                                  {120, 170, 100 << 10}};
@@ -86,7 +92,7 @@ void CheckPlans(uint64_t seed, Report& report) {
   auto below = [&random](int64_t bound) { return static_cast<int32_t>(random() % bound); };
   int32_t planned = 0, split = 0, waves = 0;
   std::string problem;
-  for (int32_t i = 0; i < kPlans && problem.empty(); ++i) {
+  for (int32_t i = 0; i < kSchedules && problem.empty(); ++i) {
     // every magnitude alike; K in 32s, N in 8s
     LayerConfig const layer{
         8 * (1 + below(8LL << below(11))), 32 * (1 + below(4LL << below(9))), 32, true, false, false};
@@ -94,23 +100,23 @@ void CheckPlans(uint64_t seed, Report& report) {
     args.tokens = 1 + below(kDecodeMaxTokens);
     Device const& device = kDevices[below(sizeof(kDevices) / sizeof(kDevices[0]))];
     DecodePolicy const& policy = kTactics[below(kTacticCount)].decode;
-    DecodePlan plan;
-    if (!PlanDecode(args, policy, device, plan)) continue;
+    DecodeSchedule schedule;
+    if (!ScheduleDecode(args, policy, device, schedule)) continue;
     ++planned;
-    split += plan.slices > 1;
-    waves += plan.slices * plan.ranges > device.multiprocessors * policy.blocks_per_multiprocessor;
-    problem = ProblemOf(plan, args, policy, device);
+    split += schedule.slices > 1;
+    waves += schedule.slices * schedule.ranges > device.sm_count * policy.blocks_per_sm;
+    problem = ProblemOf(schedule, args, policy, device);
     if (problem.empty()) continue;
     char text[200];
     std::snprintf(text, sizeof(text), ": n=%d k=%d tokens=%d sm=%d blocks=%d slices=%d ranges=%d", args.n, args.k,
-                  args.tokens, device.sm, policy.blocks_per_multiprocessor, plan.slices, plan.ranges);
+                  args.tokens, device.sm, policy.blocks_per_sm, schedule.slices, schedule.ranges);
     problem += text;
   }
   char numbers[160];
-  std::snprintf(numbers, sizeof(numbers), "\"shapes\": %d, \"planned\": %d, \"split\": %d, \"waves\": %d", kPlans,
+  std::snprintf(numbers, sizeof(numbers), "\"shapes\": %d, \"planned\": %d, \"split\": %d, \"waves\": %d", kSchedules,
                 planned, split, waves);
-  report.Check("every unit of a layer belongs to one warp",
-               problem.empty() && planned > kPlans / 2 && split > 100 && waves > 100,
+  report.Check("every K-block of a layer belongs to one warp",
+               problem.empty() && planned > kSchedules / 2 && split > 100 && waves > 100,
                numbers + (problem.empty() ? "" : ", \"problem\": " + Quote(problem)));
 }
 
@@ -124,8 +130,8 @@ void CheckDefault(Report& report) {
         for (int32_t tokens : {1, 2, 4, 8, 16, 24, 32}) {
           GemmArgs args = MakeArgs({n, k, 32, true, false, false});
           args.tokens = tokens;
-          DecodePlan plan;
-          if (PlanDecode(args, kTactics[0].decode, device, plan)) continue;
+          DecodeSchedule schedule;
+          if (ScheduleDecode(args, kTactics[0].decode, device, schedule)) continue;
           missing += " n=" + std::to_string(n) + " k=" + std::to_string(k) + " tokens=" + std::to_string(tokens) +
                      " sm=" + std::to_string(device.sm);
         }
@@ -141,7 +147,7 @@ void CheckDefault(Report& report) {
 void CheckDecode(uint64_t seed, Report& report) {
   report.Check("integers of all words, fp16", WrongIntegers<Half>(kHalfFormat) == 0);
   report.Check("integers of all words, bf16", WrongIntegers<Bfloat16>(kBfloat16Format) == 0);
-  CheckPlans(seed, report);
+  CheckSchedules(seed, report);
   CheckDefault(report);
 }
 

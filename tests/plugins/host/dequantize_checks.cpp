@@ -46,19 +46,20 @@ void Register(std::vector<V> const& v) {
   if (!v.empty()) emulator::RegisterMemory(v.data(), sizeof(V) * v.size(), emulator::Memory::kConstant);
 }
 
-// Nothing, or what is wrong with these strips of W.
-std::string WrongIn(RandomLayer const& layer, std::vector<uint16_t> const& expected, int32_t first_strip,
-                    int32_t strips) {
+// Nothing, or what is wrong with these row tiles of W.
+std::string WrongIn(RandomLayer const& layer, std::vector<uint16_t> const& expected, int32_t first_row_tile,
+                    int32_t row_tiles) {
   int32_t const n = layer.config.out_features, k = layer.config.in_features;
-  int64_t const begin = static_cast<int64_t>(first_strip) * kTileN * k;
-  int64_t const size = static_cast<int64_t>(std::min(n, (first_strip + strips) * kTileN)) * k - begin;
+  int64_t const begin = static_cast<int64_t>(first_row_tile) * kTileN * k;
+  int64_t const size = static_cast<int64_t>(std::min(n, (first_row_tile + row_tiles) * kTileN)) * k - begin;
   std::vector<Words> memory((size + 2 * kGuard) / 8);  // 16-byte aligned
   uint16_t* const buffer = reinterpret_cast<uint16_t*>(memory.data());
   std::fill(buffer, buffer + size + 2 * kGuard, kPoison);
   emulator::ForgetMemory();
   Register(layer.qweight), Register(layer.scales), Register(layer.zeros), Register(layer.pre_scale);
   emulator::RegisterMemory(buffer + kGuard, 2 * size, emulator::Memory::kWritable);
-  cudaError_t const error = LaunchDequantize(ArgsOf(layer), layer.type, first_strip, strips, buffer + kGuard, nullptr);
+  cudaError_t const error =
+      LaunchDequantize(ArgsOf(layer), layer.type, first_row_tile, row_tiles, buffer + kGuard, nullptr);
   emulator::ForgetMemory();
   if (error != cudaSuccess) return "error " + std::to_string(error);
   for (int64_t i = 0; i < size; ++i) {
@@ -76,7 +77,7 @@ void CheckWeights(LayerConfig const& config, ActivationType type, uint64_t seed,
   std::vector<uint16_t> const expected = PlainWeights(layer);
   int32_t const all = CeilDiv(config.out_features, kTileN);
   std::string problem = WrongIn(layer, expected, 0, all);
-  for (int32_t first : {all / 3, all - 1}) {  // strips in the middle, and the last one alone
+  for (int32_t first : {all / 3, all - 1}) {  // row tiles in the middle, and the last one alone
     if (problem.empty()) problem = WrongIn(layer, expected, first, CeilDiv(all - first, 2));
   }
   char name[160];
@@ -112,10 +113,10 @@ void CheckDequantize(uint64_t seed, Report& report) {
   RandomLayer const layer = MakeRandomLayer({40, 64, 32, false, false, false}, ActivationType::kHalf, 0, seed);
   std::vector<Words> memory(40 * 64 / 8);
   uint16_t* const w = reinterpret_cast<uint16_t*>(memory.data());
-  auto launch = [&](int32_t first, int32_t strips, uint16_t* p) {
-    return LaunchDequantize(ArgsOf(layer), layer.type, first, strips, p, nullptr);
+  auto launch = [&](int32_t first, int32_t row_tiles, uint16_t* p) {
+    return LaunchDequantize(ArgsOf(layer), layer.type, first, row_tiles, p, nullptr);
   };
-  report.Check("weights: only strips that exist, into aligned memory",
+  report.Check("weights: only row tiles that exist, into aligned memory",
                launch(0, 4, w) == cudaErrorInvalidValue && launch(2, 2, w) == cudaErrorInvalidValue &&
                    launch(-1, 1, w) == cudaErrorInvalidValue && launch(0, -1, w) == cudaErrorInvalidValue &&
                    launch(0, 1, w + 4) == cudaErrorInvalidValue && launch(0, 1, nullptr) == cudaErrorInvalidValue &&

@@ -1,4 +1,4 @@
-// The functions of kernels.h that need a GPU, on the emulator: the same kernel sources, plans, grids and policies.
+// The functions of kernels.h that need a GPU, on the emulator: the same kernel sources, schedules, grids and policies.
 #include "emulated_kernels.h"
 
 #include <cstdio>
@@ -30,10 +30,10 @@ cudaError_t CheckCounters(GemmArgs const& args, int32_t count) {
 }
 
 // Note a launch, and look at the counters after it.
-cudaError_t Done(GemmArgs const& args, GemmPlan const& plan) {
-  ++emulated_tiles[plan.tile].launches;
-  emulated_tiles[plan.tile].split += plan.split_tiles > 0;
-  return CheckCounters(args, plan.split_tiles);
+cudaError_t Done(GemmArgs const& args, GemmSchedule const& schedule) {
+  ++emulated_tiles[schedule.tile].launches;
+  emulated_tiles[schedule.tile].split += schedule.split_tiles > 0;
+  return CheckCounters(args, schedule.split_tiles);
 }
 
 }  // namespace
@@ -60,39 +60,43 @@ cudaError_t Free(void* p) {
   return cudaSuccess;
 }
 
-cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_strip, int32_t strips,
+cudaError_t LaunchDequantize(GemmArgs const& args, ActivationType type, int32_t first_row_tile, int32_t row_tiles,
                              uint16_t* w, cudaStream_t) {
-  WeightRows const rows{first_strip, strips, w};
+  WeightRows const rows{first_row_tile, row_tiles, w};
   if (!CanDequantize(args, rows)) return cudaErrorInvalidValue;
-  if (strips == 0) return cudaSuccess;
+  if (row_tiles == 0) return cudaSuccess;
   ++emulated_dequantizations;
-  RunKernel({DequantizeBlocks(args, strips), 1, kDequantizeThreads, kDequantizeSharedBytes, false},
+  RunKernel({DequantizeBlocks(args, row_tiles), 1, kDequantizeThreads, kDequantizeSharedBytes, false},
             DequantizeKernelFor(type), args, rows);
   return cudaSuccess;
 }
 
-cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodePlan const& plan, Device const&,
+cudaError_t LaunchDecode(GemmArgs const& args, ActivationType type, DecodeSchedule const& schedule, Device const&,
                          cudaStream_t) {
-  RunKernel({plan.slices, plan.ranges, plan.warps() * kWarp, plan.shared_bytes, true},
-            DecodeKernelFor(type, plan.token_tiles), args, plan);
+  RunKernel({schedule.slices, schedule.ranges, schedule.warps() * kWarp, schedule.shared_bytes, true},
+            DecodeKernelFor(type, schedule.token_tiles), args, schedule);
   return CheckCounters(args, CeilDiv(args.n, kTileN));
 }
 
-cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  RunKernel({plan.blocks, 1, tile.warps * kWarp, plan.shared_bytes, true}, GemmKernelFor(type, tile), args, plan);
-  return Done(args, plan);
+cudaError_t LaunchGemm(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const&,
+                       cudaStream_t) {
+  GemmTile const& tile = kGemmTiles[schedule.tile];
+  RunKernel({schedule.blocks, 1, tile.warps * kWarp, schedule.shared_bytes, true}, GemmKernelFor(type, tile), args,
+            schedule);
+  return Done(args, schedule);
 }
 
-cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmPlan const& plan, Device const&, cudaStream_t) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  int64_t const words = plan.units * kWarp * kSteps;
+cudaError_t LaunchWgmma(GemmArgs const& args, ActivationType type, GemmSchedule const& schedule, Device const&,
+                        cudaStream_t) {
+  GemmTile const& tile = kGemmTiles[schedule.tile];
+  int64_t const words = schedule.k_blocks * kWarp * kSteps;
   WgmmaMaps maps;
   maps.x = emulator::Encode({args.x, args.k, args.tokens, 2 * args.k, 2, kTileK, tile.tokens, true});
   maps.q = emulator::Encode(
-      {args.qweight, words, CeilDiv(args.n, kTileN), 4 * words, 4, kWarp * kSteps, tile.warps * tile.strips, false});
-  RunKernel({plan.blocks, 1, kWgmmaThreads, plan.shared_bytes, true}, WgmmaKernelFor(type, tile), args, plan, maps);
-  return Done(args, plan);
+      {args.qweight, words, CeilDiv(args.n, kTileN), 4 * words, 4, kWarp * kSteps, tile.warps * tile.row_tiles, false});
+  RunKernel({schedule.blocks, 1, kWgmmaThreads, schedule.shared_bytes, true}, WgmmaKernelFor(type, tile), args,
+            schedule, maps);
+  return Done(args, schedule);
 }
 
 }  // namespace awq_trt

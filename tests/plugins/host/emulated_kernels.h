@@ -1,11 +1,11 @@
 // The GPU that the emulator is, and what it has done.
 #pragma once
 
-#include "plan/gemm_plan.h"
+#include "plan/gemm_schedule.h"
 
 namespace awq_trt {
 
-// Few multiprocessors, so that small layers are divided as large ones are on a GPU. What is planned next is for it.
+// Few SMs, so that small layers are divided as large ones are on a GPU. What is planned next is for it.
 extern Device emulated_device;
 
 // How often the kernel of a tile has run, and with tiles that are split.

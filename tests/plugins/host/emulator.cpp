@@ -68,7 +68,7 @@ struct Thread {
   std::deque<std::vector<Multiplication>> multiplications;
 };
 
-// One collective instruction of a warp or a warpgroup under way: the lanes that have arrived, with their operands.
+// One collective instruction of a warp or a warpgroup in flight: the lanes that have arrived, with their operands.
 template <int32_t kSize>
 struct Group {
   char const* instruction = nullptr;
@@ -91,7 +91,7 @@ constexpr int32_t kNamedBarriers = 16;
 int32_t barrier_arrived[kNamedBarriers];
 uint64_t barrier_generation[kNamedBarriers], any_generation;
 std::map<Shared, BarrierState> barriers;   // in shared memory
-std::vector<std::function<void()>> later;  // what the copy engine does at a time of its own
+std::vector<std::function<void()>> later;  // what TMA does at a time of its own
 std::unordered_set<void const*> stored;    // in this launch
 int32_t counting_thread;                   // the one that has counted this block's arrival, -1 before
 uint64_t counting_generation;              // of the barrier, then
@@ -354,7 +354,7 @@ void Run(Grid const& grid, void (*body)(void*), void* context) {
       }
     }
     current = nullptr;
-    if (!later.empty()) Fail("%zu copies are under way when the block ends", later.size());
+    if (!later.empty()) Fail("%zu copies are in flight when the block ends", later.size());
     for (int32_t arrived : barrier_arrived) {
       if (arrived != 0) Fail("%d threads ended before a barrier that others wait at", thread_count);
     }

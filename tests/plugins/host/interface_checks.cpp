@@ -257,7 +257,7 @@ void CheckTactics(Library const& library, Log10& log, Report& report) {
     return BuildOf(plugin)->getWorkspaceSize(DynamicDescsOf(inputs).data(), static_cast<int32_t>(inputs.size()),
                                              nullptr, 1);
   };
-  report.Check("a K of one unit needs no workspace", workspace(*plugin, kFull, {5, 96}) == 0);
+  report.Check("a K of one K-block needs no workspace", workspace(*plugin, kFull, {5, 96}) == 0);
   LayerConfig const large{4096, 14336, 128, true, false, false};
   Plugin const large_plugin = CreatePlugin(library, FieldsOf(large));
   bool sizes = workspace(*large_plugin, large, {0, 14336}) == 0;

@@ -154,14 +154,14 @@ std::vector<LayerCase> ManyCases() {
 std::vector<LayerCase> FewCases() {
   std::vector<int32_t> const small{0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40}, around{1, 16, 63, 64, 65},
       few{5, 16, 129};
-  // one tile and many, whole ones and split ones; 16 units of 64 columns, 5, 12 and an odd half
+  // one tile and many, whole ones and split ones; 16 K-blocks of 64 columns, 5, 12 and an odd half
   return {{{8, 32, 32, true, false, false}, small},
           {{24, 96, 32, true, true, true}, small},
           {{56, 2880, 64, true, true, false, 2, {40, 16}}, {1, 9, 30}},
           {{48, 96, 32, true, false, false, 4, {8, 16, 8, 16}}, {2, 33}},
           {{24, 8192, 128, true, false, true}, {3, 25}},
           {{2200, 128, 32, true, true, false}, {4, 16}},
-          {{1096, 160, 32, true, false, false}, {2, 9}},  // segments of a strip's end, a whole one, and a beginning
+          {{1096, 160, 32, true, false, false}, {2, 9}},  // segments of a row tile's end, a whole one, and a beginning
           {{72, 64, 64, false, false, false}, around},
           {{136, 192, 64, true, true, false}, few},
           {{264, 352, 352, true, true, true}, {3, 33}},

@@ -31,10 +31,7 @@ constexpr char kUsage[] =
     "                                  capability table's and the plugin creator's `yes` or reason, between tabs\n"
     "  %s emulate TOKENS N K GROUP float16|bfloat16 TACTIC zeros,bias,pre_scale|none INPUT OUTPUT\n"
     "                                  one call on the emulated GPU: INPUT holds the plugin's inputs one after the\n"
-    "                                  other, Y is written to OUTPUT\n"
-    "  %s plan                         reads lines `n k group_size tokens sm multiprocessors shared_bytes tactic`\n"
-    "                                  (shared_bytes: of a multiprocessor), answers each with what would be launched,\n"
-    "                                  and how it is divided, as JSON; null where nothing can be\n";
+    "                                  other, Y is written to OUTPUT\n";
 
 ActivationType TypeOf(std::string const& name) {
   if (name == "float16") return ActivationType::kHalf;
@@ -82,59 +79,13 @@ int Supports(Library const& library) {
   Log10 log;
   library.set_logger_finder(log.AsFinder());
   while (std::cin >> n >> k >> group >> type >> sm) {
-    Reason const reason = WhyNot(n, k, group, TypeOf(type), sm);
+    Reason const reason = UnsupportedReason(n, k, group, TypeOf(type), sm);
     Plugin const plugin = CreatePlugin(library, {{"out_features", n}, {"in_features", k}, {"group_size", group}});
     std::string message = log.Take();
     while (!message.empty() && message.back() == '\n') message.pop_back();
     std::printf("%s\t%s\n", reason.empty() ? "yes" : reason.text, plugin != nullptr ? "yes" : message.c_str());
   }
   library.set_logger_finder(nullptr);
-  return 0;
-}
-
-void PrintDecode(DecodePlan const& plan, DecodePolicy const& policy) {
-  std::printf(
-      "{\"kernel\": \"decode\", \"token_tiles\": %d, \"blocks_per_multiprocessor\": %d, \"warps\": %d, \"stages\": %d, "
-      "\"strip_tiles\": %d, \"ranges\": %d, \"slices\": %d, \"most_strips\": %d, \"most_units\": %d, "
-      "\"row_bytes\": %d, \"shared_bytes\": %d}\n",
-      plan.token_tiles, policy.blocks_per_multiprocessor, plan.warps(), kDecodeStages, StripTiles(plan.token_tiles),
-      plan.ranges, plan.slices, plan.strips_of_range.Size(0), plan.units_of_slice.Size(0), plan.row_bytes,
-      plan.shared_bytes);
-}
-
-void PrintGemm(GemmPlan const& plan, double nanoseconds) {
-  GemmTile const& tile = kGemmTiles[plan.tile];
-  std::printf(
-      "{\"kernel\": \"%s\", \"rows\": %d, \"tokens\": %d, \"tiles\": %d, \"units\": %d, \"split_tiles\": %d, "
-      "\"split_blocks\": %d, \"blocks\": %d, \"stages\": %d, \"shared_bytes\": %d, \"estimated_us\": %.3f}\n",
-      tile.wgmma ? "wgmma" : "gemm", tile.rows(), tile.tokens, plan.tiles, plan.units, plan.split_tiles,
-      plan.split_blocks, plan.blocks, plan.stages, plan.shared_bytes, nanoseconds / 1e3);
-}
-
-int Plan() {
-  int32_t n, k, group, tokens, tactic;
-  Device device;
-  while (std::cin >> n >> k >> group >> tokens >> device.sm >> device.multiprocessors >> device.shared_bytes >>
-         tactic) {
-    Tactic const* const found = FindTactic(tactic);
-    device.wgmma = device.sm == 90;
-    if (found == nullptr || !WhyNot(n, k, group, ActivationType::kHalf, device.sm).empty()) {
-      std::puts("null");
-      continue;
-    }
-    GemmArgs args = MakeArgs({n, k, group, true, false, false});
-    args.tokens = tokens;
-    args.x_aligned = true;
-    DecodePlan decode;
-    GemmPlan gemm;
-    if (PlanDecode(args, found->decode, device, decode)) {
-      PrintDecode(decode, found->decode);
-    } else if (PlanGemm(args, found->gemm, device, gemm)) {
-      PrintGemm(gemm, EstimateNanoseconds(gemm, args, device));
-    } else {
-      std::puts("null");
-    }
-  }
   return 0;
 }
 
@@ -167,8 +118,7 @@ int main(int count, char** arguments) {
   }
   if (count == 3 && command == "supports") return Supports(OpenLibrary(arguments[2]));
   if (count == 11 && command == "emulate") return Emulate(arguments + 2);
-  if (count == 2 && command == "plan") return Plan();
   char const* const self = arguments[0];
-  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self, self, self);
+  std::fprintf(stderr, kUsage, AWQ_TRT_VERSION, self, self, self, self, self);
   return 2;
 }

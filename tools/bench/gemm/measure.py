@@ -17,7 +17,7 @@ from awq_trt.layout import DTYPES
 from bench.gemm.methods import Call, Method, Packed, Tensors, named
 from bench.gemm.problem import Problem, make_problem
 from bench.gemm.shapes import TOKENS, Shape, rotations
-from bench.gemm.timing import FakeTimer, GraphTimer, Timer, bandwidth, peak, warm_up
+from bench.gemm.timing import FakeTimer, GraphTimer, bandwidth, peak, warm_up
 
 LARGEST_ERROR = {"float16": 5e-3, "bfloat16": 2e-2}
 """Relative to the double-precision product; rounding stays well below, a wrong layout is about 1."""
@@ -33,35 +33,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all processes of a run share.
-
-    Attributes:
-        shapes, tokens: the cells. dtype, symmetric: of the layers. seed: of the numbers drawn.
-        device: "cuda", or "cpu" where nothing can be timed. library: of the own kernels.
-        rotate: copies of the weights take this many times the L2 cache; limit_bytes: but no more than this.
-        replays: of a graph, at most.
-    """
+    """What all processes of a run share."""
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
-    dtype: str
+    dtype: str  # of the layers
     symmetric: bool
-    seed: int
-    device: str
-    library: str | None
-    rotate: float
-    limit_bytes: int
-    replays: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Settings:
-        """The inverse of `as_json`."""
-        shapes = tuple(Shape(**s | {"layers": tuple(s["layers"])}) for s in data["shapes"])
-        return Settings(**data | {"shapes": shapes, "tokens": tuple(data["tokens"])})
+    seed: int  # of the numbers drawn
+    device: str  # "cuda", or "cpu" where nothing can be timed
+    library: str | None  # of the own kernels
+    rotate: float  # copies of the weights take this many times the L2 cache
+    limit_bytes: int  # but no more than this
+    replays: int  # of a graph, at most
 
 
 def measure(settings: Settings, names: Sequence[str], seconds: float, first: bool) -> Iterator[Row]:
@@ -72,12 +55,13 @@ def measure(settings: Settings, names: Sequence[str], seconds: float, first: boo
         and variant: "us" and so on, or "problem" and no times.
     """
     deadline = time.monotonic() + seconds
-    timer: Timer = GraphTimer(settings.replays) if settings.device == "cuda" else FakeTimer(settings.replays)
-    if settings.device == "cuda":
+    on_gpu = settings.device == "cuda"
+    timer = GraphTimer(settings.replays) if on_gpu else FakeTimer(settings.replays)
+    if on_gpu:
         warm_up(0.5)
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size if settings.device == "cuda" else 1 << 14
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else 1 << 14
     if first:
-        size, width = (BANDWIDTH_BYTES, PEAK_SIZE) if settings.device == "cuda" else (1 << 16, 64)
+        size, width = (BANDWIDTH_BYTES, PEAK_SIZE) if on_gpu else (1 << 16, 64)
         found = bandwidth(timer, settings.device, size), peak(timer, settings.device, DTYPES[settings.dtype], width)
         yield {"device": {"l2_bytes": l2, "bandwidth": found[0], "peak": found[1]}}
     packers = {}
@@ -106,7 +90,7 @@ def cells(
     method: Method,
     packer: Callable[[], list[Packed]],
     problem: Problem,
-    timer: Timer,
+    timer: GraphTimer,
     l2: int,
     deadline: float,
 ) -> Iterator[Row]:
@@ -133,7 +117,7 @@ def cells(
                 yield {**same, "m": m, "variant": variant, **size, **cell(call, used, problem, m, timer)}
 
 
-def cell(call: Call, copies: Sequence[Tensors], problem: Problem, m: int, timer: Timer) -> Row:
+def cell(call: Call, copies: Sequence[Tensors], problem: Problem, m: int, timer: GraphTimer) -> Row:
     """Errors and times of one call, or its problem; compared once more after the last replay."""
     x, limit = problem.x[:m], LARGEST_ERROR[problem.dtype]
     row: Row = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,11 @@ def load(library: Path | None) -> Pack:
     """The kernels of a library; None for the arithmetic on a CPU."""
     if library is None:
         return lambda problem, tokens: [Packed(pack(problem), {"default": unpacked(problem)})]
-    kernels = Kernels(library)
-    return lambda problem, tokens: [Packed(pack(problem), kernels.variants(problem, tokens))]
+    c = ctypes.CDLL(str(library))
+    c.awq_trt_workspace_bytes.restype = c.awq_trt_counter_bytes.restype = ctypes.c_size_t
+    c.awq_trt_gemm.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 6 + [ctypes.c_void_p] * 3
+    c.awq_trt_error_text.restype = ctypes.c_char_p
+    return lambda problem, tokens: [Packed(pack(problem), variants(c, problem, tokens))]
 
 
 def pack(problem: Problem) -> list[torch.Tensor | None]:
@@ -52,47 +56,27 @@ def unpacked(problem: Problem) -> Call:
     return call
 
 
-class Kernels:
-    """The C interface. All pointers are to device memory; the content of the workspace does not matter."""
+def variants(c: ctypes.CDLL, problem: Problem, tokens: Sequence[int]) -> dict[str, Call]:
+    """ "default" and one for each tactic; they share the workspace, whose content does not matter, and the counters, as
+    layers of a model do."""
+    shape, device = problem.shape, problem.x.device
+    ids = (ctypes.c_int * MAX_TACTICS)()
+    count = c.awq_trt_tactics(ids, MAX_TACTICS)
+    needed = [c.awq_trt_workspace_bytes(m, shape.n, shape.k) for m in tokens]
+    workspace = torch.empty(max(1, *needed), dtype=torch.uint8, device=device)
+    counters = torch.zeros(max(1, c.awq_trt_counter_bytes(shape.n)), dtype=torch.uint8, device=device)
+    bfloat16 = int(DTYPES[problem.dtype] == torch.bfloat16)
 
-    def __init__(self, library: Path) -> None:
-        c = ctypes.CDLL(str(library))
-        pointer, integer = ctypes.c_void_p, ctypes.c_int
-        c.awq_trt_tactics.argtypes, c.awq_trt_tactics.restype = [pointer, integer], integer
-        c.awq_trt_workspace_bytes.argtypes, c.awq_trt_workspace_bytes.restype = [integer] * 3, ctypes.c_size_t
-        c.awq_trt_counter_bytes.argtypes, c.awq_trt_counter_bytes.restype = [integer], ctypes.c_size_t
-        c.awq_trt_gemm.argtypes, c.awq_trt_gemm.restype = [pointer] * 7 + [integer] * 6 + [pointer] * 3, integer
-        c.awq_trt_error_text.argtypes, c.awq_trt_error_text.restype = [integer], ctypes.c_char_p
-        self._c = c
+    def call(tactic: int, tensors: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        qweight, scales, zeros = (None if t is None else t.data_ptr() for t in tensors)
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
+        error = c.awq_trt_gemm(
+            x.data_ptr(), qweight, scales, zeros, None, None, y.data_ptr(), x.shape[0], shape.n, shape.k,
+            shape.group_size, bfloat16, tactic, workspace.data_ptr(), counters.data_ptr(), stream,
+        )  # fmt: skip
+        if error:
+            raise KernelError(f"awq_trt_gemm: {c.awq_trt_error_text(error).decode()} (code {error})")
+        return y
 
-    def tactics(self) -> list[int]:
-        """Tactic 0, the default, and all that the library names."""
-        ids = (ctypes.c_int * MAX_TACTICS)()
-        count = self._c.awq_trt_tactics(ctypes.cast(ids, ctypes.c_void_p), MAX_TACTICS)
-        return [0, *(i for i in ids[: min(count, MAX_TACTICS)] if i != 0)]
-
-    def variants(self, problem: Problem, tokens: Sequence[int]) -> dict[str, Call]:
-        """ "default" and one for each tactic; they share the workspace and the counters, as layers of a model do."""
-        shape, tactics, device = problem.shape, self.tactics(), problem.x.device
-        needed = [self._c.awq_trt_workspace_bytes(m, shape.n, shape.k) for m in tokens]
-        workspace = torch.empty(max(1, *needed), dtype=torch.uint8, device=device)
-        counters = torch.zeros(max(1, self._c.awq_trt_counter_bytes(shape.n)), dtype=torch.uint8, device=device)
-        return {
-            f"tactic {t}" if t else "default": self._call(problem, t, workspace, counters) for t in tactics
-        }  # fmt: skip
-
-    def _call(self, problem: Problem, tactic: int, workspace: torch.Tensor, counters: torch.Tensor) -> Call:
-        shape, bfloat16 = problem.shape, int(DTYPES[problem.dtype] == torch.bfloat16)
-
-        def call(tensors: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            qweight, scales, zeros = (None if t is None else t.data_ptr() for t in tensors)
-            stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
-            error = self._c.awq_trt_gemm(
-                x.data_ptr(), qweight, scales, zeros, None, None, y.data_ptr(), x.shape[0], shape.n, shape.k,
-                shape.group_size, bfloat16, tactic, workspace.data_ptr(), counters.data_ptr(), stream,
-            )  # fmt: skip
-            if error:
-                raise KernelError(f"awq_trt_gemm: {self._c.awq_trt_error_text(error).decode()} (code {error})")
-            return y
-
-        return call
+    named = {f"tactic {t}": t for t in ids[: min(count, MAX_TACTICS)] if t != 0}
+    return {name: partial(call, tactic) for name, tactic in ({"default": 0} | named).items()}

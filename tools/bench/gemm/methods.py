@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,14 +22,10 @@ Call = Callable[[Tensors, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer in one method's form.
+    """A layer in one method's form."""
 
-    Attributes:
-        tensors: what every call reads of the layer, so what is copied for the rotation. variants: name -> call.
-    """
-
-    tensors: Tensors
-    variants: dict[str, Call]
+    tensors: Tensors  # what every call reads of the layer, so what is copied for the rotation
+    variants: dict[str, Call]  # by name
 
     @property
     def bytes(self) -> int:
@@ -43,46 +38,31 @@ class Packed:
 
 
 Pack = Callable[[Problem, Sequence[int]], list[Packed]]
-Load = Callable[[Path | None], Pack]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One competitor.
+    """One competitor."""
 
-    Attributes:
-        name: in the record. module: in this folder. dtypes: what it takes; where the run's dtype is not among them, the
-        problem is cast to the first. package: what `pip download` calls it, "" for none. peer: counts as a rival of
-        the own kernels. Guesses for the plan: setup_seconds per shape; cell_seconds per number of tokens and variant,
-        the replays apart; how many variants; times_floor: how far from the floor a call is.
-    """
-
-    name: str
-    module: str
-    dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    package: str = ""
-    peer: bool = True
-    setup_seconds: float = 0.3
-    cell_seconds: float = 0.1
-    variants: int = 1
-    times_floor: float = 1.5
+    name: str  # in the record
+    module: str  # in this folder
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")  # a run in another one casts the problem to the first of these
+    package: str = ""  # what `pip download` calls it
+    peer: bool = True  # counts as a rival of the own kernels
 
 
 OWN, CUBLAS = "awq_trt", "cublas"
 METHODS = (
-    Method(OWN, "method_awq_trt", peer=False, variants=6),  # the default and five tactics
+    Method(OWN, "method_awq_trt", peer=False),
     Method(CUBLAS, "method_cublas", peer=False),
-    Method("humming", "method_humming", package="humming-kernels==0.1.19", setup_seconds=5),
-    Method("int4pack", "method_int4pack", dtypes=("bfloat16",), times_floor=15),  # reads the weights for each 16 tokens
-    # compiles each kernel, about 2 s, but has settings for 4 of the 14 shapes only
-    Method("gemlite", "method_gemlite", package="gemlite==0.6.0.post2", cell_seconds=0.6, times_floor=2),
-    Method("fbgemm", "method_fbgemm", dtypes=("bfloat16",), package="fbgemm-gpu-genai==1.6.0", variants=2),
+    Method("humming", "method_humming", package="humming-kernels==0.1.19"),
+    Method("int4pack", "method_int4pack", dtypes=("bfloat16",)),
+    Method("gemlite", "method_gemlite", package="gemlite==0.6.0.post2"),
+    Method("fbgemm", "method_fbgemm", dtypes=("bfloat16",), package="fbgemm-gpu-genai==1.6.0"),
 )
-PROCESSES = ((OWN, CUBLAS), ("humming",), ("int4pack",), ("gemlite",), ("fbgemm",))
-"""Methods that share a process, in the order of their importance: a peer that dies takes none of the others along."""
-
-SHARES = (0.6, 0.6, 0.4, 0.7, 1.0)
-"""How much of the time that is left each process may take."""
+PROCESSES = (((OWN, CUBLAS), 0.6), (("humming",), 0.6), (("int4pack",), 0.4), (("gemlite",), 0.7), (("fbgemm",), 1.0))
+"""Methods that share a process, and how much of the time that is left it may take; in the order of their importance: a
+peer that dies takes none of the others along."""
 
 
 def named(names: Sequence[str]) -> list[Method]:

@@ -26,19 +26,13 @@ PART = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer rounded to nearest and inputs for it.
-
-    Attributes:
-        shape: of the layer. dtype: of scales and activations, "float16" or "bfloat16".
-        layer: q uint8 [N, K], scales [N, G], zeros uint8 [N, G] or None. x: [tokens, K].
-        checked: int64 [S], ascending: the tokens that are compared.
-    """
+    """A layer rounded to nearest and inputs for it."""
 
     shape: Shape
-    dtype: str
-    layer: QuantizedLinear
-    x: torch.Tensor
-    checked: torch.Tensor
+    dtype: str  # of scales and activations, "float16" or "bfloat16"
+    layer: QuantizedLinear  # q uint8 [N, K], scales [N, G], zeros uint8 [N, G] or None
+    x: torch.Tensor  # [tokens, K]
+    checked: torch.Tensor  # int64 [S], ascending: the tokens that are compared
 
     @cached_property
     def expected(self) -> torch.Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gpu_check
 import torch
 
+from bench import machine
 from bench.gemm import targets
 from bench.gemm.measure import Settings
 from bench.gemm.method_awq_trt import LIBRARY
@@ -22,17 +22,12 @@ Record = dict[str, Any]
 
 def new_record(settings: Settings, seconds: float) -> Record:
     """The record before anything is measured."""
-    versions = gpu_check.versions() | {"cuda of torch": str(torch.version.cuda)}
-    for package in ("triton", *(m.package.split("==")[0] for m in METHODS if m.package)):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    peers = machine.versions(("triton", *(m.package.split("==")[0] for m in METHODS if m.package)))
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": gpu_check.hardware(),
-        "versions": versions,
-        "settings": settings.as_json() | {"library": settings.library and LIBRARY, "seconds": seconds},
+        "date": machine.now(),
+        "hardware": machine.gpus(),
+        "versions": gpu_check.versions() | peers | {"cuda of torch": str(torch.version.cuda)},
+        "settings": asdict(settings) | {"library": settings.library and LIBRARY, "seconds": seconds},
         "refusals": {},
         "rows": [],
     }
@@ -59,7 +54,7 @@ def write(record: Record, path: Path) -> None:
     for name, entries in lists.items():
         lines = ",\n".join("  " + json.dumps(entry, allow_nan=False) for entry in entries)
         text = text.replace(f'\n "{name}": []', f'\n "{name}": [\n{lines}\n ]')
-    gpu_check.write_text(path, text + "\n")
+    machine.write_text(path, text + "\n")
 
 
 def read(path: Path) -> Record:

@@ -44,21 +44,11 @@ def table(name: str, model: Model, tokens: list[int], own: Times, cublas: Times)
     lines = ["", f"## {name}, group {model.group_size}", "", f"| tokens | {' | '.join(heads)} | all four |"]
     lines.append("|---" * (len(layers) + 2) + "|")
     for m in tokens:
-        pairs = [(us(cublas.get((n, k, m))), us(own.get((n, k, m)))) for n, k in layers.values()]
-        pairs.append((total([p[0] for p in pairs]), total([p[1] for p in pairs])))
+        rows = [(cublas.get((n, k, m)), own.get((n, k, m))) for n, k in layers.values()]
+        pairs = [tuple(None if row is None else row["us"] for row in pair) for pair in rows]
+        pairs.append(tuple(None if None in times else sum(times) for times in zip(*pairs, strict=True)))
         lines.append(f"| {m} | {' | '.join(text(*pair) for pair in pairs)} |")
     return lines
-
-
-def us(row: Row | None) -> float | None:
-    """A row's microseconds."""
-    return None if row is None else row["us"]
-
-
-def total(times: list[float | None]) -> float | None:
-    """Their sum; None where one is missing."""
-    known = [t for t in times if t is not None]
-    return sum(known) if len(known) == len(times) else None
 
 
 def text(cublas: float | None, own: float | None) -> str:

@@ -17,21 +17,13 @@ RANGES = {"decode": TOKENS, "prefill": PREFILL, "all": (*TOKENS, *PREFILL)}
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder with a gated MLP.
-
-    Attributes:
-        hidden, query, key, mlp: widths; those of all query heads and of all key heads. blocks, vocabulary: how many.
-        group_size: for its weights. tied: the head is the embedding.
-    """
+    """A decoder with a gated MLP: the widths of its layers."""
 
     hidden: int
-    query: int
-    key: int
+    query: int  # of all query heads
+    key: int  # of all key heads
     mlp: int
-    blocks: int
-    vocabulary: int
-    group_size: int = 128
-    tied: bool = False
+    group_size: int = 128  # for its weights
 
     def layers(self) -> dict[str, tuple[int, int]]:
         """Name -> (N, K) of the linear layers of a block; those that read the same input are one."""
@@ -44,10 +36,10 @@ class Model:
 
 
 MODELS = {
-    "Llama-3.1-8B": Model(4096, 4096, 1024, 14336, 32, 128256),
-    "Llama-3.1-70B": Model(8192, 8192, 1024, 28672, 80, 128256),
-    "Qwen3-8B": Model(4096, 4096, 1024, 12288, 36, 151936),
-    "SmolLM2-135M": Model(576, 576, 192, 1536, 30, 49152, group_size=64, tied=True),  # 576 = 9 * 64
+    "Llama-3.1-8B": Model(4096, 4096, 1024, 14336),
+    "Llama-3.1-70B": Model(8192, 8192, 1024, 28672),
+    "Qwen3-8B": Model(4096, 4096, 1024, 12288),
+    "SmolLM2-135M": Model(576, 576, 192, 1536, group_size=64),  # 576 = 9 * 64
 }
 
 HEADLINE = ((4096, 4096), (4096, 14336), (8192, 28672))

@@ -17,8 +17,6 @@ SMALL = 16
 SPEEDUPS = {(4096, 4096): 2.6, (4096, 14336): 3.0, (8192, 28672): 3.4}
 """(N, K) -> least speed-up over cuBLAS in 16 bits, up to SMALL tokens."""
 
-LARGE, LARGE_SPEEDUP = 32, 2.0
-
 FRACTIONS_OF_PEAK = {128: 0.70, 256: 0.75}
 """Tokens -> least fraction of the tensor cores' measured peak; for layers of the group size that this was said of."""
 PEAK_GROUP = 128
@@ -28,16 +26,6 @@ PEERS = tuple(m.name for m in METHODS if m.peer)
 Cell = tuple[int, int, int]
 """(N, K, tokens)."""
 Value = TypeVar("Value")
-
-
-def allowed_us(floor_us: float) -> float:
-    """The time that counts as being at the floor: 15% above it, and 2.5 us for starting a kernel."""
-    return 1.15 * floor_us + 2.5
-
-
-def allowed_at_first_us(floor_us: float) -> float:
-    """The same for the fewest tokens of prefill: 30% above the floor, and 3 us."""
-    return 1.3 * floor_us + 3
 
 
 def add_floors(rows: Iterable[Row], shapes: Sequence[Shape], symmetric: bool, bandwidth: float, peak: float) -> None:
@@ -79,92 +67,64 @@ def evaluate(rows: Sequence[Row], tokens: Iterable[int], variant: str | None = N
     over_peer = {c: peer[c]["us"] / r["us"] for c, r in own.items() if c in peer}
     errors = {c: r["error"] / cublas[c]["error"] for c, r in own.items()
               if c in cublas and r["dtype"] == cublas[c]["dtype"]}  # fmt: skip
+    timed, small, few, first = {c: r for c, r in own.items() if "floor_us" in r}, SMALL, TOKENS[-1], PREFILL[0]
     found = []
-    if any(m < PREFILL[0] for m in tokens):
-        found += decode_targets(own, up_to(over_cublas, TOKENS[-1]), up_to(over_peer, TOKENS[-1]))
-    if any(m >= PREFILL[0] for m in tokens):
-        found += prefill_targets(own, since(over_cublas, PREFILL[0]), since(over_peer, PREFILL[0]))
+    if any(m < first for m in tokens):
+        slow = {c: r["us"] / (1.15 * r["floor_us"] + 2.5) for c, r in between(timed, 1, small).items()}
+        headline = {c: v for c, v in over_cublas.items() if c[:2] in SPEEDUPS}
+        found += [
+            target(f"time / (1.15 floor + 2.5 us), up to {small} tokens", slow, 1.0, max),
+            *(target(f"cuBLAS / own, {n}x{k}, up to {small} tokens",
+                     {c: v for c, v in between(headline, 1, small).items() if c[:2] == (n, k)}, limit)
+              for (n, k), limit in SPEEDUPS.items()),
+            target(f"cuBLAS / own, {few} tokens", between(headline, few, few), 2.0),
+            target("best peer / own, every cell", between(over_peer, 1, few), 1.0),
+            target("best peer / own, geometric mean", between(over_peer, 1, few), 1.2, geometric_mean),
+        ]  # fmt: skip
+    if any(m >= first for m in tokens):
+        slow = {c: r["us"] / (1.3 * r["floor_us"] + 3) for c, r in between(timed, first, first).items()}
+        of_peak = {c: r["fraction_of_peak"] for c, r in timed.items() if r["group_size"] == PEAK_GROUP}
+        many, peers = between(over_cublas, MIDDLE + 1), between(over_peer, first)
+        found += [
+            target(f"time / (1.3 floor + 3 us), {first} tokens", slow, 1.0, max),
+            *(target(f"fraction of the peak, {m} tokens, group {PEAK_GROUP}", between(of_peak, m, m), limit)
+              for m, limit in FRACTIONS_OF_PEAK.items()),
+            target(f"cuBLAS / own, {first} to {MIDDLE} tokens", between(over_cublas, first, MIDDLE), 1.3),
+            target(f"cuBLAS / own, beyond {MIDDLE} tokens, every cell", many, 0.95),
+            target(f"cuBLAS / own, beyond {MIDDLE} tokens, median", many, 1.0, statistics.median),
+            target(f"best peer / own, from {first} tokens, every cell", peers, 0.95),
+            target(f"best peer / own, from {first} tokens, geometric mean", peers, 1.1, geometric_mean),
+        ]  # fmt: skip
     return [*found, target("error / error of cuBLAS", errors, 1.1, max)]
 
 
-def decode_targets(
-    own: dict[Cell, Row], over_cublas: dict[Cell, float], over_peer: dict[Cell, float]
-) -> list[dict[str, Any]]:
-    """Up to 32 tokens."""
-    slow = {c: r["us"] / allowed_us(r["floor_us"]) for c, r in up_to(own, SMALL).items() if "floor_us" in r}
-    found = [target(f"time / (1.15 floor + 2.5 us), up to {SMALL} tokens", slow, 1.0, max)]
-    for (n, k), limit in SPEEDUPS.items():
-        cells = {c: v for c, v in up_to(over_cublas, SMALL).items() if c[:2] == (n, k)}
-        found.append(target(f"cuBLAS / own, {n}x{k}, up to {SMALL} tokens", cells, limit, min))
-    large = {c: v for c, v in over_cublas.items() if c[:2] in SPEEDUPS and c[2] == LARGE}
-    found.append(target(f"cuBLAS / own, {LARGE} tokens", large, LARGE_SPEEDUP, min))
-    found.append(target("best peer / own, every cell", over_peer, 1.0, min))
-    return [*found, middle_target("best peer / own, geometric mean", over_peer, geometric_mean, 1.2)]
+def between(cells: dict[Cell, Value], low: int, high: float = math.inf) -> dict[Cell, Value]:
+    """The cells of `low` to `high` tokens."""
+    return {c: v for c, v in cells.items() if low <= c[2] <= high}
 
 
-def prefill_targets(
-    own: dict[Cell, Row], over_cublas: dict[Cell, float], over_peer: dict[Cell, float]
-) -> list[dict[str, Any]]:
-    """From 64 tokens on."""
-    first = PREFILL[0]
-    slow = {c: r["us"] / allowed_at_first_us(r["floor_us"]) for c, r in own.items()
-            if c[2] == first and "floor_us" in r}  # fmt: skip
-    found = [target(f"time / (1.3 floor + 3 us), {first} tokens", slow, 1.0, max)]
-    for m, limit in FRACTIONS_OF_PEAK.items():
-        fractions = {c: r["fraction_of_peak"] for c, r in own.items()
-                     if c[2] == m and "fraction_of_peak" in r and r["group_size"] == PEAK_GROUP}  # fmt: skip
-        found.append(target(f"fraction of the peak, {m} tokens, group {PEAK_GROUP}", fractions, limit, min))
-    large = since(over_cublas, MIDDLE + 1)
-    found += [
-        target(f"cuBLAS / own, {first} to {MIDDLE} tokens", up_to(over_cublas, MIDDLE), 1.3, min),
-        target(f"cuBLAS / own, beyond {MIDDLE} tokens, every cell", large, 0.95, min),
-        middle_target(f"cuBLAS / own, beyond {MIDDLE} tokens, median", large, statistics.median, 1.0),
-        target(f"best peer / own, from {first} tokens, every cell", over_peer, 0.95, min),
-        middle_target(f"best peer / own, from {first} tokens, geometric mean", over_peer, geometric_mean, 1.1),
-    ]
-    return found
+def target(what: str, values: dict[Cell, float], limit: float, judge: Callable[..., Any] = min) -> dict[str, Any]:
+    """One target: the worst value against its limit, or a median or mean of all.
 
-
-def up_to(cells: dict[Cell, Value], tokens: int) -> dict[Cell, Value]:
-    """The cells of so many tokens at most."""
-    return {c: v for c, v in cells.items() if c[2] <= tokens}
-
-
-def since(cells: dict[Cell, Value], tokens: int) -> dict[Cell, Value]:
-    """The cells of so many tokens at least."""
-    return {c: v for c, v in cells.items() if c[2] >= tokens}
-
-
-def target(what: str, values: dict[Cell, float], limit: float, worst: Callable[..., Cell]) -> dict[str, Any]:
-    """One line: the worst value (`worst` is max where small is good, min where large is) against its limit."""
+    Args:
+        judge: min: every value must be at least `limit`; max: at most; else what makes one number of all the values,
+            which must be at least `limit`.
+    """
+    entry = {"what": what, "limit": limit, "cells": len(values), "met": None}
     if not values:
-        return {"what": what, "limit": limit, "cells": 0, "met": None}
-    cell = worst(values, key=values.__getitem__)
-    met = values[cell] <= limit if worst is max else values[cell] >= limit
-    return {
-        "what": what,
-        "limit": limit,
-        "cells": len(values),
-        "value": round(values[cell], 3),
-        "at": list(cell),
-        "met": met,
-    }
-
-
-def middle_target(
-    what: str, values: dict[Cell, float], middle: Callable[[list[float]], float], limit: float
-) -> dict[str, Any]:
-    """The same for the median or the geometric mean over all cells."""
-    if not values:
-        return {"what": what, "limit": limit, "cells": 0, "met": None}
-    found = middle(list(values.values()))
-    return {"what": what, "limit": limit, "cells": len(values), "value": round(found, 3), "met": found >= limit}
+        return entry
+    if judge in (min, max):
+        cell = judge(values, key=values.__getitem__)
+        value, entry["at"] = values[cell], list(cell)
+    else:
+        value = judge(list(values.values()))
+    return entry | {"value": round(value, 3), "met": value <= limit if judge is max else value >= limit}
 
 
 def line(entry: dict[str, Any]) -> str:
     """A target for people."""
-    verdict = {True: "met", False: "MISSED", None: "not measured"}[entry["met"]]
     if entry["met"] is None:
-        return f"{verdict}: {entry['what']} (limit {entry['limit']})"
+        return f"not measured: {entry['what']} (limit {entry['limit']})"
     at = "" if "at" not in entry else " at {}x{}, {} tokens".format(*entry["at"])
+    verdict = "met" if entry["met"] else "MISSED"
     return f"{verdict}: {entry['what']}: {entry['value']} (limit {entry['limit']}){at}; {entry['cells']} cells"

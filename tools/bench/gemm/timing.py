@@ -6,9 +6,8 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 
@@ -24,19 +23,12 @@ FEWEST_REPLAYS = 7
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: the median over replays and the 10th percentile; what was replayed how often."""
+    """Microseconds of one call."""
 
-    us: float
-    p10_us: float
-    calls: int
+    us: float  # median over the replays
+    p10_us: float  # 10th percentile
+    calls: int  # in a graph
     replays: int
-
-
-class Timer(Protocol):
-    """Something that times calls."""
-
-    def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
-        """Time calls that are made one after the other, over and over."""
 
 
 def timing_of(milliseconds: Sequence[float], calls: int) -> Timing:
@@ -56,23 +48,11 @@ def replays_for(graph_us: float, most: int) -> int:
     return min(most, max(FEWEST_REPLAYS, int(CELL_US / max(graph_us, 1))))
 
 
-def cell_us(count: int, us: float, most: int) -> float:
-    """Microseconds that a GraphTimer takes for `count` calls of `us` each, what happens outside the GPU apart."""
-    graph = repeats(count, us) * count * us
-    replays = replays_for(graph, most)
-    return (min(count, MIN_CALLS) + 1) * us + (1 + warm_replays(replays) + replays) * graph
-
-
-def warm_replays(replays: int) -> int:
-    """Replays that are not timed, before `replays` that are."""
-    return math.ceil(replays / 10)
-
-
 @dataclass(frozen=True)
 class GraphTimer:
-    """Captures the calls in one CUDA graph and replays it. replays: at most."""
+    """Captures the calls in one CUDA graph and replays it."""
 
-    replays: int = 30
+    replays: int = 30  # at most
 
     def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
         """Time calls; what they allocate and compile on first use happens before the capture."""
@@ -95,9 +75,20 @@ class GraphTimer:
             graph.capture_end()
         (once,) = timed([graph.replay])
         replays = replays_for(1e3 * once, self.replays)
-        for _ in range(warm_replays(replays)):
+        for _ in range(math.ceil(replays / 10)):  # to warm up
             graph.replay()
         return timing_of(timed([graph.replay] * replays), len(calls))
+
+
+class FakeTimer(GraphTimer):
+    """For machines without a GPU: makes every call once and says what it would have counted, a microsecond a call."""
+
+    def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
+        """Make each call once."""
+        calls = list(calls) * repeats(len(calls), 1.0)
+        for call in calls:
+            call()
+        return timing_of([1e-3 * len(calls)] * replays_for(len(calls), self.replays), len(calls))
 
 
 def timed(steps: Sequence[Callable[[], object]]) -> list[float]:
@@ -111,41 +102,18 @@ def timed(steps: Sequence[Callable[[], object]]) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
 
-@dataclass(frozen=True)
-class FakeTimer:
-    """For machines without a GPU: makes every call once and says what it would have counted, a microsecond a call."""
-
-    replays: int = 30
-
-    def measure(self, calls: Sequence[Callable[[], object]]) -> Timing:
-        """Make each call once."""
-        calls = list(calls) * repeats(len(calls), 1.0)
-        for call in calls:
-            call()
-        return timing_of([1e-3 * len(calls)] * replays_for(len(calls), self.replays), len(calls))
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bytes per second of the GPU's memory: a copy (bytes read and written), a pass that only reads, the larger."""
-
-    copy: float
-    read: float
-    used: float
-    by: str
-
-
-def bandwidth(timer: Timer, device: str, size: int) -> dict[str, object]:
-    """Measure both on a buffer of `size` bytes, a few times the L2 cache at least; a Bandwidth as a dict."""
+def bandwidth(timer: GraphTimer, device: str, size: int) -> dict[str, object]:
+    """Bytes per second of the GPU's memory on a buffer of `size` bytes, a few times the L2 cache at least: a copy
+    (bytes read and written), a pass that only reads, and the larger of the two: {"copy", "read", "used", "by"}."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / timer.measure([lambda: target.copy_(source)]).us * 1e6
     passes = [timer.measure([lambda: source.sum()]), timer.measure([lambda: source.amax()])]
     read = size / min(p.us for p in passes) * 1e6
-    return asdict(Bandwidth(copy, read, max(copy, read), "copy" if copy > read else "read"))
+    return {"copy": copy, "read": read, "used": max(copy, read), "by": "copy" if copy > read else "read"}
 
 
-def peak(timer: Timer, device: str, dtype: torch.dtype, size: int) -> dict[str, object]:
+def peak(timer: GraphTimer, device: str, dtype: torch.dtype, size: int) -> dict[str, object]:
     """Flops per second of a product of two random matrices [size, size] by cuBLAS, the median: {"used", "by"}.
 
     Random, because a GPU that multiplies zeros draws less power and clocks higher.
@@ -159,12 +127,6 @@ def peak(timer: Timer, device: str, dtype: torch.dtype, size: int) -> dict[str, 
 def warm_up(seconds: float) -> None:
     """Keep the GPU busy until its clocks have risen."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    spent = 0.0
+    out, spent = torch.empty_like(a), 0.0
     while spent < seconds:
-        start.record()
-        for _ in range(50):
-            a @ a
-        end.record()
-        torch.cuda.synchronize()
-        spent += start.elapsed_time(end) / 1e3
+        spent += sum(timed([lambda: torch.mm(a, a, out=out)] * 50)) / 1e3

@@ -1,13 +1,16 @@
 // How the tensor-core kernels divide a product over blocks: made by the host, read by the kernels.
 //
-//   tile    rows() output features x `tokens` tokens, computed by one block
-//   unit    64 columns of a tile: what is one stage of shared memory
+//   tile           rows() output features x `tokens` tokens, computed by one block
+//   row tile       16 output features of a tile; each warp has one or two
+//   K-block        64 columns of a tile: one stage of shared memory
+//   raster group   tiles of kRasterGroupTokens tokens: all of them come before the next group, so that their X stays in
+//   L2
 //
 // As many blocks as fit run until nothing is left. Whole tiles, one after the other, are best, except that the last
-// ones are rarely as many as there are blocks: so the units of the first `split_tiles` tiles are cut into one segment
-// of consecutive units for each block, which begins with it (stream-K, Osama et al. 2023, arXiv 2301.03598). Of a tile
-// that a segment does not have as a whole, it leaves a partial sum in the workspace; the block that arrives last adds
-// them, in the order of the units. Nobody waits for another block.
+// ones are rarely as many as there are blocks: so the K-blocks of the first `split_tiles` tiles are cut into segments
+// of consecutive K-blocks, one for each block, which begins with it (stream-K, Osama et al. 2023, arXiv 2301.03598).
+// Where a segment covers a part of a tile only, its block leaves a partial sum in the workspace; the block that arrives
+// last adds them, in the order of the K-blocks. No block waits for another.
 #pragma once
 
 #include <cstddef>
@@ -20,12 +23,12 @@ namespace awq_trt {
 // A kernel of gemm_kernel.cuh or wgmma_kernel.cuh.
 struct GemmTile {
   bool wgmma;
-  int32_t warps;   // that multiply
-  int32_t strips;  // of 16 features, of each warp
+  int32_t warps;      // that multiply
+  int32_t row_tiles;  // of 16 features, of each warp
   int32_t tokens;
-  int32_t resident;  // blocks of a multiprocessor, at most
+  int32_t resident;  // blocks of an SM, at most
 
-  AWQ_HOST_DEVICE int32_t rows() const { return warps * strips * kTileN; }
+  AWQ_HOST_DEVICE int32_t rows() const { return warps * row_tiles * kTileN; }
   AWQ_HOST_DEVICE int32_t sum_bytes() const { return rows() * tokens * 4; }
 };
 constexpr GemmTile kGemmTiles[] = {
@@ -34,7 +37,7 @@ constexpr GemmTile kGemmTiles[] = {
 };
 constexpr int32_t kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 
-constexpr int32_t kBandTokens = 1024;  // tiles of so many tokens come before those of the next ones: L2 keeps their X
+constexpr int32_t kRasterGroupTokens = 1024;
 constexpr int32_t kMaxSplitTiles = 1024;  // counters
 constexpr int32_t kMmaStages = 4;         // of gemm_kernel.cuh: 3 where 4 do not fit into shared memory
 constexpr int32_t kWgmmaStages = 7;       // of wgmma_kernel.cuh
@@ -43,24 +46,24 @@ constexpr int32_t kScratchPad = 16;       // bytes, so that tokens fall into dif
 constexpr int32_t kSwizzleBytes = 1024;   // what the stages of wgmma must be aligned to
 
 // A stage in shared memory, in bytes: X [token][64 columns], its chunks of 16 bytes at chunk ^ (token % 8); q
-// [strip][lane][16]; scales [strip][half][i][4], zeros [strip][half][i] for the two halves of a unit.
+// [row tile][lane][16]; scales [row tile][half][i][4], zeros [row tile][half][i] for the two halves of a K-block.
 struct StageLayout {
   int32_t q, scales, zeros, bytes;
-  AWQ_HOST_DEVICE explicit StageLayout(int32_t strips, int32_t tokens)
+  AWQ_HOST_DEVICE explicit StageLayout(int32_t row_tiles, int32_t tokens)
       : q(tokens * kTileK * 2),
-        scales(q + strips * kTileN * kTileK / 2),
-        zeros(scales + strips * 64),
-        bytes(zeros + strips * 16) {}
+        scales(q + row_tiles * kTileN * kTileK / 2),
+        zeros(scales + row_tiles * 64),
+        bytes(zeros + row_tiles * 16) {}
 };
 
-struct GemmPlan {
+struct GemmSchedule {
   int32_t tile;                    // of kGemmTiles
-  int32_t row_tiles, token_tiles;  // tiles of Y
-  int32_t units;                   // of a tile
-  int32_t band;                    // kBandTokens in tiles
+  int32_t grid_rows, grid_tokens;  // tiles of Y
+  int32_t k_blocks;                // of a tile
+  int32_t raster_group;            // kRasterGroupTokens, in tiles
   int32_t tiles;
   int32_t split_tiles;
-  Cut segments;  // of the units of split_tiles over split_blocks
+  Cut segments;  // of the K-blocks of split_tiles over split_blocks
   int32_t split_blocks, blocks;
   int32_t stages;
   int32_t shared_bytes;  // of a block
@@ -74,10 +77,10 @@ struct GemmPolicy {
 };
 
 // False where no launch can do it: more tiles than blocks can count.
-bool PlanGemm(GemmArgs const& args, GemmPolicy const& policy, Device const& device, GemmPlan& plan);
+bool ScheduleGemm(GemmArgs const& args, GemmPolicy const& policy, Device const& device, GemmSchedule& schedule);
 
 // What tiles are compared by; assumptions, not measurements.
-double EstimateNanoseconds(GemmPlan const& plan, GemmArgs const& args, Device const& device);
+double EstimateNanoseconds(GemmSchedule const& schedule, GemmArgs const& args, Device const& device);
 
 // What partial sums need, on any GPU, for this many tokens or fewer.
 size_t GemmWorkspaceBytes(int32_t n, int32_t k, int64_t tokens);
