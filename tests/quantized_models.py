@@ -16,7 +16,8 @@ from torch import nn
 
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.quantized import Writer, open_quantized
+from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.checkpoint.writer import Writer
 from awq_trt.linear import QuantizedLinear, quantize_weight
 
 Parts = dict[str, torch.Tensor]

@@ -23,8 +23,9 @@ from awq_trt.checkpoint.directory import safetensors_index
 from awq_trt.checkpoint.formats import from_parts
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.quantized import QuantizedCheckpoint, Writer, is_quantized, open_quantized
+from awq_trt.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from awq_trt.checkpoint.schemes import Scheme
+from awq_trt.checkpoint.writer import Writer
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.verify import agreement
 from awq_trt.export.export import export_onnx
