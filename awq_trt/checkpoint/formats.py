@@ -132,8 +132,8 @@ def _to_awq_gemm(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
 def _to_pack_quantized(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
     if layer.pre_scale is not None:
         raise AwqTrtError(
-            "compressed-tensors cannot carry a pre-scale; save with --save-format awq, or search without "
-            "(--no-pre-scale)."
+            'compressed-tensors cannot carry a pre-scale; save with save_format="awq", or search without '
+            "(pre_scale=False)."
         )
     parts = {
         "weight_packed": torch.from_numpy(pack_nibbles(layer.q.numpy())),

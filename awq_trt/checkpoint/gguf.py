@@ -26,15 +26,12 @@ PLAIN = ("token_embd.weight", "output.weight", "position_embd.weight")
 
 @dataclass(frozen=True)
 class GgufReader:
-    """Reads one tensor of a GGUF file: rows are dequantized in pieces, then `finish` reorders what llama.cpp reordered.
+    """Reads one tensor of a GGUF file: dequantizes its rows in pieces, then `finish` undoes llama.cpp's reordering."""
 
-    data: the blocks in the file, [rows, bytes of a row]. finish: see transformers' TensorProcessor; None where the
-    tensor is stored as it is.
-    """
-
-    data: Any
-    kind: Any
-    finish: Callable[[Any], Any] | None
+    data: Any  # the blocks in the file, uint8 [rows, bytes of a row]
+    kind: Any  # a gguf.GGMLQuantizationType
+    finish: Callable[[Any], Any] | None  # see transformers' TensorProcessor; None where it is stored as it is
+    dtype = torch.float32  # of what it gives
 
     def __call__(self) -> torch.Tensor:
         from gguf import dequantize
@@ -97,7 +94,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     known = [t for t in reader.tensors if t.name in names]
     readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
-    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,), torch.float32)
+    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,))
 
 
 def _causal_lm_class(config: transformers.PretrainedConfig) -> type:

@@ -19,6 +19,10 @@ OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
 """What a model gives: the first of these that it has."""
 
 
+class TransposedLinear(nn.Linear):
+    """A layer whose weight a file holds as [in, out]: a Conv1D of transformers (GPT-2)."""
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real.
@@ -47,8 +51,8 @@ def empty_model(
 ) -> transformers.PreTrainedModel:
     """The model of a configuration in eval mode: fp32 parameters on the meta device, buffers with their values.
 
-    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`. Fused experts become a
-    nn.Linear for each expert and projection (experts.py).
+    Conv1D layers (GPT-2) become `TransposedLinear`, fused experts an nn.Linear for each expert and projection
+    (experts.py).
 
     Raises:
         AwqTrtError: transformers has no class for the architecture.
@@ -60,16 +64,14 @@ def empty_model(
         for parent in list(model.modules()):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, Conv1D):
-                    linear = torch.nn.Linear(child.nx, child.nf, bias=True)
-                    linear.was_conv1d = True  # type: ignore[assignment]
-                    setattr(parent, child_name, linear)
+                    setattr(parent, child_name, TransposedLinear(child.nx, child.nf))
         split_experts(model)
     return model.eval()
 
 
 def transposed_weights(model: torch.nn.Module) -> frozenset[str]:
     """Weights that a file holds as [in, out] and `empty_model` as [out, in]."""
-    return frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
+    return frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, TransposedLinear))
 
 
 def persistent_buffers(model: torch.nn.Module) -> list[str]:

@@ -10,21 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 
-from awq_trt.checkpoint.directory import (
-    load_tokenizer,
-    local_path,
-    read_json,
-    safetensors_index,
-    special_tokens,
-)
+from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, special_tokens, stored_tensors
 from awq_trt.checkpoint.formats import OPTIONAL_PARTS, PARTS, from_parts
 from awq_trt.checkpoint.model import empty_model, transposed_weights
-from awq_trt.checkpoint.names import Place
-from awq_trt.checkpoint.quantized_names import match_floats, match_layers
+from awq_trt.checkpoint.names import StoredNames, parameter_readers
+from awq_trt.checkpoint.reader import Reader
 from awq_trt.checkpoint.schemes import START_AGAIN, Scheme, find_quantization, read_scheme
-from awq_trt.checkpoint.submodels import choose
+from awq_trt.checkpoint.submodels import Submodel, choose
 from awq_trt.errors import AwqTrtError
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
@@ -37,18 +30,18 @@ class _Linears(Mapping[str, QuantizedLinear]):
     """Layer name -> QuantizedLinear, read from the file at every access, floats in one dtype."""
 
     def __init__(
-        self, files: Mapping[str, Path], layers: Mapping[str, str], scheme: Scheme, dtype: torch.dtype
+        self, stored: Mapping[str, Reader], layers: Mapping[str, str], scheme: Scheme, dtype: torch.dtype
     ) -> None:
-        self._files, self._layers, self._scheme, self._dtype = files, layers, scheme, dtype
+        self._stored, self._layers, self._scheme, self._dtype = stored, layers, scheme, dtype
 
     def __getitem__(self, name: str) -> QuantizedLinear:
-        stored, format = self._layers[name], self._scheme.format
-        wanted = PARTS[format] + OPTIONAL_PARTS.get(format, ())
-        parts = {p: read_tensor(self._files, f"{stored}.{p}") for p in wanted if f"{stored}.{p}" in self._files}
-        layer = from_parts(format, stored, parts, self._scheme.group_size)
-        scale = None if layer.pre_scale is None else _rounded(f"{stored}: pre-scale", layer.pre_scale, self._dtype)
-        scales = _rounded(f"{stored}: scales", layer.scales, self._dtype)
-        return dataclasses.replace(layer, scales=scales, pre_scale=scale)
+        layer, format = self._layers[name], self._scheme.format
+        wanted = {part: f"{layer}.{part}" for part in PARTS[format] + OPTIONAL_PARTS.get(format, ())}
+        parts = {part: self._stored[key]() for part, key in wanted.items() if key in self._stored}
+        linear = from_parts(format, layer, parts, self._scheme.group_size)
+        scale = None if linear.pre_scale is None else _rounded(f"{layer}: pre-scale", linear.pre_scale, self._dtype)
+        scales = _rounded(f"{layer}: scales", linear.scales, self._dtype)
+        return dataclasses.replace(linear, scales=scales, pre_scale=scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -67,29 +60,20 @@ def _rounded(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A quantized checkpoint on disk; nothing is read before it is asked for.
+    """A quantized checkpoint on disk; nothing is read before it is asked for."""
 
-    Attributes:
-        source, config, dtype, tokenizer: as in `Checkpoint`; the configuration without its quantization part.
-        linears: layer name -> QuantizedLinear. left_in_float: layer name -> why it was not quantized.
-        report: the file awq_trt.json, {} where another tool wrote the checkpoint.
-        scheme: how the layers are stored. files: tensor name in the file -> file.
-        names: parameter or buffer of the model that is stored in float -> where it is in the file.
-        generation: see `checkpoint.special_tokens`.
-    """
-
-    source: str
-    config: transformers.PretrainedConfig
-    dtype: torch.dtype
-    linears: Mapping[str, QuantizedLinear]
-    left_in_float: Mapping[str, str]
-    report: Mapping[str, Any]
+    source: str  # what the user named (path or hub id), for messages
+    config: transformers.PretrainedConfig  # without its quantization part
+    dtype: torch.dtype  # of the activations in the engine
+    linears: Mapping[str, QuantizedLinear]  # by layer name
+    left_in_float: Mapping[str, str]  # layer name -> why it was not quantized
+    report: Mapping[str, Any]  # the file awq_trt.json, {} where another tool wrote the checkpoint
     tokenizer: Any
-    scheme: Scheme
-    files: Mapping[str, Path] = field(repr=False)
-    names: Mapping[str, Place] = field(repr=False)
-    transposed: frozenset[str] = frozenset()
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    scheme: Scheme  # how the layers are stored
+    stored: Mapping[str, Reader] = field(repr=False)  # by the tensor's name in the file
+    readers: Mapping[str, Reader] = field(repr=False)  # by parameter or buffer, of those that are stored in float
+    transposed: frozenset[str] = frozenset()  # as in `Checkpoint`
+    generation: Mapping[str, Any] = field(default_factory=dict)  # see `special_tokens`
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter of the model; a quantized weight as the fp32 product dequant(Q) * pre_scale, [N, K].
@@ -102,20 +86,9 @@ class QuantizedCheckpoint:
             linear = self.linears[layer]
             weight = linear.dequantize().float()
             return weight if linear.pre_scale is None else weight * linear.pre_scale.float()
-        if name not in self.names:
+        if name not in self.readers:
             raise AwqTrtError(f"{self.source}: the tensor {name} is missing; download the checkpoint again.")
-        place = self.names[name]
-        tensor = read_tensor(self.files, place.key)
-        if place.part is not None:
-            return place.part.of(tensor[place.part.expert])
-        return tensor.t().contiguous() if name in self.transposed else tensor
-
-
-def read_tensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
-    """Read one tensor from the safetensors file it is in."""
-    with safe_open(str(files[name]), framework="pt") as handle:
-        tensor: torch.Tensor = handle.get_tensor(name)
-    return tensor
+        return self.readers[name]()
 
 
 def is_quantized(directory: Path | str) -> bool:
@@ -142,37 +115,110 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     submodel = choose(config, source)
-    config = submodel.config
-    files = safetensors_index(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
-    model = empty_model(config)
-    layers = match_layers(model, files, scheme.format, source, submodel)
+    stored = stored_tensors(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
+    model = empty_model(submodel.config)
+    names = StoredNames(model, submodel)
+    layers = _match_layers(model, names, stored, scheme.format, source, submodel)
+    readers = _match_floats(model, names, stored, layers, source)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
-    dtype = _dtype(files, layers, scheme, config)
+    scales = next(part for part in PARTS[scheme.format] if "scale" in part)
+    dtypes: tuple[Any, ...] = (stored[f"{next(iter(layers.values()))}.{scales}"].dtype, submodel.config.dtype)
+    dtype = next((t for t in dtypes if t in DTYPES.values()), torch.float16)
     tokenizer = load_tokenizer(path)
     return QuantizedCheckpoint(
         source,
-        config,
+        submodel.config,
         dtype,
-        _Linears(files, layers, scheme, dtype),
+        _Linears(stored, layers, scheme, dtype),
         left,
         report,
         tokenizer,
         scheme,
-        files,
-        match_floats(model, files, layers, source, submodel),
+        stored,
+        readers,
         transposed_weights(model),
-        special_tokens(path, config, tokenizer),
+        special_tokens(path, submodel.config, tokenizer),
     )
 
 
-def _dtype(
-    files: Mapping[str, Path], layers: Mapping[str, str], scheme: Scheme, config: transformers.PretrainedConfig
-) -> torch.dtype:
-    """The dtype of the scales, if it is one of activations; else the configuration's, or float16."""
-    part = next(part for part in PARTS[scheme.format] if "scale" in part)
-    stored = read_tensor(files, f"{next(iter(layers.values()))}.{part}").dtype
-    return next((t for t in DTYPES.values() if t == stored), None) or next(
-        (t for t in DTYPES.values() if t == config.dtype), torch.float16
-    )
+def _match_layers(
+    model: transformers.PreTrainedModel,
+    names: StoredNames,
+    stored: Mapping[str, Reader],
+    format: str,
+    source: str,
+    submodel: Submodel,
+) -> dict[str, str]:
+    """Quantized layer of the model -> its name in the file. Nothing in the file is passed over.
+
+    Raises:
+        AwqTrtError: there is none; one is no linear layer of the model, or shares its weight with another parameter, or
+            has tensors that the format does not know.
+    """
+    marker = PARTS[format][1 if format == "modelopt" else 0]
+    keys = [key for key in stored if submodel.name(key) is not None]
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    layers: dict[str, str] = {}
+    for name in (key.removesuffix(f".{marker}") for key in keys if key.endswith(f".{marker}")):
+        found = (names.parameter(f"{name}.weight") or "").removesuffix(".weight")
+        if found not in linears:
+            raise AwqTrtError(
+                f"{source}: the quantized layer {name} is no linear layer of {type(model).__name__} as transformers "
+                f"{transformers.__version__} builds it (fused projections or experts, or another model). {START_AGAIN}"
+            )
+        layers[found] = name
+    if not layers:
+        raise AwqTrtError(f"{source}: says it is quantized, but no tensor is called *.{marker}; download it again.")
+    _refuse_tied(model, layers, source)
+    parts, files = {*PARTS[format], *OPTIONAL_PARTS.get(format, ())}, set(layers.values())
+    for key in keys:  # no input_scale is lost, and every packed tensor is of a layer
+        layer, _, part = key.rpartition(".")
+        if layer in files and part not in parts | {"bias"}:
+            raise AwqTrtError(f"{source}: tensor {key} has no meaning in {format}. {START_AGAIN}")
+        if layer not in files and part in parts - {"weight"}:
+            raise AwqTrtError(f"{source}: tensor {key} belongs to no quantized linear layer. {START_AGAIN}")
+    return layers
+
+
+def _refuse_tied(model: transformers.PreTrainedModel, layers: Mapping[str, str], source: str) -> None:
+    """A quantized lm_head cannot be the embedding table too."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for tied in owners.values():
+        both = [n for n in tied if n.removesuffix(".weight") in layers]
+        if both and len(tied) > 1:
+            raise AwqTrtError(
+                f"{source}: {both[0]} is quantized, and it is the same parameter as "
+                f"{next(n for n in tied if n != both[0])}. If the checkpoint holds both, set "
+                '"tie_word_embeddings": false in its config.json; else start from the checkpoint before quantization.'
+            )
+
+
+def _match_floats(
+    model: transformers.PreTrainedModel,
+    names: StoredNames,
+    stored: Mapping[str, Reader],
+    layers: Mapping[str, str],
+    source: str,
+) -> dict[str, Reader]:
+    """Parameter or buffer that is stored in float -> what reads it.
+
+    Raises:
+        AwqTrtError: a parameter is missing, or has another shape than the model's; a layer has a bias that the model
+            does not, other than the zeros that AutoGPTQ writes for every layer.
+    """
+    found = {name: place for name, place in names.find(stored).items() if name.removesuffix(".weight") not in layers}
+    parameters = (name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in layers)
+    if missing := [name for name in parameters if name not in found]:
+        raise AwqTrtError(f"{source}: the tensor {missing[0]} is missing; download the checkpoint again.")
+    for layer, name in layers.items():
+        bias = f"{name}.bias"
+        if bias in stored and f"{layer}.bias" not in found and bool(stored[bias]().any()):
+            raise AwqTrtError(
+                f"{source}: tensor {bias} is not zero, and {type(model).__name__} has no bias there: config.json and "
+                "the weights belong to different models."
+            )
+    return parameter_readers(source, model, found, stored)

@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor, in pieces, so that nothing is held twice.
+"""safetensors files: read tensor by tensor through memory maps, and written in pieces, so that nothing is held twice.
 
 Layout of the format: 8 bytes little-endian length of the header; the header, JSON padded with spaces to a multiple of
 8, {"__metadata__": {...}, name: {"dtype": "F16", "shape": [...], "data_offsets": [begin, end]}}; then the data, without
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from awq_trt.errors import AwqTrtError
 
@@ -31,20 +32,81 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+ONLY_READ = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+}
 PIECE = 1 << 20
 """Elements converted at once: 4 MiB of fp32."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor on its way to the file.
+class SafetensorsReader:
+    """Reads one tensor of a file through a memory map of its own, which lives as long as the tensor.
 
-    Attributes:
-        tensor: any shape and strides. dtype: what it is stored as. Values that were finite must stay so.
+    A map for the whole file would keep every page that was ever read resident, and what one caller changes in place
+    would be changed for the next.
     """
 
-    tensor: torch.Tensor
+    file: Path
+    written: int  # when the file was, in ns since 1970
+    begin: int  # byte of the file where the tensor begins
     dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            AwqTrtError: the file is another one than when it was opened.
+        """
+        state = self.file.stat()
+        if state.st_mtime_ns != self.written:
+            raise AwqTrtError(f"{self.file}: was written again while it was being read; start again.")
+        data = torch.from_file(str(self.file), shared=False, size=state.st_size, dtype=torch.uint8)
+        return data[self.begin : self.begin + self.bytes].view(self.dtype).view(self.shape)
+
+
+def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
+    """Tensor name -> what reads it. The header is read here, once, and checked against the length of the file.
+
+    Raises:
+        AwqTrtError: truncated or damaged, or a dtype that torch has not; `source` begins the message.
+    """
+    known = {name: dtype for dtype, name in DTYPES.items()} | ONLY_READ
+    state = file.stat()
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            facts = {name: handle.get_slice(name) for name in reversed(handle.offset_keys())}
+            entries = {name: (fact.get_dtype(), tuple(fact.get_shape())) for name, fact in facts.items()}
+    except SafetensorError as error:
+        raise AwqTrtError(
+            f"{source}: shard {file.name} is truncated or damaged ({error}); download it again."
+        ) from error
+    readers, end = {}, state.st_size
+    for name, (dtype, shape) in entries.items():  # from the end of the file, as it has no gaps
+        if dtype not in known:
+            raise AwqTrtError(f"{source}: tensor {name} in shard {file.name} is {dtype}, a dtype that is not read.")
+        end -= math.prod(shape) * known[dtype].itemsize
+        readers[name] = SafetensorsReader(file, state.st_mtime_ns, end, known[dtype], shape)
+    return readers
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on its way to the file."""
+
+    tensor: torch.Tensor  # any shape and strides
+    dtype: torch.dtype  # in the file; values that were finite must stay so
 
     @property
     def bytes(self) -> int:
@@ -64,7 +126,7 @@ class Stored:
             converted = piece.to(self.dtype).contiguous().flatten()
             if converted.is_floating_point() and not all(math.isfinite(bound) for bound in converted.aminmax()):
                 kind, largest = str(self.dtype).removeprefix("torch."), float(piece.abs().max())
-                raise AwqTrtError(f"overflows {kind} (largest value {largest:.4g}); use --dtype bfloat16.")
+                raise AwqTrtError(f'overflows {kind} (largest value {largest:.4g}); use dtype="bfloat16".')
             yield converted
 
 
@@ -96,35 +158,3 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
         raise AwqTrtError(f"tensor {name} {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its shape, its dtype as the format names it, and its size."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """Tensor name -> what the header says of it, checked against the length of the file.
-
-    Raises:
-        AwqTrtError: truncated or damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        entries = {}
-        for name, entry in header.items():
-            begin, after = entry["data_offsets"]
-            entries[name] = Entry(tuple(entry["shape"]), entry["dtype"], after - begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise AwqTrtError(f"{path}: not a safetensors file ({error}); write it again.") from error
-    if path.stat().st_size != 8 + length + end:
-        raise AwqTrtError(f"{path}: truncated, {path.stat().st_size} bytes instead of {8 + length + end}.")
-    return entries

@@ -18,16 +18,11 @@ START_AGAIN = "Start from the checkpoint before quantization."
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the layers of a checkpoint are stored.
+    """How the layers of a checkpoint are stored."""
 
-    Attributes:
-        method: its quant_method. format: a key of formats.PARTS.
-        group_size: -1 for the whole row, None where the configuration does not say (the tensors do).
-    """
-
-    method: str
-    format: str
-    group_size: int | None
+    method: str  # its quant_method
+    format: str  # a key of formats.PARTS
+    group_size: int | None  # -1 for the whole row, None where the configuration does not say (the tensors do)
 
 
 def find_quantization(directory: Path) -> dict[str, Any] | None:

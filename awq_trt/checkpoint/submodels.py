@@ -36,16 +36,11 @@ LANGUAGE: Prefixes = (
 
 @dataclass(frozen=True)
 class Submodel:
-    """What is taken of a checkpoint.
+    """What is taken of a checkpoint."""
 
-    Attributes:
-        config: of the part, or of the whole. prefixes: how names begin in the file, and in the part; () where they are
-            the same. note: what was left out, for people; "" where nothing was.
-    """
-
-    config: transformers.PretrainedConfig
-    prefixes: Prefixes = ()
-    note: str = ""
+    config: transformers.PretrainedConfig  # of the part, or of the whole
+    prefixes: Prefixes = ()  # how names begin in the file, and in the part; () where they are the same
+    note: str = ""  # what was left out, for people
 
     def name(self, key: str) -> str | None:
         """A name of the file as the part has it; None for what is not of the part."""
@@ -94,8 +89,8 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
         parts = _language_model(config, source, name)
     if part is None and len(parts) > 1:
         raise AwqTrtError(
-            f"{source}: {name} is several models, and an engine is made of one: choose with --part "
-            f"{' or --part '.join(parts)}."
+            f"{source}: {name} is several models, and an engine is made of one: choose with "
+            f"{' or '.join(f'part={part!r}' for part in parts)}."
         )
     if part is not None and part not in parts:
         raise AwqTrtError(f"{source}: {name} has no part {part!r}{': it has ' if parts else ''}{', '.join(parts)}.")

@@ -21,7 +21,7 @@ from awq_trt.checkpoint.directory import GENERATION
 from awq_trt.checkpoint.formats import to_parts
 from awq_trt.checkpoint.quantized import REPORT
 from awq_trt.checkpoint.reader import Checkpoint
-from awq_trt.checkpoint.safetensors import Stored, read_header, write_safetensors
+from awq_trt.checkpoint.safetensors import Stored, open_safetensors, write_safetensors
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
 
@@ -53,7 +53,7 @@ class Writer:
         if save_format == "compressed-tensors" and checkpoint.transposed:
             raise AwqTrtError(
                 f"{checkpoint.source}: this model has Conv1D layers, which transformers does not look for in a "
-                "compressed-tensors checkpoint; save with --save-format awq."
+                'compressed-tensors checkpoint; save with save_format="awq".'
             )
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -116,7 +116,7 @@ class Writer:
         What the index holds is read from the shards that lie in the directory, whichever run wrote them.
         """
         shards = sorted(self.directory.glob("*.safetensors"))
-        headers = {shard: read_header(shard) for shard in shards}
+        headers = {shard: open_safetensors(shard, str(self.directory)) for shard in shards}
         parts = {name.rpartition(".")[2] for header in headers.values() for name in header}
         unusual = "pre_scale" in parts or bool(self.checkpoint.transposed) or report.get("lm_head") == "int4"
         ours = self.save_format == "awq" and unusual

@@ -219,7 +219,7 @@ def test_pre_scales() -> None:
     assert torch.equal(from_parts("modelopt", "a", parts).pre_scale, scale)
     layer = QuantizedLinear(**{**vars(random_layer(32, False)), "pre_scale": scale})
     assert torch.equal(from_parts("awq-gemm", "a", to_parts("awq-gemm", layer)).pre_scale, scale)
-    with pytest.raises(AwqTrtError, match="cannot carry a pre-scale.*--save-format awq.*--no-pre-scale"):
+    with pytest.raises(AwqTrtError, match="cannot carry a pre-scale.*save_format=.awq..*pre_scale=False"):
         to_parts("pack-quantized", layer)
 
 

@@ -19,7 +19,7 @@ from quantized_models import auto_gptq, autoawq_gemv, autoawq_gemv_fast, edited,
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awq_trt.checkpoint.directory import safetensors_index
+from awq_trt.checkpoint.directory import stored_tensors
 from awq_trt.checkpoint.formats import from_parts
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.open import open_checkpoint
@@ -117,7 +117,7 @@ def test_a_second_run_writes_what_is_missing(models: Path, tmp_path: Path) -> No
     for file in whole.iterdir():
         assert file.read_bytes() == (resumed / file.name).read_bytes()
     assert {p.name for p in whole.glob("*.safetensors")} == {f"model-{label}.safetensors" for label in blocks}
-    assert set(safetensors_index(whole, "")) == {
+    assert set(stored_tensors(whole, "")) == {
         f"model.layers.{i}.{n}" for i in range(3) for n in ("norm.weight", "a.qweight", "a.qzeros", "a.scales")
     }
 
@@ -135,7 +135,7 @@ def test_conv1d_models_are_not_called_awq(models: Path, tmp_path: Path) -> None:
     )
     embedding = open_checkpoint(models / "gpt2").tensor("transformer.wpe.weight")
     assert torch.equal(quantized.tensor("transformer.wpe.weight"), embedding.half())
-    with pytest.raises(AwqTrtError, match="Conv1D layers.*--save-format awq"):
+    with pytest.raises(AwqTrtError, match="Conv1D layers.*save_format=.awq."):
         rounded(models / "gpt2", tmp_path / "ct", save_format="compressed-tensors")
 
 
