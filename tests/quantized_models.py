@@ -38,7 +38,7 @@ def rounded(
     prefix, blocks = find_blocks(model)
     writer = Writer(output, checkpoint, save_format)
     names = [n for n, _ in model.named_parameters()]
-    writer.add("outside", {n: checkpoint.tensor(n) for n in names if not n.startswith(f"{prefix}.")})
+    writer.add_block("outside", "", {n: checkpoint.tensor(n) for n in names if not n.startswith(f"{prefix}.")})
     left = {n: "float" for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(f"{prefix}.")}
     for i, block in enumerate(blocks):
         name = f"{prefix}.{i}"

@@ -245,9 +245,9 @@ def write_outside(job: Job) -> None:
         if tensor.nbytes < LARGE:
             small[name] = tensor
         else:
-            writer.add(label, {name: tensor})
+            writer.add_block(label, "", {name: tensor})
     if small and not writer.has("outside"):
-        writer.add("outside", small)
+        writer.add_block("outside", "", small)
 
 
 def parameters(block: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, special_tokens, stored_tensors
-from awq_trt.checkpoint.formats import OPTIONAL_PARTS, PARTS, from_parts
+from awq_trt.checkpoint.formats import FORMATS, from_parts
 from awq_trt.checkpoint.model import empty_model, transposed_weights
 from awq_trt.checkpoint.names import StoredNames, parameter_readers
 from awq_trt.checkpoint.reader import Reader
@@ -35,10 +35,10 @@ class _Linears(Mapping[str, QuantizedLinear]):
         self._stored, self._layers, self._scheme, self._dtype = stored, layers, scheme, dtype
 
     def __getitem__(self, name: str) -> QuantizedLinear:
-        layer, format = self._layers[name], self._scheme.format
-        wanted = {part: f"{layer}.{part}" for part in PARTS[format] + OPTIONAL_PARTS.get(format, ())}
-        parts = {part: self._stored[key]() for part, key in wanted.items() if key in self._stored}
-        linear = from_parts(format, layer, parts, self._scheme.group_size)
+        layer, format = self._layers[name], FORMATS[self._scheme.format]
+        keys = {part: f"{layer}.{part}" for part in format.parts + format.optional}
+        parts = {part: self._stored[key]() for part, key in keys.items() if key in self._stored}
+        linear = from_parts(self._scheme.format, layer, parts, self._scheme.group_size)
         scale = None if linear.pre_scale is None else _rounded(f"{layer}: pre-scale", linear.pre_scale, self._dtype)
         scales = _rounded(f"{layer}: scales", linear.scales, self._dtype)
         return dataclasses.replace(linear, scales=scales, pre_scale=scale)
@@ -123,7 +123,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
-    scales = next(part for part in PARTS[scheme.format] if "scale" in part)
+    scales = next(part for part in FORMATS[scheme.format].parts if "scale" in part)
     dtypes: tuple[Any, ...] = (stored[f"{next(iter(layers.values()))}.{scales}"].dtype, submodel.config.dtype)
     dtype = next((t for t in dtypes if t in DTYPES.values()), torch.float16)
     tokenizer = load_tokenizer(path)
@@ -157,7 +157,7 @@ def _match_layers(
         AwqTrtError: there is none; one is no linear layer of the model, or shares its weight with another parameter, or
             has tensors that the format does not know.
     """
-    marker = PARTS[format][1 if format == "modelopt" else 0]
+    marker = FORMATS[format].parts[0]
     keys = [key for key in stored if submodel.name(key) is not None]
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     layers: dict[str, str] = {}
@@ -172,7 +172,7 @@ def _match_layers(
     if not layers:
         raise AwqTrtError(f"{source}: says it is quantized, but no tensor is called *.{marker}; download it again.")
     _refuse_tied(model, layers, source)
-    parts, files = {*PARTS[format], *OPTIONAL_PARTS.get(format, ())}, set(layers.values())
+    parts, files = {*FORMATS[format].parts, *FORMATS[format].optional}, set(layers.values())
     for key in keys:  # no input_scale is lost, and every packed tensor is of a layer
         layer, _, part = key.rpartition(".")
         if layer in files and part not in parts | {"bias"}:

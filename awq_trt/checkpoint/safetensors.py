@@ -101,49 +101,24 @@ def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
     return readers
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor on its way to the file."""
-
-    tensor: torch.Tensor  # any shape and strides
-    dtype: torch.dtype  # in the file; values that were finite must stay so
-
-    @property
-    def bytes(self) -> int:
-        """Size in the file."""
-        return self.tensor.numel() * self.dtype.itemsize
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """The values in row-major order, converted, as flat contiguous tensors of about PIECE elements.
-
-        Raises:
-            AwqTrtError: a value is NaN or Inf, or too large for `dtype`.
-        """
-        rows = self.tensor.unsqueeze(0) if self.tensor.dim() == 0 else self.tensor
-        step = max(1, PIECE // max(1, math.prod(rows.shape[1:])))
-        for begin in range(0, len(rows) if rows.numel() else 0, step):
-            piece = rows[begin : begin + step]
-            converted = piece.to(self.dtype).contiguous().flatten()
-            if converted.is_floating_point() and not all(math.isfinite(bound) for bound in converted.aminmax()):
-                kind, largest = str(self.dtype).removeprefix("torch."), float(piece.abs().max())
-                raise AwqTrtError(f'overflows {kind} (largest value {largest:.4g}); use dtype="bfloat16".')
-            yield converted
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], floats: torch.dtype | None = None) -> None:
     """Write a file whole or not at all: under a temporary name, then renamed.
+
+    Args:
+        tensors: of any shape and strides. floats: what floating-point values are stored as; None keeps their dtype.
 
     Raises:
         AwqTrtError: a value is NaN or Inf, or too large for the dtype it is stored as.
         OSError: no space, not writable.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
+    dtypes = {n: floats if floats and t.is_floating_point() else t.dtype for n, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # keeps every tensor aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        begin, end = end, end + tensors[name].bytes
-        shape = list(tensors[name].tensor.shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + tensors[name].numel() * dtypes[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -151,10 +126,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in order:
-                for piece in tensors[name].pieces():
+                for piece in _pieces(name, tensors[name], dtypes[name]):
                     file.write(piece.view(torch.uint8).numpy().data)
         temporary.replace(path)
-    except AwqTrtError as error:
-        raise AwqTrtError(f"tensor {name} {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _pieces(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values in row-major order, converted, as flat contiguous tensors of about PIECE elements."""
+    rows = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
+    for piece in rows.split(max(1, PIECE // max(1, math.prod(rows.shape[1:])))) if rows.numel() else ():
+        converted = piece.to(dtype).contiguous().flatten()
+        if converted.is_floating_point() and not all(math.isfinite(bound) for bound in converted.aminmax()):
+            kind, largest = str(dtype).removeprefix("torch."), float(piece.abs().max())
+            raise AwqTrtError(f'tensor {name} overflows {kind} (largest value {largest:.4g}); use dtype="bfloat16".')
+        yield converted

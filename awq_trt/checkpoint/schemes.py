@@ -21,7 +21,7 @@ class Scheme:
     """How the layers of a checkpoint are stored."""
 
     method: str  # its quant_method
-    format: str  # a key of formats.PARTS
+    format: str  # a key of formats.FORMATS
     group_size: int | None  # -1 for the whole row, None where the configuration does not say (the tensors do)
 
 

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from awq_trt.checkpoint.directory import GENERATION
 from awq_trt.checkpoint.formats import to_parts
 from awq_trt.checkpoint.quantized import REPORT
 from awq_trt.checkpoint.reader import Checkpoint
-from awq_trt.checkpoint.safetensors import Stored, open_safetensors, write_safetensors
+from awq_trt.checkpoint.safetensors import open_safetensors, write_safetensors
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
 
@@ -61,25 +62,36 @@ class Writer:
         """Whether this shard is already written."""
         return any((self.directory / f"{stem}{label}.safetensors").exists() for stem in ("", "model-", "awq_trt-"))
 
-    def add(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one shard. Floats become the checkpoint's dtype, Conv1D weights [in, out] again, and names become those
-        that transformers writes (`Checkpoint.keys`).
+    def add_block(
+        self,
+        label: str,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        layers: Mapping[str, QuantizedLinear] = MappingProxyType({}),
+    ) -> None:
+        """Write one shard: a block, or a part of the model that is in none. Floats become the checkpoint's dtype,
+        Conv1D weights [in, out] again, and names become those that transformers writes (`Checkpoint.keys`).
 
         Args:
             label: names the shard, unique in this checkpoint: "outside", "block-00007".
+            name: of the block ("model.layers.7"), or "" for the model.
+            tensors: its parameters in float, by their names in the block; weights of `layers` are left out.
+            layers: name in the block -> quantized layer.
 
         Raises:
-            AwqTrtError: a value is NaN or Inf, or too large for the dtype.
+            AwqTrtError: a value is NaN or Inf, or too large for the dtype; a pre-scale that the format cannot carry.
         """
-        stored = {
-            self._key(name): Stored(
-                tensor.t() if name in self.checkpoint.transposed else tensor,
-                self.checkpoint.dtype if tensor.is_floating_point() else tensor.dtype,
-            )
-            for name, tensor in tensors.items()
-        }
+        prefix = f"{name}." if name else ""
+        out: dict[str, torch.Tensor] = {}
+        for parameter, tensor in tensors.items():
+            if parameter.removesuffix(".weight") not in layers:
+                turned = prefix + parameter in self.checkpoint.transposed
+                out[self._key(prefix + parameter)] = tensor.t() if turned else tensor
+        for layer, value in layers.items():
+            for part, tensor in to_parts(SAVE_FORMATS[self.save_format], value).items():
+                out[self._key(f"{prefix}{layer}.{part}")] = tensor
         try:
-            write_safetensors(self.directory / f"{label}.safetensors", stored)
+            write_safetensors(self.directory / f"{label}.safetensors", out, self.checkpoint.dtype)
         except AwqTrtError as error:
             raise AwqTrtError(f"{self.checkpoint.source}: {error}") from error
 
@@ -89,26 +101,6 @@ class Writer:
         layer, _, part = name.rpartition(".")
         whole = keys.get(f"{layer}.weight", f"{layer}.weight")
         return keys.get(name, f"{whole.removesuffix('.weight')}.{part}")
-
-    def add_block(
-        self, label: str, name: str, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, QuantizedLinear]
-    ) -> None:
-        """Write one block, or a part of the model that is in none.
-
-        Args:
-            name: of the block ("model.layers.7"), or "" for the model. tensors: its parameters in float, by their names
-                in the block; the weights of `layers` among them are left out. layers: name in the block -> quantized
-                layer.
-
-        Raises:
-            AwqTrtError: as `add`; a pre-scale that the format cannot carry.
-        """
-        prefix = f"{name}." if name else ""
-        out = {prefix + n: t for n, t in tensors.items() if n.removesuffix(".weight") not in layers}
-        for layer, value in layers.items():
-            parts = to_parts(SAVE_FORMATS[self.save_format], value)
-            out |= {f"{prefix}{layer}.{part}": tensor for part, tensor in parts.items()}
-        self.add(label, out)
 
     def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
         """Name the shards, write configuration, tokenizer, report and, last, the index. May be repeated.
@@ -130,9 +122,9 @@ class Writer:
         config.save_pretrained(self.directory)
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(self.directory)
-        generation = [f.parent / GENERATION for f in self.checkpoint.files[:1]]
-        if generation and generation[0].is_file():
-            shutil.copyfile(generation[0], self.directory / GENERATION)
+        for file in self.checkpoint.files[:1]:
+            if (generation := file.parent / GENERATION).is_file():
+                shutil.copyfile(generation, self.directory / GENERATION)
         (self.directory / REPORT).write_text(json.dumps(report, indent=1))
         stem = "awq_trt" if ours else "model"
         weight_map: dict[str, str] = {}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from awq_trt.checkpoint import safetensors
-from awq_trt.checkpoint.safetensors import DTYPES, Stored, open_safetensors, write_safetensors
+from awq_trt.checkpoint.safetensors import DTYPES, open_safetensors, write_safetensors
 from awq_trt.errors import AwqTrtError
 
 
@@ -26,7 +26,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
 def test_byte_for_byte_what_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "PIECE", 1000)  # "big" goes in 22 pieces
     tensors = some_tensors()
-    write_safetensors(tmp_path / "a.safetensors", {n: Stored(t, t.dtype) for n, t in tensors.items()})
+    write_safetensors(tmp_path / "a.safetensors", tensors)
     save_file(tensors, tmp_path / "b.safetensors", metadata={"format": "pt"})
     for file in ("a", "b"):
         readers = open_safetensors(tmp_path / f"{file}.safetensors", "")
@@ -43,7 +43,7 @@ def test_byte_for_byte_what_safetensors_writes(tmp_path: Path, monkeypatch: pyte
 def test_converted_and_transposed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "PIECE", 64)
     value = torch.randn(48, 20)
-    write_safetensors(tmp_path / "a.safetensors", {"w": Stored(value.t(), torch.bfloat16)})
+    write_safetensors(tmp_path / "a.safetensors", {"w": value.t()}, torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "a.safetensors")["w"], value.t().to(torch.bfloat16))
     entry = open_safetensors(tmp_path / "a.safetensors", "m")["w"]
     assert (entry.shape, entry.dtype, entry.bytes) == ((20, 48), torch.bfloat16, 20 * 48 * 2)
@@ -54,14 +54,14 @@ def test_overflow_leaves_no_file(tmp_path: Path, bad: float) -> None:
     value = torch.zeros(4, 4)
     value[3, 1] = bad
     with pytest.raises(AwqTrtError, match="tensor w overflows float16 .largest value .*dtype=.bfloat16"):
-        write_safetensors(tmp_path / "a.safetensors", {"w": Stored(value, torch.float16)})
+        write_safetensors(tmp_path / "a.safetensors", {"w": value}, torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cut", [1, 400, 10_000])
 def test_truncated(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"w": Stored(torch.randn(50, 50), torch.float32)})
+    write_safetensors(path, {"w": torch.randn(50, 50)})
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(AwqTrtError, match=r"^m: shard a\.safetensors is truncated or damaged .*; download it again"):
         open_safetensors(path, "m")
@@ -69,11 +69,11 @@ def test_truncated(tmp_path: Path, cut: int) -> None:
 
 MEASURE = """
 import resource, sys, torch
-from awq_trt.checkpoint.safetensors import Stored, write_safetensors
+from awq_trt.checkpoint.safetensors import write_safetensors
 value = torch.ones(32 << 20)  # 128 MiB
-write_safetensors(__import__("pathlib").Path(sys.argv[1]), {"small": Stored(value[:1000], torch.float16)})
+write_safetensors(__import__("pathlib").Path(sys.argv[1]), {"small": value[:1000]}, torch.float16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_safetensors(__import__("pathlib").Path(sys.argv[1]), {"w": Stored(value.view(1 << 10, -1), torch.float16)})
+write_safetensors(__import__("pathlib").Path(sys.argv[1]), {"w": value.view(1 << 10, -1)}, torch.float16)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
