@@ -129,13 +129,12 @@ class SplitExperts(nn.Module):
         return total
 
     def _output(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
-        up = expert.up_proj(x)
-        if not hasattr(expert, "gate_proj"):
-            y = self.act_fn(up)
+        halves = [layer(x) for name, layer in expert.named_children() if name != "down_proj"]  # gate, up
+        if len(halves) == 1:
+            y = self.act_fn(halves[0])
         elif self.gate is None:
-            y = self.act_fn(expert.gate_proj(x)) * up
+            y = self.act_fn(halves[0]) * halves[1]
         else:
-            halves = [expert.gate_proj(x), up]
             y = self.gate(torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1))
         y = expert.down_proj(y)
         return self.post_expert_norm(y) if self.normed else y

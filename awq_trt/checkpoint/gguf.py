@@ -67,7 +67,10 @@ def open_gguf(path: Path) -> Checkpoint:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        config.architectures = [_causal_lm_class(config).__name__]
+        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if cls is None:
+            raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
+        config.architectures = [cls.__name__]
         tokenizer = load_tokenizer(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)  # last: its fields take half a kilobyte for each token of the vocabulary
         architecture = read_field(reader, "general.architecture")[0]
@@ -95,11 +98,3 @@ def open_gguf(path: Path) -> Checkpoint:
     known = [t for t in reader.tensors if t.name in names]
     readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
     return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,))
-
-
-def _causal_lm_class(config: transformers.PretrainedConfig) -> type:
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in mapping:
-        raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
-    found: Any = mapping[type(config)]
-    return found

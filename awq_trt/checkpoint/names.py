@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,8 @@ PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)
 """A fused parameter of experts -> the layers that are stacked in it, in the order of a conversion's sources."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter is: the whole tensor `key`, or a part of it."""
-
-    key: str
-    part: Part | None = None
+Place = tuple[str, Part | None]
+"""Where a parameter is: the tensor of that name, whole or a part of it."""
 
 
 class StoredNames:
@@ -59,27 +54,23 @@ class StoredNames:
         self._renamings_back = [c for c in back if isinstance(c, WeightRenaming)]
         self._converters_back = [c for c in back if isinstance(c, WeightConverter)]
 
-    def find(self, keys: Iterable[str]) -> dict[str, Place]:
-        """Parameter (or buffer) -> where it is in a file with these keys; those that must be computed are left out."""
+    def find(self, keys: Iterable[str], loaded: bool = False) -> dict[str, Place]:
+        """Parameter (or buffer) -> where it is in a file with these keys; those that must be computed are left out.
+
+        Args:
+            loaded: the keys are names in transformers' own model, where experts are fused and nothing else is renamed.
+        """
         found: dict[str, Place] = {}
         for key in keys:
-            own = self._submodel.name(key)
-            for name, part in self._places(own) if own is not None else ():
+            own = key if loaded else self._submodel.name(key)
+            for name, part in () if own is None else self._exact(own) if loaded else self._places(own):
                 if name not in found or name == own:
-                    found[name] = Place(key, part)
+                    found[name] = (key, part)
         return found
-
-    def find_loaded(self, keys: Iterable[str]) -> dict[str, Place]:
-        """`find` for names that transformers' own model has, where experts are fused and nothing else is renamed."""
-        return {name: Place(key, part) for key in keys for name, part in self._exact(key)}
 
     def parameter(self, key: str) -> str | None:
         """The parameter that a tensor called `key` is as a whole; None where it is none."""
-        own = self._submodel.name(key)
-        return None if own is None else self._whole(own)
-
-    def _whole(self, name: str) -> str | None:
-        return next((found for found, part in self._places(name) if part is None), None)
+        return next((name for name, (_, part) in self.find([key]).items() if part is None), None)
 
     def key(self, name: str) -> str:
         """What transformers would call a parameter in a file of this model alone, and other tools expect."""
@@ -93,7 +84,7 @@ class StoredNames:
                     key = fused.replace(first, converter.target_patterns[own]).replace("*", str(part.expert))
                     break
         key = apply_renamings(key, self._renamings_back)
-        return key if self._whole(key) == name else name
+        return key if (name, None) in self._places(key) else name
 
     def _places(self, key: str) -> list[tuple[str, Part | None]]:
         """The parameters that a tensor is, or has parts of."""
@@ -149,17 +140,17 @@ def parameter_readers(
     for name in (*parameters, *persistent_buffers(model)):
         if name not in found:
             continue
-        place = found[name]
-        read = stored[place.key]
+        key, part = found[name]
+        read = stored[key]
         if name in parameters and isinstance(read, SafetensorsReader):
-            expected = tuple(parameters[name].shape if place.part is None else place.part.shape)
+            expected = tuple(parameters[name].shape if part is None else part.shape)
             expected = expected[::-1] if name in transposed else expected
             if read.shape != expected:
                 raise AwqTrtError(
-                    f"{source}: tensor {place.key} has shape {list(read.shape)}, config.json says {list(expected)}; "
+                    f"{source}: tensor {key} has shape {list(read.shape)}, config.json says {list(expected)}; "
                     "one of the two is of another model."
                 )
-        readers[name] = _reader(read, place.part, name in transposed)
+        readers[name] = _reader(read, part, name in transposed)
     return readers
 
 
@@ -183,10 +174,10 @@ def match_names(
     found = names.find(stored)
     if missing := [n for n in parameters if n not in found]:
         stored = _converted_by_transformers(source, path, type(model), missing[0])
-        found = names.find_loaded(stored)
+        found = names.find(stored, loaded=True)
     if missing := [n for n in parameters if n not in found]:
         raise AwqTrtError(f"{source}: the tensor {missing[0]} is not in the checkpoint; download it again.")
-    first = stored[found[parameters[0]].key]
+    first = stored[found[parameters[0]][0]]
     dtype = getattr(first, "dtype", None) or first().dtype  # of GGUF fp32, and reading it would dequantize it
     return Checkpoint(
         source,
@@ -202,11 +193,7 @@ def match_names(
 
 
 def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
-    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory.
-
-    Raises:
-        AwqTrtError: tensors are missing even so.
-    """
+    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory."""
     trouble = f"{source}: the tensor {first_missing} is not in the checkpoint; download it again"
     if not path.is_dir():
         raise AwqTrtError(f"{trouble}.")

@@ -38,11 +38,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
         raise AwqTrtError(f"{model}: a GGUF file is one model, without a part {part!r}.")
     if path.is_file():
         return open_gguf(path)
-    return _open_directory(path, str(model), trust_remote_code, part)
-
-
-def _open_directory(path: Path, source: str, trust_remote_code: bool, part: str | None) -> Checkpoint:
-    raw = read_json(path / "config.json")
+    source, raw = str(model), read_json(path / "config.json")
     if quantization := find_quantization(path):
         method = quantization.get("quant_method", "unknown")
         raise AwqTrtError(

@@ -151,12 +151,7 @@ def _match_layers(
     source: str,
     submodel: Submodel,
 ) -> dict[str, str]:
-    """Quantized layer of the model -> its name in the file. Nothing in the file is passed over.
-
-    Raises:
-        AwqTrtError: there is none; one is no linear layer of the model, or shares its weight with another parameter, or
-            has tensors that the format does not know.
-    """
+    """Quantized layer of the model -> its name in the file. Nothing in the file is passed over."""
     marker = FORMATS[format].parts[0]
     keys = [key for key in stored if submodel.name(key) is not None]
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -204,12 +199,7 @@ def _match_floats(
     layers: Mapping[str, str],
     source: str,
 ) -> dict[str, Reader]:
-    """Parameter or buffer that is stored in float -> what reads it.
-
-    Raises:
-        AwqTrtError: a parameter is missing, or has another shape than the model's; a layer has a bias that the model
-            does not, other than the zeros that AutoGPTQ writes for every layer.
-    """
+    """Parameter or buffer that is stored in float -> what reads it. AutoGPTQ writes a bias of zeros for every layer."""
     found = {name: place for name, place in names.find(stored).items() if name.removesuffix(".weight") not in layers}
     parameters = (name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in layers)
     if missing := [name for name in parameters if name not in found]:

@@ -86,7 +86,13 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     text = getattr(config, "text_config", None)
     others = hasattr(config, "vision_config") or hasattr(config, "audio_config")
     if not parts and text is not None and others and isinstance(config, model_class(config).config_class):
-        parts = _language_model(config, source, name)
+        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+        if cls is None or cls.__name__ == name:
+            raise AwqTrtError(
+                f"{source}: {name} is more than one model, and transformers {transformers.__version__} has no class "
+                "for its language model alone, which is what could be exported."
+            )
+        parts = {"text": (cls.__name__, LANGUAGE)}
     if part is None and len(parts) > 1:
         raise AwqTrtError(
             f"{source}: {name} is several models, and an engine is made of one: choose with "
@@ -100,16 +106,6 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     architecture, prefixes = parts[chosen]
     own = _own(config, architecture)
     return Submodel(own, prefixes, f"the {chosen} part of {name}, as {architecture}; the rest is left out")
-
-
-def _language_model(config: transformers.PretrainedConfig, source: str, name: str) -> dict[str, tuple[str, Prefixes]]:
-    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
-    if cls is None or cls.__name__ == name:
-        raise AwqTrtError(
-            f"{source}: {name} is more than one model, and transformers {transformers.__version__} has no class for "
-            "its language model alone, which is what could be exported."
-        )
-    return {"text": (cls.__name__, LANGUAGE)}
 
 
 def _own(config: transformers.PretrainedConfig, architecture: str) -> transformers.PretrainedConfig:
