@@ -117,9 +117,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     submodel = choose(config, source)
     stored = stored_tensors(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
     model = empty_model(submodel.config)
-    names = StoredNames(model, submodel)
-    layers = _match_layers(model, names, stored, scheme.format, source, submodel)
-    readers = _match_floats(model, names, stored, layers, source)
+    layers, readers = _match(model, submodel, stored, scheme.format, source)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
@@ -143,16 +141,15 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     )
 
 
-def _match_layers(
-    model: transformers.PreTrainedModel,
-    names: StoredNames,
-    stored: Mapping[str, Reader],
-    format: str,
-    source: str,
-    submodel: Submodel,
-) -> dict[str, str]:
-    """Quantized layer of the model -> its name in the file. Nothing in the file is passed over."""
-    marker = FORMATS[format].parts[0]
+def _match(
+    model: transformers.PreTrainedModel, submodel: Submodel, stored: Mapping[str, Reader], format: str, source: str
+) -> tuple[dict[str, str], dict[str, Reader]]:
+    """What the tensors in the file are; none that belongs to a quantized layer is passed over.
+
+    Returns:
+        Quantized layer of the model -> its name in the file; parameter or buffer in float -> what reads it.
+    """
+    names, marker = StoredNames(model, submodel), FORMATS[format].parts[0]
     keys = [key for key in stored if submodel.name(key) is not None]
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     layers: dict[str, str] = {}
@@ -166,49 +163,32 @@ def _match_layers(
         layers[found] = name
     if not layers:
         raise AwqTrtError(f"{source}: says it is quantized, but no tensor is called *.{marker}; download it again.")
-    _refuse_tied(model, layers, source)
+    weights = {f"{layer}.weight" for layer in layers}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        pair = {name, first.setdefault(id(parameter), name)}
+        if len(pair) == 2 and pair & weights:
+            quantized, *shared = sorted(pair, key=lambda n: (n not in weights, n))
+            raise AwqTrtError(
+                f"{source}: {quantized} is quantized, and it is the same parameter as {shared[0]}. If the checkpoint "
+                'holds both, set "tie_word_embeddings": false in its config.json; else start from the checkpoint '
+                "before quantization."
+            )
     parts, files = {*FORMATS[format].parts, *FORMATS[format].optional}, set(layers.values())
-    for key in keys:  # no input_scale is lost, and every packed tensor is of a layer
+    for key in keys:  # no input_scale is lost
         layer, _, part = key.rpartition(".")
         if layer in files and part not in parts | {"bias"}:
             raise AwqTrtError(f"{source}: tensor {key} has no meaning in {format}. {START_AGAIN}")
         if layer not in files and part in parts - {"weight"}:
             raise AwqTrtError(f"{source}: tensor {key} belongs to no quantized linear layer. {START_AGAIN}")
-    return layers
-
-
-def _refuse_tied(model: transformers.PreTrainedModel, layers: Mapping[str, str], source: str) -> None:
-    """A quantized lm_head cannot be the embedding table too."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for tied in owners.values():
-        both = [n for n in tied if n.removesuffix(".weight") in layers]
-        if both and len(tied) > 1:
-            raise AwqTrtError(
-                f"{source}: {both[0]} is quantized, and it is the same parameter as "
-                f"{next(n for n in tied if n != both[0])}. If the checkpoint holds both, set "
-                '"tie_word_embeddings": false in its config.json; else start from the checkpoint before quantization.'
-            )
-
-
-def _match_floats(
-    model: transformers.PreTrainedModel,
-    names: StoredNames,
-    stored: Mapping[str, Reader],
-    layers: Mapping[str, str],
-    source: str,
-) -> dict[str, Reader]:
-    """Parameter or buffer that is stored in float -> what reads it. AutoGPTQ writes a bias of zeros for every layer."""
-    found = {name: place for name, place in names.find(stored).items() if name.removesuffix(".weight") not in layers}
-    parameters = (name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in layers)
-    if missing := [name for name in parameters if name not in found]:
+    floats = {name: place for name, place in names.find(stored).items() if name not in weights}
+    if missing := [n for n, _ in model.named_parameters() if n not in weights and n not in floats]:
         raise AwqTrtError(f"{source}: the tensor {missing[0]} is missing; download the checkpoint again.")
-    for layer, name in layers.items():
+    for layer, name in layers.items():  # AutoGPTQ writes a bias of zeros for every layer
         bias = f"{name}.bias"
-        if bias in stored and f"{layer}.bias" not in found and bool(stored[bias]().any()):
+        if bias in stored and f"{layer}.bias" not in floats and bool(stored[bias]().any()):
             raise AwqTrtError(
                 f"{source}: tensor {bias} is not zero, and {type(model).__name__} has no bias there: config.json and "
                 "the weights belong to different models."
             )
-    return parameter_readers(source, model, found, stored)
+    return layers, parameter_readers(source, model, floats, stored)

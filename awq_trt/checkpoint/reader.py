@@ -50,22 +50,14 @@ class Checkpoint:
         return self._finite(name, reader.rows(index) if hasattr(reader, "rows") else reader()[index])
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if bad := not_finite(tensor):
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+        pieces = rows.split(max(1, (1 << 22) // max(rows[:1].numel(), 1)))  # a mask of a whole tensor is large
+        bad = sum(int((~p.isfinite()).sum()) for p in pieces if not all(bound.isfinite() for bound in p.aminmax()))
+        if bad:
             raise AwqTrtError(
                 f"{self.source}: tensor {name} holds {bad} NaN or Inf values; such a model cannot be quantized. "
                 "Download it again, or save it in a dtype that can hold its weights."
             )
         return tensor
-
-
-def not_finite(tensor: torch.Tensor) -> int:
-    """How many values are NaN or Inf; looks at 2^22 values at a time, because a mask of all of them is large."""
-    if not tensor.is_floating_point():
-        return 0
-    rows = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
-    pieces = rows.split(max(1, (1 << 22) // max(rows[:1].numel(), 1)))
-    return sum(
-        int((~torch.isfinite(p)).sum())
-        for p in pieces
-        if p.numel() and not all(torch.isfinite(bound) for bound in p.aminmax())
-    )

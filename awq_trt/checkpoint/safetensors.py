@@ -31,14 +31,12 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
-}
-ONLY_READ = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
 }
 PIECE = 1 << 20
 """Elements converted at once: 4 MiB of fp32."""
@@ -82,7 +80,7 @@ def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
     Raises:
         AwqTrtError: truncated or damaged, or a dtype that torch has not; `source` begins the message.
     """
-    known = {name: dtype for dtype, name in DTYPES.items()} | ONLY_READ
+    known = {name: dtype for dtype, name in DTYPES.items()}
     state = file.stat()
     try:
         with safe_open(str(file), framework="pt") as handle:
@@ -138,7 +136,8 @@ def _pieces(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[tor
     rows = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
     for piece in rows.split(max(1, PIECE // max(1, math.prod(rows.shape[1:])))) if rows.numel() else ():
         converted = piece.to(dtype).contiguous().flatten()
-        if converted.is_floating_point() and not all(math.isfinite(bound) for bound in converted.aminmax()):
+        bounds = converted.aminmax() if converted.is_floating_point() and dtype.itemsize > 1 else ()
+        if not all(map(math.isfinite, bounds)):
             kind, largest = str(dtype).removeprefix("torch."), float(piece.abs().max())
             raise AwqTrtError(f'tensor {name} overflows {kind} (largest value {largest:.4g}); use dtype="bfloat16".')
         yield converted
