@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from awq_trt.checkpoint.experts import split_experts
@@ -29,21 +30,19 @@ def _parameters_on_meta() -> Iterator[None]:
 
     Parameters are given no first values: on the meta device that takes a second for 30 blocks and does nothing.
     """
-    register = torch.nn.Module.register_parameter
     initialize = transformers.PreTrainedModel.initialize_weights
 
-    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a parameter that is already there is a tied one: keep it
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        tied = parameter.is_meta  # it is there already: keep it
+        return None if tied else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    hook = register_module_parameter_registration_hook(to_meta)
     transformers.PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         transformers.PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def empty_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
 
+CALIBRATED = QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__)
 SMALL: dict[str, Any] = {**families.EXPERTS, "num_hidden_layers": 1}
 MODELS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "mixtral": lambda: t.MixtralConfig(**SMALL, num_local_experts=4),
@@ -218,11 +220,7 @@ def test_statistics_are_those_of_the_routed_tokens(saved: Saved) -> None:
 
 
 def test_quantized_experts_and_their_tokens_in_the_report(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(
-        saved("mixtral"),
-        tmp_path / "q",
-        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
-    )
+    report = quantize(saved("mixtral"), tmp_path / "q", CALIBRATED)
     experts = [x for x in report.layers if ".experts." in x.name]
     assert len(experts) == 12
     assert sum(x.tokens for x in experts if x.name.endswith("down_proj")) == 2 * 2 * 64
@@ -256,9 +254,7 @@ def test_experts_that_few_or_no_tokens_reach(saved: Saved, tmp_path: Path, monke
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(
-        directory, tmp_path / "q", QuantizeConfig(calibration_samples=1, calibration_length=64, calibration=__file__)
-    )
+    report = quantize(directory, tmp_path / "q", replace(CALIBRATED, calibration_samples=1))
     found = warnings([vars(x) for x in report.layers], report.quantized, "float16")
     assert len(found) == 2
     unseen = (
@@ -285,19 +281,15 @@ def test_a_fold_is_tried_on_an_expert_that_is_reached(
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(
-        saved("mixtral"),
-        tmp_path / "q",
-        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
-    )
+    report = quantize(saved("mixtral"), tmp_path / "q", CALIBRATED)
     fold = {x.name.split(".")[-2]: x.folded_into for x in report.layers if x.name.endswith("down_proj")}
     assert fold == {e: f"model.layers.0.mlp.experts.{e}.up_proj" for e in "0123"}
 
 
 def test_a_linear_router_stays_in_float(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(saved("phimoe"), tmp_path / "q", QuantizeConfig(method="rtn", group_size=32))
+    report = quantize(saved("phimoe"), tmp_path / "q", CALIBRATED)
     assert report.left_in_float["model.layers.0.mlp.router"] == ROUTER
-    assert not any("router" in name for name in report.quantized)
+    assert not any("router" in name for name in (*report.quantized, *open_quantized(tmp_path / "q").linears))
 
 
 def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
@@ -307,6 +299,7 @@ def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
     config.architectures = ["Llama4ForCausalLM"]
     model = empty_model(config)
     assert left_alone(model)["model.layers.0.feed_forward.experts"] == UNSPLITTABLE
+    assert left_alone(model.model.layers[0])["feed_forward.experts"] == UNSPLITTABLE  # by the names in the block
     prefix, _ = find_blocks(model)
     assert prefix == "model.layers"
 
