@@ -77,7 +77,7 @@ def stored_tensors(path: Path, source: str, stem: str = "model") -> dict[str, Sa
     for name, file in files.items():
         if not file.exists():
             raise AwqTrtError(f"{source}: shard {name} is missing (named in {index.name}); download it again.")
-        found |= open_safetensors(file, source)
+        found |= sorted(open_safetensors(file, source).items())
     if missing := sorted(set(weight_map) - set(found)):
         raise AwqTrtError(f"{source}: tensor {missing[0]} is not in shard {weight_map[missing[0]]}; download it again.")
     return found

@@ -75,7 +75,9 @@ class SafetensorsReader:
 
 
 def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
-    """Tensor name -> what reads it. The header is read here, once, and checked against the length of the file.
+    """Tensor name -> what reads it, in the order of the data.
+
+    The header is read here, once, and checked against the length of the file.
 
     Raises:
         AwqTrtError: truncated or damaged, or a dtype that torch has not; `source` begins the message.
@@ -84,18 +86,20 @@ def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
     state = file.stat()
     try:
         with safe_open(str(file), framework="pt") as handle:
-            facts = {name: handle.get_slice(name) for name in reversed(handle.offset_keys())}
+            facts = {name: handle.get_slice(name) for name in handle.offset_keys()}
             entries = {name: (fact.get_dtype(), tuple(fact.get_shape())) for name, fact in facts.items()}
     except SafetensorError as error:
         raise AwqTrtError(
             f"{source}: shard {file.name} is truncated or damaged ({error}); download it again."
         ) from error
-    readers, end = {}, state.st_size
-    for name, (dtype, shape) in entries.items():  # from the end of the file, as it has no gaps
+    for name, (dtype, _) in entries.items():
         if dtype not in known:
             raise AwqTrtError(f"{source}: tensor {name} in shard {file.name} is {dtype}, a dtype that is not read.")
-        end -= math.prod(shape) * known[dtype].itemsize
-        readers[name] = SafetensorsReader(file, state.st_mtime_ns, end, known[dtype], shape)
+    readers = {}
+    begin = state.st_size - sum(math.prod(shape) * known[dtype].itemsize for dtype, shape in entries.values())
+    for name, (dtype, shape) in entries.items():  # in the order of the data, which has no gaps
+        readers[name] = SafetensorsReader(file, state.st_mtime_ns, begin, known[dtype], shape)
+        begin += readers[name].bytes
     return readers
 
 
