@@ -32,7 +32,7 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     initialize = transformers.PreTrainedModel.initialize_weights
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         tied = parameter.is_meta  # it is there already: keep it
         return None if tied else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
