@@ -11,12 +11,14 @@ from typing import Any
 
 import peers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.quantized import Writer, open_quantized
+from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
+from awq_trt.checkpoint.writer import Writer
 from awq_trt.linear import QuantizedLinear, quantize_weight
 
 Parts = dict[str, torch.Tensor]
@@ -37,7 +39,7 @@ def rounded(
     prefix, blocks = find_blocks(model)
     writer = Writer(output, checkpoint, save_format)
     names = [n for n, _ in model.named_parameters()]
-    writer.add("outside", {n: checkpoint.tensor(n) for n in names if not n.startswith(f"{prefix}.")})
+    writer.add_block("outside", "", {n: checkpoint.tensor(n) for n in names if not n.startswith(f"{prefix}.")})
     left = {n: "float" for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(f"{prefix}.")}
     for i, block in enumerate(blocks):
         name = f"{prefix}.{i}"
@@ -54,6 +56,25 @@ def rounded(
         writer.add_block(f"block-{i:05}", name, tensors, layers)
     writer.finish(group, symmetric, {"left_in_float": left})
     return output
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 384, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def float_logits(model: Path, dtype: torch.dtype, weights: QuantizedCheckpoint | None = None) -> torch.Tensor:
+    """The eager model, with every tensor as we read it from a quantized checkpoint if one is given."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    for name, parameter in network.named_parameters() if weights else ():
+        parameter.copy_(weights.tensor(name))
+    logits: torch.Tensor = network(ids()).logits
+    return logits
+
+
+def our_logits(directory: Path, float_model: Path) -> torch.Tensor:
+    quantized = open_quantized(directory)
+    return float_logits(float_model, quantized.dtype, quantized)
 
 
 def repacked(

@@ -21,7 +21,7 @@ class QuantizeConfig:
     symmetric: bool = False  # no zero points
     pre_scale: bool = True  # allow scales that no operator before the layer can absorb, if `save_format` carries them
     lm_head: str = "float"  # "int4" quantizes the layer that makes logits too, untied from the embedding
-    save_format: str = "awq"  # a key of quantized.SAVE_FORMATS
+    save_format: str = "awq"  # a key of writer.SAVE_FORMATS
     calibration: str | Path | None = None  # text file, directory, `datasets` id, .npz; None: the text in the package
     calibration_samples: int | None = None  # windows (None: as the effort says)
     calibration_length: int = 512  # tokens of a window

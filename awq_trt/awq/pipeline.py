@@ -23,7 +23,7 @@ from awq_trt.awq.search import quantize_block, round_block
 from awq_trt.awq.states import States, StatesWriter
 from awq_trt.checkpoint.experts import expert_of
 from awq_trt.checkpoint.model import empty_model, find_blocks
-from awq_trt.checkpoint.quantized import Writer
+from awq_trt.checkpoint.writer import Writer
 from awq_trt.files import remove
 from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
 
@@ -245,9 +245,9 @@ def write_outside(job: Job) -> None:
         if tensor.nbytes < LARGE:
             small[name] = tensor
         else:
-            writer.add(label, {name: tensor})
+            writer.add_block(label, "", {name: tensor})
     if small and not writer.has("outside"):
-        writer.add("outside", small)
+        writer.add_block("outside", "", small)
 
 
 def parameters(block: nn.Module) -> dict[str, torch.Tensor]:

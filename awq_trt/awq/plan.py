@@ -35,7 +35,7 @@ class Plan:
         prefix: name of the list of blocks. blocks: how many. names: layers that will be INT4. left: layer -> why not.
         head: the one of them that is the head, or None. norms: parameters that are written with it, see head.py.
         outside: other parameters and buffers outside the blocks. inputs: calibration windows, [] for plain rounding.
-        dtype, device: what blocks compute in, and where. save_format: see quantized.SAVE_FORMATS.
+        dtype, device: what blocks compute in, and where. save_format: see writer.SAVE_FORMATS.
         report: what awq_trt.json will say besides the layers.
     """
 

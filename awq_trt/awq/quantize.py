@@ -17,8 +17,8 @@ from awq_trt.awq.plan import make_plan, work_key
 from awq_trt.awq.resume import WorkDirectory
 from awq_trt.awq.search import EFFORTS, LayerReport
 from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.quantized import CARRY_PRE_SCALES
 from awq_trt.checkpoint.reader import Checkpoint
+from awq_trt.checkpoint.writer import CARRY_PRE_SCALES
 from awq_trt.files import remove
 
 

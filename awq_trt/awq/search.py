@@ -25,7 +25,7 @@ from torch import nn
 from awq_trt.awq.fold import Fold, find_fold, is_reached
 from awq_trt.awq.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
 from awq_trt.awq.statistics import Calls, Group
-from awq_trt.checkpoint.experts import expert_of
+from awq_trt.checkpoint.experts import expert_of, left_alone
 from awq_trt.layout import padded_features, unsupported_reason
 from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
 
@@ -83,8 +83,6 @@ class Settings:
 
     def why_float(self, linear: nn.Linear, *, padded: bool = False) -> str | None:
         """None where the layer can be INT4, else the reason why it stays in float; `padded`, if rows may be added."""
-        if "why_float" in linear.__dict__:  # a router, see experts.py
-            return str(linear.why_float)
         n, k = linear.out_features, linear.in_features
         n = padded_features(n) if padded else n
         return unsupported_reason(n, k, self.group(k), str(self.dtype).removeprefix("torch."))
@@ -181,7 +179,7 @@ class Candidate:
         return sum(self.errors.values())
 
 
-def search(group: Group, settings: Settings, constrain: Constrain | None) -> Found:
+def search(group: Group, settings: Settings, constrain: Constrain | None, but: Collection[str] = ()) -> Found:
     """Find the scale of one group's layers and round them with it.
 
     In place, to save memory: the weights of the layers that are rounded are multiplied by s, and the group's Hessian
@@ -189,13 +187,17 @@ def search(group: Group, settings: Settings, constrain: Constrain | None) -> Fou
 
     Args:
         constrain: see `Constrain`; None where the group may have no scale at all, then s = 1.
+        but: layers of the group that stay in float.
     """
-    return search_and_keep(group, settings, constrain)[0]
+    return search_and_keep(group, settings, constrain, but)[0]
 
 
-def search_and_keep(group: Group, settings: Settings, constrain: Constrain | None) -> tuple[Found, Rounder]:
+def search_and_keep(
+    group: Group, settings: Settings, constrain: Constrain | None, but: Collection[str] = ()
+) -> tuple[Found, Rounder]:
     """`search`, and what rounds further rows of the same layers (times s) in the same way."""
-    linears = {n: m for n, m in zip(group.names, group.linears, strict=True) if settings.why_float(m) is None}
+    members = zip(group.names, group.linears, strict=True)
+    linears = {n: m for n, m in members if n not in but and settings.why_float(m) is None}
     hessian = group.statistics.hessian
     rows = {name: sampled_rows(linear.weight) for name, linear in linears.items()}
     samples = {name: linear.weight[rows[name]].float() for name, linear in linears.items()}
@@ -294,11 +296,12 @@ class Rounder:
 
 
 def round_block(block: nn.Module, settings: Settings, but: Collection[str] = ()) -> dict[str, QuantizedLinear]:
-    """Round every layer of a block to nearest, except those named in `but`."""
+    """Round every layer of a block to nearest, except routers and those named in `but`."""
+    left = {*but, *left_alone(block)}
     return {
         name: quantize_weight(m.weight, settings.group(m.in_features), settings.symmetric, settings.dtype)
         for name, m in block.named_modules()
-        if isinstance(m, nn.Linear) and name not in but and settings.why_float(m) is None
+        if isinstance(m, nn.Linear) and name not in left and settings.why_float(m) is None
     }
 
 
@@ -316,13 +319,13 @@ def quantize_block(block: nn.Module, calls: Calls, settings: Settings, folds: di
     Groups are taken from the last to the first, so that a layer is rounded after the layers behind it have folded
     their scales into it. `folds` remembers, per structure of block, where the scales of a group can go.
     """
-    groups = calls.groups(block)
+    groups, left = calls.groups(block), left_alone(block)
     quantized: dict[str, QuantizedLinear] = {}
     reports: dict[str, LayerReport] = {}
     shape = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
     for group in reversed(groups):
         fold = known_fold(block, group, groups, calls, folds, shape)
-        result = search(group, settings, constrain(block, fold, settings))
+        result = search(group, settings, constrain(block, fold, settings), but=left)
         group.statistics.hessian = result.s.new_empty(0)  # used up
         if fold is not None and result.scaled:
             for name, linear in zip(group.names, group.linears, strict=True):

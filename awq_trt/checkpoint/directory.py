@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
 
+from awq_trt.checkpoint.safetensors import SafetensorsReader, open_safetensors
 from awq_trt.errors import AwqTrtError
 
 GENERATION = "generation_config.json"
@@ -53,8 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def safetensors_index(path: Path, source: str, stem: str = "model") -> dict[str, Path]:
-    """Tensor name -> file, for <stem>.safetensors or its shards. Every file's header is checked against its length.
+def stored_tensors(path: Path, source: str, stem: str = "model") -> dict[str, SafetensorsReader]:
+    """Tensor name -> what reads it, for <stem>.safetensors or its shards.
 
     Raises:
         AwqTrtError: no safetensors (pickles are refused), a shard missing or truncated, a tensor missing in its shard.
@@ -73,17 +73,11 @@ def safetensors_index(path: Path, source: str, stem: str = "model") -> dict[str,
                 f"{path}'; t.AutoModel.from_pretrained(m).save_pretrained(m + '-safetensors')\""
             )
         raise AwqTrtError(f"{source}: no .safetensors file here; download the checkpoint again.")
-    found: dict[str, Path] = {}
+    found: dict[str, SafetensorsReader] = {}
     for name, file in files.items():
         if not file.exists():
             raise AwqTrtError(f"{source}: shard {name} is missing (named in {index.name}); download it again.")
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                found.update(dict.fromkeys(handle.keys(), file))
-        except SafetensorError as error:
-            raise AwqTrtError(
-                f"{source}: shard {name} is truncated or damaged ({error}); download it again."
-            ) from error
+        found |= sorted(open_safetensors(file, source).items())
     if missing := sorted(set(weight_map) - set(found)):
         raise AwqTrtError(f"{source}: tensor {missing[0]} is not in shard {weight_map[missing[0]]}; download it again.")
     return found

@@ -2,7 +2,7 @@
 
 transformers 5 holds all experts of a block in 3-D parameters (`gate_up_proj` [experts, 2 * intermediate, hidden],
 `down_proj` [experts, hidden, intermediate]) and says how they are stored in attributes that its decorator
-`use_experts_implementation` sets. A module with that interface becomes one with the layers
+`use_experts_implementation` sets. A module with that interface is replaced by a `SplitExperts` with the layers
 
     experts.3.gate_proj  experts.3.up_proj  experts.3.down_proj        (no gate_proj where experts have no gate)
 
@@ -12,9 +12,7 @@ router is left alone: it says which experts see a token (`top_k_index`) and what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,18 +24,13 @@ UNSPLITTABLE = "experts in one 3-D tensor, of a form that is not taken apart int
 
 @dataclass(frozen=True)
 class Part:
-    """Where a parameter of one expert lies in the 3-D (bias: 2-D) parameter that transformers holds for all of them.
+    """Where a parameter of one expert lies in the 3-D (bias: 2-D) parameter that transformers holds for all of them."""
 
-    Attributes:
-        fused, shape: name and shape of that parameter. expert: index along its first axis.
-        rows: the output features of this projection. transposed: features are the last axis, weights are [in, out].
-    """
-
-    fused: str
-    shape: tuple[int, ...]
-    expert: int
-    rows: slice
-    transposed: bool
+    fused: str  # name of that parameter
+    shape: tuple[int, ...]  # of that parameter
+    expert: int  # index along its first axis
+    rows: slice  # the output features of this projection
+    transposed: bool  # weights are [in, out]: the features are the last axis
 
     def of(self, expert: torch.Tensor) -> torch.Tensor:
         """The parameter, [out, in] or [out], from what the fused one holds of the expert."""
@@ -54,13 +47,44 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.Module):
-    """Mixed into the class of a fused experts module; everything but its parameters stays what it was.
+    """The experts of one block, in place of transformers' fused module.
 
-    Attributes:
-        parts: parameter of this module -> where it lies in the fused ones (their names in this module).
+    Args:
+        fused: a module for which `_is_fused` holds; it loses its parameters. Its other modules (activation, norm) keep
+            their names in this one. The new layers are empty (on the meta device).
     """
 
-    parts: dict[str, Part]
+    act_fn: Any
+    post_expert_norm: Any
+    gate: Any  # transformers' own, of both halves together: [tokens, 2 * inner] -> [tokens, inner]; None for its usual
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        first, rows = "up_proj", {"up_proj": slice(None)}
+        parameters = dict(fused._parameters)
+        hidden, inner = _features(parameters["down_proj"], fused.is_transposed)
+        self.gate, self.interleaved = None, fused.has_gate and not fused.is_concatenated
+        if fused.has_gate:
+            first, halves = "gate_up_proj", (slice(0, inner), slice(inner, None))
+            halves = (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else halves
+            rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True))
+            if fused._apply_gate.__name__ != "_default_apply_gate":
+                self.gate = fused._apply_gate
+        self.act_fn = getattr(fused, "act_fn", None)
+        self.normed = bool(getattr(fused, "has_post_expert_norm", False))
+        for name, child in fused.named_children():
+            setattr(self, name, child)
+        sources = {name: (first, where) for name, where in rows.items()} | {"down_proj": ("down_proj", slice(None))}
+        widths = {name: (hidden, inner) if name == "down_proj" else (inner, hidden) for name in sources}
+        self.parts: dict[str, Part] = {}  # parameter of this module -> where it lies in the fused one's
+        for e in range(len(parameters["down_proj"])):
+            self.add_module(str(e), Expert(widths, fused.has_bias))
+            for name, (source, where) in sources.items():
+                for kind, key in (("weight", source), ("bias", f"{source}_bias")):
+                    if key in parameters:
+                        shape = tuple(parameters[key].shape)
+                        self.parts[f"{e}.{name}.{kind}"] = Part(key, shape, e, where, fused.is_transposed)
+        fused._parameters.clear()
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -105,54 +129,39 @@ class SplitExperts(nn.Module):
         return total
 
     def _output(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
-        module: Any = self
-        if not module.has_gate:
-            y = module.act_fn(expert.up_proj(x))
+        halves = [layer(x) for name, layer in expert.named_children() if name != "down_proj"]  # gate, up
+        if len(halves) == 1:
+            y = self.act_fn(halves[0])
+        elif self.gate is None:
+            y = self.act_fn(halves[0]) * halves[1]
         else:
-            gate, up = expert.gate_proj(x), expert.up_proj(x)
-            if module._apply_gate.__name__ == "_default_apply_gate":
-                y = module.act_fn(gate) * up
-            else:
-                together = torch.cat if module.is_concatenated else _interleaved
-                y = module._apply_gate(together([gate, up], -1))
+            y = self.gate(torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1))
         y = expert.down_proj(y)
-        return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
-
-
-def _interleaved(columns: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """[g0, u0, g1, u1, ...]"""
-    return torch.stack(columns, dim).flatten(dim - 1)
-
-
-@cache
-def _split_class(cls: Any) -> type[nn.Module]:
-    return type(f"Split{cls.__name__}", (SplitExperts, cls), {"__module__": __name__})
+        return self.post_expert_norm(y) if self.normed else y
 
 
 def split_experts(model: nn.Module) -> None:
-    """Take every fused experts module of a model apart, in place. The new layers are empty (on the meta device).
+    """Replace every fused experts module in a model by its `SplitExperts`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if _is_fused(child):
+                setattr(parent, name, SplitExperts(child))
 
-    Modules that have to stay in float because of what they are get an attribute `why_float`, which says why.
-    """
-    for module in list(model.modules()):
-        if _is_fused(module):
-            _split(module)
-    for parent in model.modules():
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """Modules of a model, or of a block of it, that stay in float because of what they are -> why: the routers beside
+    experts, and experts that could not be taken apart."""
+    inside = {id(m) for experts in model.modules() if isinstance(experts, SplitExperts) for m in experts.modules()}
+    reasons: dict[str, str] = {}
+    for name, parent in model.named_modules():
         counts = {len(m.experts) for m in parent.children() if isinstance(m, SplitExperts)}
-        for module in _outside_experts(parent) if counts else ():
+        for other, module in parent.named_modules(prefix=name) if counts else ():
             weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() == 2 and len(weight) in counts:
-                module.why_float = ROUTER  # type: ignore[assignment]
+            if id(module) not in inside and weight is not None and weight.dim() == 2 and len(weight) in counts:
+                reasons[other] = ROUTER
         if not isinstance(parent, nn.Conv1d) and any(map(_is_stack, parent._parameters.values())):
-            parent.why_float = UNSPLITTABLE  # type: ignore[assignment]
-
-
-def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, without the experts."""
-    yield module
-    for child in module.children():
-        if not isinstance(child, SplitExperts):
-            yield from _outside_experts(child)
+            reasons[name] = UNSPLITTABLE
+    return reasons
 
 
 def _is_stack(parameter: torch.Tensor | None) -> bool:
@@ -163,7 +172,7 @@ def _is_stack(parameter: torch.Tensor | None) -> bool:
 def _is_fused(module: Any) -> bool:
     """Whether a module has the interface of transformers' `use_experts_implementation`, and just its parameters."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    if isinstance(module, SplitExperts) or not all(isinstance(getattr(module, flag, None), bool) for flag in flags):
+    if not all(isinstance(getattr(module, flag, None), bool) for flag in flags):
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = [first, "down_proj", *([f"{first}_bias", "down_proj_bias"] if module.has_bias else [])]
@@ -180,52 +189,18 @@ def _features(weight: torch.Tensor, transposed: bool) -> tuple[int, int]:
     return (b, a) if transposed else (a, b)
 
 
-def _split(module: Any) -> None:
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    fused = dict(module._parameters)
-    count = len(fused["down_proj"])
-    hidden, inner = _features(fused["down_proj"], module.is_transposed)
-    rows = {"up_proj": slice(0, inner)}
-    if module.has_gate and module.is_concatenated:
-        rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)}
-    elif module.has_gate:
-        rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-    sources = {name: (first, where) for name, where in rows.items()} | {"down_proj": ("down_proj", slice(None))}
-    widths = {name: (hidden, inner) if name == "down_proj" else (inner, hidden) for name in sources}
-    module._parameters.clear()
-    parts = {}
-    for e in range(count):
-        module.add_module(str(e), Expert(widths, module.has_bias))
-        for name, (source, where) in sources.items():
-            for kind, key in (("weight", source), ("bias", f"{source}_bias")):
-                if key in fused:
-                    parts[f"{e}.{name}.{kind}"] = Part(key, tuple(fused[key].shape), e, where, module.is_transposed)
-    cls: Any = type(module)
-    module.__class__ = _split_class(cls)
-    module.parts = parts
-
-
 def parts_of(model: nn.Module) -> dict[str, Part]:
     """Parameter of an expert -> where it lies, with the fused parameter's name in the whole model."""
-    found = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, SplitExperts):
-            for name, part in module.parts.items():
-                fused = f"{prefix}.{part.fused}"
-                found[f"{prefix}.{name}"] = Part(fused, part.shape, part.expert, part.rows, part.transposed)
-    return found
-
-
-def left_alone(model: nn.Module) -> dict[str, str]:
-    """Modules that stay in float because of what they are -> why: routers, experts that could not be taken apart."""
-    return {name: str(m.why_float) for name, m in model.named_modules() if "why_float" in m.__dict__}
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return {
+        f"{prefix}.{name}": replace(part, fused=f"{prefix}.{part.fused}")
+        for prefix, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+        for name, part in module.parts.items()
+    }
 
 
 def expert_of(block: nn.Module, layer: str) -> str:
     """The name of the expert that a layer is part of, with a dot behind it ("mlp.experts.3."); "" for other layers."""
-    return next((f"{p}." for p in _prefixes(layer) if isinstance(block.get_submodule(p), Expert)), "")
+    names = layer.split(".")
+    prefixes = (".".join(names[: i + 1]) for i in range(len(names)))
+    return next((f"{p}." for p in prefixes if isinstance(block.get_submodule(p), Expert)), "")

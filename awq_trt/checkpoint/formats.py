@@ -30,6 +30,7 @@ A pre-scale is stored as `pre_scale` [K] by this package and as `pre_quant_scale
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,25 +45,6 @@ Parts = Mapping[str, torch.Tensor]
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_V1_OFFSET = np.uint32(0x11111111)
-
-PARTS = {
-    "awq-gemm": ("qweight", "qzeros", "scales"),
-    "awq-gemv": ("qweight", "qzeros", "scales"),
-    "awq-gemv_fast": ("qweight", "qzeros", "scales"),
-    "gptq": ("qweight", "qzeros", "scales"),
-    "gptq_v2": ("qweight", "qzeros", "scales"),
-    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
-    "modelopt": ("weight", "weight_scale"),
-}
-"""Format -> what a layer of it always has; the one that no layer in float has comes first, for ModelOpt second."""
-
-OPTIONAL_PARTS = {
-    "awq-gemm": ("pre_scale",),
-    "gptq": ("g_idx",),
-    "gptq_v2": ("g_idx",),
-    "pack-quantized": ("weight_zero_point", "weight_g_idx"),
-    "modelopt": ("pre_quant_scale",),
-}
 
 
 def pack_nibbles(values: np.ndarray, order: Sequence[int] = IN_ORDER) -> np.ndarray:
@@ -92,16 +74,16 @@ def from_parts(format: str, name: str, parts: Parts, group_size: int | None = No
     """One layer of a checkpoint.
 
     Args:
-        format: a key of PARTS. name: of the layer, for messages. group_size: from the configuration (-1 for the whole
+        format: a key of FORMATS. name: of the layer, for messages. group_size: from the configuration (-1 for the whole
             row); only "awq-gemv" and "awq-gemv_fast" need it, because they pad the groups.
 
     Raises:
         AwqTrtError: tensors missing, of another dtype, not fitting each other; act-order; a shape no kernel can run.
     """
     try:
-        if missing := [part for part in PARTS[format] if part not in parts]:
+        if missing := [part for part in FORMATS[format].parts if part not in parts]:
             raise AwqTrtError(f"tensor {missing[0]} is missing; download the checkpoint again.")
-        layer = READERS[format](parts, group_size)
+        layer = FORMATS[format].read(parts, group_size)
         n, k = layer.q.shape
         if reason := unsupported_reason(padded_features(n), k, layer.group_size):
             raise AwqTrtError(f"{reason}. Start from the checkpoint before quantization: such layers stay in float.")
@@ -116,24 +98,18 @@ def to_parts(format: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
     Raises:
         AwqTrtError: a pre-scale, which pack-quantized cannot carry.
     """
-    return _to_awq_gemm(layer) if format == "awq-gemm" else _to_pack_quantized(layer)
-
-
-def _to_awq_gemm(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    zeros = layer.zeros if layer.zeros is not None else torch.full(layer.scales.shape, SYMMETRIC_ZERO)
-    parts = {
-        "qweight": torch.from_numpy(pack_nibbles(layer.q.numpy().T, AWQ_ORDER)),
-        "qzeros": torch.from_numpy(pack_nibbles(zeros.numpy().T, AWQ_ORDER)),
-        "scales": layer.scales.t().contiguous(),
-    }
-    return parts if layer.pre_scale is None else parts | {"pre_scale": layer.pre_scale}
-
-
-def _to_pack_quantized(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
+    if format == "awq-gemm":
+        zeros = torch.full(layer.scales.shape, SYMMETRIC_ZERO) if layer.zeros is None else layer.zeros
+        parts = {
+            "qweight": torch.from_numpy(pack_nibbles(layer.q.numpy().T, AWQ_ORDER)),
+            "qzeros": torch.from_numpy(pack_nibbles(zeros.numpy().T, AWQ_ORDER)),
+            "scales": layer.scales.t().contiguous(),
+        }
+        return parts if layer.pre_scale is None else parts | {"pre_scale": layer.pre_scale}
     if layer.pre_scale is not None:
         raise AwqTrtError(
-            "compressed-tensors cannot carry a pre-scale; save with --save-format awq, or search without "
-            "(--no-pre-scale)."
+            'compressed-tensors cannot carry a pre-scale; save with save_format="awq", or search without '
+            "(pre_scale=False)."
         )
     parts = {
         "weight_packed": torch.from_numpy(pack_nibbles(layer.q.numpy())),
@@ -141,44 +117,33 @@ def _to_pack_quantized(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
         "weight_shape": torch.tensor(layer.q.shape),
     }
     if layer.zeros is not None:
-        words = pack_nibbles(np.ascontiguousarray(layer.zeros.numpy().T)).T
-        parts["weight_zero_point"] = torch.from_numpy(np.ascontiguousarray(words))
+        parts["weight_zero_point"] = torch.from_numpy(pack_nibbles(layer.zeros.numpy().T)).t().contiguous()
     return parts
 
 
 def _from_awq_gemm(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
-    groups, n = _two("scales", scales)
-    k, _ = _two("qweight", qweight)
-    fits = qweight.shape == (k, -(-n // 8)) and qzeros.shape == (groups, -(-n // 8)) and k % groups == 0
+    qweight, qzeros, scales = _matrices(parts, qweight=torch.int32, qzeros=torch.int32, scales=None)
+    (k, words), (groups, n) = qweight.shape, scales.shape
+    fits = words == -(-n // 8) and qzeros.shape == (groups, words) and k % groups == 0
     _fit(fits, parts, "[K, N/8], [K/g, N/8] and [K/g, N]")
-    q = unpack_nibbles(_int32("qweight", qweight), AWQ_ORDER).T[:n]
-    return _layer(q, scales.t(), unpack_nibbles(_int32("qzeros", qzeros), AWQ_ORDER).T[:n], parts.get("pre_scale"))
+    q, zeros = (_unpacked(words, AWQ_ORDER).T[:n] for words in (qweight, qzeros))
+    return _layer(q, scales.t(), zeros, parts.get("pre_scale"))
 
 
 def _from_awq_gemv(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
-    n, k = _two("qweight", qweight)[0], qweight.shape[1] * 8
-    groups = _groups(k, group_size)
-    fits = (
-        scales.dim() == qzeros.dim() == 2
-        and len(scales) == len(qzeros) == n
-        and min(scales.shape[1], qzeros.shape[1] * 8) >= groups
-    )
+    qweight, qzeros, scales = _matrices(parts, qweight=torch.int32, qzeros=torch.int32, scales=None)
+    n, groups = len(qweight), _groups(qweight.shape[1] * 8, group_size)
+    fits = len(scales) == len(qzeros) == n and min(scales.shape[1], qzeros.shape[1] * 8) >= groups
     _fit(fits, parts, f"[N, K/8], [N, at least {-(-groups // 8)}] and [N, at least {groups}]")
-    zeros = unpack_nibbles(_int32("qzeros", qzeros))[:, :groups]
-    return _layer(unpack_nibbles(_int32("qweight", qweight)), scales[:, :groups], zeros)
+    return _layer(_unpacked(qweight), scales[:, :groups], _unpacked(qzeros)[:, :groups])
 
 
 def _from_awq_gemv_fast(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    qweight, scales = parts["qweight"], parts["scales"]
-    n, k = _two("qweight", qweight)[0] * 4, qweight.shape[1]
+    qweight, offsets, scales = _matrices(parts, qweight=torch.int16, qzeros=None, scales=None)
+    n, k = len(qweight) * 4, qweight.shape[1]
     groups = _groups(k, group_size)
-    offsets = parts["qzeros"]
-    fits = k % 64 == 0 and scales.dim() == 2 and scales.shape == offsets.shape and scales.shape[1] == n
-    _fit(fits and len(scales) >= groups, parts, f"[N/4, K], [at least {groups}, N] and the same")
-    if qweight.dtype != torch.int16:
-        raise AwqTrtError(f"tensor qweight is {qweight.dtype}, not int16.")
+    fits = k % 64 == 0 and scales.shape == offsets.shape and scales.shape[1] == n and len(scales) >= groups
+    _fit(fits, parts, f"[N/4, K], [at least {groups}, N] and the same")
     scales, offsets = scales[:groups].t(), offsets[:groups].t()
     zeros = torch.nan_to_num(-offsets.float() / scales.float(), nan=SYMMETRIC_ZERO).round()
     if not torch.equal(-(scales * zeros.to(scales.dtype)), offsets) or not bool(((zeros >= 0) & (zeros <= 15)).all()):
@@ -204,27 +169,27 @@ def _from_gptq(parts: Parts, group_size: int | None) -> QuantizedLinear:
 
     AutoGPTQ differs for a stored 15 only, which it reads as 16; its own writer destroys the word of a zero point of 0.
     """
-    words = _int32("qzeros", parts["qzeros"]).view(np.uint32) + GPTQ_V1_OFFSET
+    (qzeros,) = _matrices(parts, qzeros=torch.int32)
+    words = qzeros.numpy().view(np.uint32) + GPTQ_V1_OFFSET
     return _from_gptq_v2({**parts, "qzeros": torch.from_numpy(words.view(np.int32))}, group_size)
 
 
 def _from_gptq_v2(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
-    groups, n = _two("scales", scales)
-    k = _two("qweight", qweight)[0] * 8
+    qweight, qzeros, scales = _matrices(parts, qweight=torch.int32, qzeros=torch.int32, scales=None)
+    k, (groups, n) = len(qweight) * 8, scales.shape
     fits = qweight.shape[1] == n and qzeros.shape == (groups, n // 8) and n % 8 == 0 and k % groups == 0
     _fit(fits, parts, "[K/8, N], [K/g, N/8] and [K/g, N]")
     _refuse_act_order("g_idx", parts.get("g_idx"), k, groups)
-    q = unpack_nibbles(np.ascontiguousarray(_int32("qweight", qweight).T))
-    return _layer(q, scales.t(), unpack_nibbles(_int32("qzeros", qzeros)).T)
+    return _layer(_unpacked(qweight.t()), scales.t(), _unpacked(qzeros).T)
 
 
 def _from_pack_quantized(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    packed, scale, zero_point = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+    packed, scale = _matrices(parts, weight_packed=torch.int32, weight_scale=None)
+    zero_point = parts.get("weight_zero_point")
     if parts["weight_shape"].shape != (2,):
         raise AwqTrtError(f"tensor weight_shape is {list(parts['weight_shape'].shape)}; it should hold N and K.")
     n, k = (int(size) for size in parts["weight_shape"])
-    groups = _two("weight_scale", scale)[1]
+    groups = scale.shape[1]
     fits = packed.shape == (n, -(-k // 8)) and len(scale) == n and k % groups == 0
     if zero_point is not None:  # int8 where an older compressed-tensors wrote it, not packed
         fits &= zero_point.shape == ((n, groups) if zero_point.dtype == torch.int8 else (-(-n // 8), groups))
@@ -234,31 +199,42 @@ def _from_pack_quantized(parts: Parts, group_size: int | None) -> QuantizedLinea
     if zero_point is not None and zero_point.dtype == torch.int8:
         zeros = (zero_point + SYMMETRIC_ZERO).to(torch.uint8).numpy()
     elif zero_point is not None:
-        words = np.ascontiguousarray(_int32("weight_zero_point", zero_point).T)
-        zeros = unpack_nibbles(words).T[:n]
-    return _layer(unpack_nibbles(_int32("weight_packed", packed))[:, :k], scale, zeros)
+        (zero_point,) = _matrices(parts, weight_zero_point=torch.int32)
+        zeros = _unpacked(zero_point.t()).T[:n]
+    return _layer(_unpacked(packed)[:, :k], scale, zeros)
 
 
 def _from_modelopt(parts: Parts, group_size: int | None) -> QuantizedLinear:
-    weight, scale = parts["weight"], parts["weight_scale"]
-    n, k = _two("weight", weight)[0] * 2, weight.shape[1]
-    groups = _two("weight_scale", scale)[1]
-    _fit(len(scale) == n and k % groups == 0, parts, "[N/2, K] and [N, K/g]")
-    if weight.dtype != torch.uint8:
-        raise AwqTrtError(f"tensor weight is {weight.dtype}, not uint8 (two 4-bit integers a byte).")
+    weight, scale = _matrices(parts, weight=torch.uint8, weight_scale=None)
+    n, k = len(weight) * 2, weight.shape[1]
+    _fit(len(scale) == n and k % scale.shape[1] == 0, parts, "[N/2, K] and [N, K/g]")
     q = np.empty((n, k), np.uint8)
     q[::2], q[1::2] = weight.numpy() & 15, weight.numpy() >> 4
     return _layer(q ^ 8, scale, None, parts.get("pre_quant_scale"))  # two's complement plus 8
 
 
-READERS: dict[str, Callable[[Parts, int | None], QuantizedLinear]] = {
-    "awq-gemm": _from_awq_gemm,
-    "awq-gemv": _from_awq_gemv,
-    "awq-gemv_fast": _from_awq_gemv_fast,
-    "gptq": _from_gptq,
-    "gptq_v2": _from_gptq_v2,
-    "pack-quantized": _from_pack_quantized,
-    "modelopt": _from_modelopt,
+@dataclass(frozen=True)
+class Format:
+    """A layout of one layer."""
+
+    read: Callable[[Parts, int | None], QuantizedLinear]  # from its tensors and the group size of the configuration
+    parts: tuple[str, ...]  # what a layer always has; the first is one that no layer in float has
+    optional: tuple[str, ...] = ()
+
+
+_QZEROS = ("qweight", "qzeros", "scales")
+FORMATS = {
+    "awq-gemm": Format(_from_awq_gemm, _QZEROS, ("pre_scale",)),
+    "awq-gemv": Format(_from_awq_gemv, _QZEROS),
+    "awq-gemv_fast": Format(_from_awq_gemv_fast, _QZEROS),
+    "gptq": Format(_from_gptq, _QZEROS, ("g_idx",)),
+    "gptq_v2": Format(_from_gptq_v2, _QZEROS, ("g_idx",)),
+    "pack-quantized": Format(
+        _from_pack_quantized,
+        ("weight_packed", "weight_scale", "weight_shape"),
+        ("weight_zero_point", "weight_g_idx"),
+    ),
+    "modelopt": Format(_from_modelopt, ("weight_scale", "weight"), ("pre_quant_scale",)),
 }
 
 
@@ -273,11 +249,12 @@ def _layer(
         raise AwqTrtError(
             f"the pre-scale is {list(pre_scale.shape)}, not [{q.shape[1]}]; download the checkpoint again."
         )
-    symmetric = zeros is None or bool((zeros == SYMMETRIC_ZERO).all())
+    if zeros is not None and (zeros == SYMMETRIC_ZERO).all():
+        zeros = None
     return QuantizedLinear(
         torch.from_numpy(np.ascontiguousarray(q)),
         scales.contiguous(),
-        None if symmetric or zeros is None else torch.from_numpy(np.ascontiguousarray(zeros)),
+        None if zeros is None else torch.from_numpy(np.ascontiguousarray(zeros)),
         q.shape[1] // groups,
         pre_scale,
     )
@@ -307,18 +284,21 @@ def _groups(k: int, group_size: int | None) -> int:
     return 1 if group_size == -1 else k // group_size
 
 
-def _two(part: str, tensor: torch.Tensor) -> tuple[int, int]:
-    """The shape of a tensor that must have two dimensions, none of them 0."""
-    if tensor.dim() != 2 or not tensor.numel():
-        raise AwqTrtError(f"tensor {part} is {list(tensor.shape)}; two dimensions were expected.")
-    return tensor.shape[0], tensor.shape[1]
+def _matrices(parts: Parts, **dtypes: torch.dtype | None) -> list[torch.Tensor]:
+    """Tensors of a layer that must have two dimensions, none of them 0, and the dtype; None for any."""
+    for part, dtype in dtypes.items():
+        tensor = parts[part]
+        if tensor.dim() != 2 or not tensor.numel():
+            raise AwqTrtError(f"tensor {part} is {list(tensor.shape)}; two dimensions were expected.")
+        if dtype is not None and tensor.dtype != dtype:
+            wanted = str(dtype).removeprefix("torch.")
+            raise AwqTrtError(f"tensor {part} is {tensor.dtype}, not {wanted} with 4-bit integers in it.")
+    return [parts[part] for part in dtypes]
 
 
-def _int32(part: str, tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype != torch.int32:
-        raise AwqTrtError(f"tensor {part} is {tensor.dtype}, not int32 (eight 4-bit integers a word).")
-    array: np.ndarray = tensor.contiguous().numpy()
-    return array
+def _unpacked(words: torch.Tensor, order: Sequence[int] = IN_ORDER) -> np.ndarray:
+    """int32 [R, C/8] -> uint8 [R, C]"""
+    return unpack_nibbles(words.contiguous().numpy(), order)
 
 
 def _fit(fits: bool, parts: Parts, expected: str) -> None:

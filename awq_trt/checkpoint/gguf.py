@@ -26,15 +26,12 @@ PLAIN = ("token_embd.weight", "output.weight", "position_embd.weight")
 
 @dataclass(frozen=True)
 class GgufReader:
-    """Reads one tensor of a GGUF file: rows are dequantized in pieces, then `finish` reorders what llama.cpp reordered.
+    """Reads one tensor of a GGUF file: dequantizes its rows in pieces, then `finish` undoes llama.cpp's reordering."""
 
-    data: the blocks in the file, [rows, bytes of a row]. finish: see transformers' TensorProcessor; None where the
-    tensor is stored as it is.
-    """
-
-    data: Any
-    kind: Any
-    finish: Callable[[Any], Any] | None
+    data: Any  # the blocks in the file, uint8 [rows, bytes of a row]
+    kind: Any  # a gguf.GGMLQuantizationType
+    finish: Callable[[Any], Any] | None  # see transformers' TensorProcessor; None where it is stored as it is
+    dtype = torch.float32  # of what it gives
 
     def __call__(self) -> torch.Tensor:
         from gguf import dequantize
@@ -70,7 +67,10 @@ def open_gguf(path: Path) -> Checkpoint:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        config.architectures = [_causal_lm_class(config).__name__]
+        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if cls is None:
+            raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
+        config.architectures = [cls.__name__]
         tokenizer = load_tokenizer(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)  # last: its fields take half a kilobyte for each token of the vocabulary
         architecture = read_field(reader, "general.architecture")[0]
@@ -97,12 +97,4 @@ def open_gguf(path: Path) -> Checkpoint:
 
     known = [t for t in reader.tensors if t.name in names]
     readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
-    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,), torch.float32)
-
-
-def _causal_lm_class(config: transformers.PretrainedConfig) -> type:
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in mapping:
-        raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
-    found: Any = mapping[type(config)]
-    return found
+    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,))

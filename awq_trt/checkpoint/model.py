@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from awq_trt.checkpoint.experts import split_experts
@@ -19,27 +20,29 @@ OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
 """What a model gives: the first of these that it has."""
 
 
+class TransposedLinear(nn.Linear):
+    """A layer whose weight a file holds as [in, out]: a Conv1D of transformers (GPT-2)."""
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Inside, every new parameter goes to the meta device at once; buffers (rotary tables) are computed for real.
 
     Parameters are given no first values: on the meta device that takes a second for 30 blocks and does nothing.
     """
-    register = torch.nn.Module.register_parameter
     initialize = transformers.PreTrainedModel.initialize_weights
 
-    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a parameter that is already there is a tied one: keep it
-            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        tied = parameter.is_meta  # it is there already: keep it
+        return None if tied else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    hook = register_module_parameter_registration_hook(to_meta)
     transformers.PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         transformers.PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def empty_model(
@@ -47,8 +50,8 @@ def empty_model(
 ) -> transformers.PreTrainedModel:
     """The model of a configuration in eval mode: fp32 parameters on the meta device, buffers with their values.
 
-    Conv1D layers (GPT-2) become nn.Linear; such a Linear carries the mark `was_conv1d`. Fused experts become a
-    nn.Linear for each expert and projection (experts.py).
+    Conv1D layers (GPT-2) become `TransposedLinear`, fused experts an nn.Linear for each expert and projection
+    (experts.py).
 
     Raises:
         AwqTrtError: transformers has no class for the architecture.
@@ -60,16 +63,14 @@ def empty_model(
         for parent in list(model.modules()):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, Conv1D):
-                    linear = torch.nn.Linear(child.nx, child.nf, bias=True)
-                    linear.was_conv1d = True  # type: ignore[assignment]
-                    setattr(parent, child_name, linear)
+                    setattr(parent, child_name, TransposedLinear(child.nx, child.nf))
         split_experts(model)
     return model.eval()
 
 
 def transposed_weights(model: torch.nn.Module) -> frozenset[str]:
     """Weights that a file holds as [in, out] and `empty_model` as [out, in]."""
-    return frozenset(f"{n}.weight" for n, m in model.named_modules() if getattr(m, "was_conv1d", False))
+    return frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, TransposedLinear))
 
 
 def persistent_buffers(model: torch.nn.Module) -> list[str]:

@@ -1,16 +1,15 @@
-"""Which tensor of a file is which parameter of the model (`checkpoint.empty_model`), and what to call one in a file.
+"""Which tensor of a file is which parameter of the model (`model.empty_model`), and what to call one in a file.
 
 transformers renames tensors while it loads (`block_sparse_moe` -> `mlp`, a base model's prefix, `LayerNorm.gamma`) and
 stacks those of experts. Its own table of conversions, which has a row per family, says how; here the renamings are
 followed and the stacking is undone, because `experts.py` has every expert's layers apart. Conversions that compute
-something else (transpose, permute) are not followed: such a file is left to transformers (checkpoint.py).
+something else (transpose, permute) are not followed: such a file is left to transformers (`match_names`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 
 from awq_trt.checkpoint.experts import Part, parts_of
 from awq_trt.checkpoint.model import empty_model, persistent_buffers, transposed_weights
-from awq_trt.checkpoint.reader import Checkpoint, PartReader, Reader, SafetensorsReader
+from awq_trt.checkpoint.reader import Checkpoint, Reader
+from awq_trt.checkpoint.safetensors import SafetensorsReader
 from awq_trt.checkpoint.submodels import Submodel
 from awq_trt.errors import AwqTrtError
+from awq_trt.layout import DTYPES
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """A fused parameter of experts -> the layers that are stacked in it, in the order of a conversion's sources."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter is: the whole tensor `key`, or a part of it."""
-
-    key: str
-    part: Part | None = None
+Place = tuple[str, Part | None]
+"""Where a parameter is: the tensor of that name, whole or a part of it."""
 
 
 class StoredNames:
@@ -43,8 +40,8 @@ class StoredNames:
     def __init__(self, model: transformers.PreTrainedModel, submodel: Submodel | None = None) -> None:
         self._submodel = submodel or Submodel(model.config)
         self._prefix = f"{model.base_model_prefix}."
-        self._names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-        self._names |= {n for n, _ in model.named_buffers()}
+        self.names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        self.names |= {n for n, _ in model.named_buffers()}
         self._parts = parts_of(model)
         self._fused: dict[str, dict[str, Part]] = {}
         for name, part in self._parts.items():
@@ -57,27 +54,23 @@ class StoredNames:
         self._renamings_back = [c for c in back if isinstance(c, WeightRenaming)]
         self._converters_back = [c for c in back if isinstance(c, WeightConverter)]
 
-    def find(self, keys: Iterable[str]) -> dict[str, Place]:
-        """Parameter (or buffer) -> where it is in a file with these keys; those that must be computed are left out."""
+    def find(self, keys: Iterable[str], loaded: bool = False) -> dict[str, Place]:
+        """Parameter (or buffer) -> where it is in a file with these keys; those that must be computed are left out.
+
+        Args:
+            loaded: the keys are names in transformers' own model, where experts are fused and nothing else is renamed.
+        """
         found: dict[str, Place] = {}
         for key in keys:
-            own = self._submodel.name(key)
-            for name, part in self._places(own) if own is not None else ():
+            own = key if loaded else self._submodel.name(key)
+            for name, part in () if own is None else self._exact(own) if loaded else self._places(own):
                 if name not in found or name == own:
-                    found[name] = Place(key, part)
+                    found[name] = (key, part)
         return found
-
-    def find_loaded(self, keys: Iterable[str]) -> dict[str, Place]:
-        """`find` for names that transformers' own model has, where experts are fused and nothing else is renamed."""
-        return {name: Place(key, part) for key in keys for name, part in self._exact(key)}
 
     def parameter(self, key: str) -> str | None:
         """The parameter that a tensor called `key` is as a whole; None where it is none."""
-        own = self._submodel.name(key)
-        return None if own is None else self._whole(own)
-
-    def _whole(self, name: str) -> str | None:
-        return next((found for found, part in self._places(name) if part is None), None)
+        return next((name for name, (_, part) in self.find([key]).items() if part is None), None)
 
     def key(self, name: str) -> str:
         """What transformers would call a parameter in a file of this model alone, and other tools expect."""
@@ -91,12 +84,7 @@ class StoredNames:
                     key = fused.replace(first, converter.target_patterns[own]).replace("*", str(part.expert))
                     break
         key = apply_renamings(key, self._renamings_back)
-        return key if self._whole(key) == name else name
-
-    @property
-    def other_keys(self) -> dict[str, str]:
-        """Parameter -> `key`, for those whose name is another."""
-        return {name: key for name in sorted(self._names) if (key := self.key(name)) != name}
+        return key if (name, None) in self._places(key) else name
 
     def _places(self, key: str) -> list[tuple[str, Part | None]]:
         """The parameters that a tensor is, or has parts of."""
@@ -111,7 +99,7 @@ class StoredNames:
 
     def _exact(self, name: str) -> list[tuple[str, Part | None]]:
         """The parameters that have this name, or have parts of the fused one that has it."""
-        return [(name, None)] if name in self._names else list(self._fused.get(name, {}).items())
+        return [(name, None)] if name in self.names else list(self._fused.get(name, {}).items())
 
     def _expert_layer(self, key: str, fused: str, converter: WeightConverter, pattern: str) -> str | None:
         """The parameter that one tensor is of those that a converter stacks; None where it does something else."""
@@ -138,65 +126,74 @@ def _is_stacking(converter: WeightConverter) -> bool:
     return len(targets) == 1 and sources == len(converter.source_patterns) and operations == known[:sources]
 
 
-def match_names(
-    source: str,
-    path: Path,
-    submodel: Submodel,
-    stored: Mapping[str, Reader],
-    tokenizer: Any,
-    files: tuple[Path, ...],
-    dtype: torch.dtype | None = None,
-) -> Checkpoint:
-    """Match the names in the file with the model's parameters and turn Conv1D weights round.
+def parameter_readers(
+    source: str, model: transformers.PreTrainedModel, found: Mapping[str, Place], stored: Mapping[str, Reader]
+) -> dict[str, Reader]:
+    """Parameter or persistent buffer -> what reads it as the empty model has it: Conv1D weights turned round, of fused
+    experts one part. Those that are not in `found` are left out.
 
-    Args:
-        dtype: of the values that the readers give; None looks at the first.
+    Raises:
+        AwqTrtError: a tensor has not the shape that the configuration says.
+    """
+    parameters, transposed = dict(model.named_parameters()), transposed_weights(model)
+    readers: dict[str, Reader] = {}
+    for name in (*parameters, *persistent_buffers(model)):
+        if name not in found:
+            continue
+        key, part = found[name]
+        read = stored[key]
+        if name in parameters and isinstance(read, SafetensorsReader):
+            expected = tuple(parameters[name].shape if part is None else part.shape)
+            expected = expected[::-1] if name in transposed else expected
+            if read.shape != expected:
+                raise AwqTrtError(
+                    f"{source}: tensor {key} has shape {list(read.shape)}, config.json says {list(expected)}; "
+                    "one of the two is of another model."
+                )
+        readers[name] = _reader(read, part, name in transposed)
+    return readers
+
+
+def _reader(read: Reader, part: Part | None, transposed: bool) -> Reader:
+    if part is not None:
+        return lambda: part.of(read()[part.expert])
+    return (lambda: read().t().contiguous()) if transposed else read
+
+
+def match_names(
+    source: str, path: Path, submodel: Submodel, stored: Mapping[str, Reader], tokenizer: Any, files: tuple[Path, ...]
+) -> Checkpoint:
+    """Match the names in the file with the model's parameters.
 
     Raises:
         AwqTrtError: a tensor is missing, or has not the shape that the configuration says.
     """
-    config = submodel.config
-    model = empty_model(config)
-    transposed = transposed_weights(model)
-    parameters = dict(model.named_parameters())
-    names = [*parameters, *(buffers := persistent_buffers(model))]
-    stored_names = StoredNames(model, submodel)
-    found = stored_names.find(stored)
+    model = empty_model(submodel.config)
+    parameters = [n for n, _ in model.named_parameters()]
+    names = StoredNames(model, submodel)
+    found = names.find(stored)
     if missing := [n for n in parameters if n not in found]:
         stored = _converted_by_transformers(source, path, type(model), missing[0])
-        found = stored_names.find_loaded(stored)
+        found = names.find(stored, loaded=True)
     if missing := [n for n in parameters if n not in found]:
         raise AwqTrtError(f"{source}: the tensor {missing[0]} is not in the checkpoint; download it again.")
-    readers: dict[str, Reader] = {}
-    for name in names:
-        if name not in found:
-            continue
-        place = found[name]
-        read = stored[place.key]
-        if isinstance(read, SafetensorsReader) and name not in buffers:
-            shape = parameters[name].shape if place.part is None else place.part.shape
-            expected = tuple(shape)[::-1] if name in transposed else tuple(shape)
-            if read.shape != expected:
-                raise AwqTrtError(
-                    f"{source}: tensor {place.key} has shape {list(read.shape)}, config.json says {list(expected)}; "
-                    "one of the two is of another model."
-                )
-        whole = _transposing(read) if name in transposed else read
-        readers[name] = whole if place.part is None else PartReader(read, place.part)
-    first = readers[names[0]]().dtype if dtype is None and names else dtype
-    activations = first if first in (torch.float16, torch.bfloat16) else torch.float16
-    if model.main_input_name != "input_ids":
-        tokenizer = None  # of another part, or of what the model's outputs are made into
-    keys = stored_names.other_keys
-    return Checkpoint(source, config, activations, readers, tokenizer, transposed, files, keys, submodel.note)
+    first = stored[found[parameters[0]][0]]
+    dtype = getattr(first, "dtype", None) or first().dtype  # of GGUF fp32, and reading it would dequantize it
+    return Checkpoint(
+        source,
+        submodel.config,
+        dtype if dtype in DTYPES.values() else torch.float16,
+        parameter_readers(source, model, found, stored),
+        tokenizer if model.main_input_name == "input_ids" else None,  # else it is of another part, or of the outputs
+        transposed_weights(model),
+        files,
+        {name: key for name in sorted(names.names) if (key := names.key(name)) != name},
+        submodel.note,
+    )
 
 
 def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
-    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory.
-
-    Raises:
-        AwqTrtError: tensors are missing even so.
-    """
+    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory."""
     trouble = f"{source}: the tensor {first_missing} is not in the checkpoint; download it again"
     if not path.is_dir():
         raise AwqTrtError(f"{trouble}.")
@@ -208,7 +205,3 @@ def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing:
         raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {name: tensor.detach for name, tensor in parameters.items()}
-
-
-def _transposing(read: Reader) -> Reader:
-    return lambda: read().t().contiguous()

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import transformers
 
-from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, safetensors_index
+from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, stored_tensors
 from awq_trt.checkpoint.gguf import open_gguf
 from awq_trt.checkpoint.names import match_names
-from awq_trt.checkpoint.reader import Checkpoint, Reader, SafetensorsReader
-from awq_trt.checkpoint.safetensors import read_header
+from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.schemes import find_quantization
 from awq_trt.checkpoint.submodels import choose
 from awq_trt.errors import AwqTrtError
@@ -31,19 +30,15 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
     if path.is_dir() and not (path / "config.json").exists():
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
-            raise AwqTrtError(f"{model}: no config.json here; --model wants a Hugging Face directory or a .gguf file.")
+            raise AwqTrtError(f"{model}: no config.json here; a Hugging Face directory or a .gguf file was expected.")
         path = gguf_files[0]
     if path.is_file() and path.suffix != ".gguf":
-        raise AwqTrtError(f"{model}: a file, but not a .gguf; --model wants a directory, a .gguf file or a hub id.")
+        raise AwqTrtError(f"{model}: a file, but not a .gguf; a directory, a .gguf file or a hub id was expected.")
     if path.is_file() and part is not None:
         raise AwqTrtError(f"{model}: a GGUF file is one model, without a part {part!r}.")
     if path.is_file():
         return open_gguf(path)
-    return _open_directory(path, str(model), trust_remote_code, part)
-
-
-def _open_directory(path: Path, source: str, trust_remote_code: bool, part: str | None) -> Checkpoint:
-    raw = read_json(path / "config.json")
+    source, raw = str(model), read_json(path / "config.json")
     if quantization := find_quantization(path):
         method = quantization.get("quant_method", "unknown")
         raise AwqTrtError(
@@ -56,10 +51,8 @@ def _open_directory(path: Path, source: str, trust_remote_code: bool, part: str 
         raise AwqTrtError(
             f"{source}: transformers {transformers.__version__} does not know this architecture "
             f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0]} "
-            "If it ships its own code and you trust it, pass --trust-remote-code."
+            "If it ships its own code and you trust it, pass trust_remote_code=True."
         ) from error
-    keys = safetensors_index(path, source)
-    headers = {file: read_header(file) for file in sorted(set(keys.values()))}
-    readers: dict[str, Reader] = {k: SafetensorsReader(file, k, headers[file][k].shape) for k, file in keys.items()}
-    files = (*headers, path / "config.json")
-    return match_names(source, path, choose(config, source, part), readers, load_tokenizer(path), files)
+    stored = stored_tensors(path, source)
+    files = (*sorted({reader.file for reader in stored.values()}), path / "config.json")
+    return match_names(source, path, choose(config, source, part), stored, load_tokenizer(path), files)

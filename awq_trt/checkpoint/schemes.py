@@ -18,16 +18,11 @@ START_AGAIN = "Start from the checkpoint before quantization."
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the layers of a checkpoint are stored.
+    """How the layers of a checkpoint are stored."""
 
-    Attributes:
-        method: its quant_method. format: a key of formats.PARTS.
-        group_size: -1 for the whole row, None where the configuration does not say (the tensors do).
-    """
-
-    method: str
-    format: str
-    group_size: int | None
+    method: str  # its quant_method
+    format: str  # a key of formats.FORMATS
+    group_size: int | None  # -1 for the whole row, None where the configuration does not say (the tensors do)
 
 
 def find_quantization(directory: Path) -> dict[str, Any] | None:
@@ -65,78 +60,70 @@ def read_scheme(quantization: dict[str, Any]) -> Scheme:
         return _gptq(quantization)
     if method == "compressed-tensors":
         return _compressed_tensors(quantization)
-    if method == "modelopt":
-        return _modelopt(quantization)
-    raise AwqTrtError(
-        f"quant_method {method!r} is not read; awq, gptq, compressed-tensors and modelopt are. {START_AGAIN}"
-    )
+    _require(method == "modelopt", f"quant_method {method!r} is not read; awq, gptq, compressed-tensors, modelopt are")
+    return _modelopt(quantization)
 
 
 def _awq(method: str, quantization: dict[str, Any]) -> Scheme:
-    _four_bits(method, quantization.get("bits"))
+    _require_four_bits(method, quantization.get("bits"))
     version = next((quantization[k] for k in ("version", "format", "checkpoint_format") if quantization.get(k)), "gemm")
-    if str(version).lower() not in ("gemm", "gemv", "gemv_fast"):
-        raise AwqTrtError(f"AWQ in the layout {version!r}; gemm, gemv and gemv_fast are read. {START_AGAIN}")
-    return Scheme(method, f"awq-{str(version).lower()}", quantization.get("group_size"))
+    layout = str(version).lower()
+    read = layout in ("gemm", "gemv", "gemv_fast")
+    _require(read, f"AWQ in the layout {version!r}; gemm, gemv and gemv_fast are read")
+    return Scheme(method, f"awq-{layout}", quantization.get("group_size"))
 
 
 def _gptq(quantization: dict[str, Any]) -> Scheme:
-    _four_bits("gptq", quantization.get("bits"))
-    if quantization.get("adapter"):
-        raise AwqTrtError(f"GPTQ with an adapter (a low-rank correction), which is not read. {START_AGAIN}")
+    _require_four_bits("gptq", quantization.get("bits"))
+    adapter = quantization.get("adapter")
+    _require(not adapter, "GPTQ with an adapter (a low-rank correction), which is not read")
     for pattern, rule in (quantization.get("dynamic") or {}).items():
-        _four_bits(f"gptq, layers {pattern!r} (dynamic)", (rule or {}).get("bits", 4))
+        _require_four_bits(f"gptq, layers {pattern!r} (dynamic)", (rule or {}).get("bits", 4))
     format = "marlin" if quantization.get("is_marlin_format") else None
     format = format or quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if format not in ("gptq", "gptq_v2"):
-        raise AwqTrtError(f"GPTQ in the layout {format!r}; gptq and gptq_v2 are read. {START_AGAIN}")
+    _require(format in ("gptq", "gptq_v2"), f"GPTQ in the layout {format!r}; gptq and gptq_v2 are read")
     return Scheme("gptq", str(format), quantization.get("group_size"))
 
 
 def _compressed_tensors(quantization: dict[str, Any]) -> Scheme:
-    _no_cache_scheme(quantization.get("kv_cache_scheme"), "kv_cache_scheme")
-    if (transforms := quantization.get("transform_config") or {}).get("config_groups"):
-        raise AwqTrtError(
-            f"compressed-tensors with rotations ({', '.join(transforms['config_groups'])}). {START_AGAIN}"
-        )
+    _require_float_cache(quantization, "kv_cache_scheme")
+    rotations = (quantization.get("transform_config") or {}).get("config_groups") or {}
+    _require(not rotations, f"compressed-tensors with rotations ({', '.join(rotations)})")
     for name, group in (quantization.get("config_groups") or {}).items():
         if not isinstance(group, dict):  # a preset: name -> targets
             group = {"weights": {"num_bits": 4} if name in ("W4A16", "W4A16_ASYM") else {"num_bits": name}}
-        where = f"compressed-tensors, config group {name!r}"
+        where, weights = f"compressed-tensors, config group {name!r}", group.get("weights") or {}
         format = group.get("format") or quantization.get("format")
-        if format not in ("pack-quantized", "mixed-precision", None):
-            raise AwqTrtError(f"{where} has the format {format!r}; pack-quantized is read. {START_AGAIN}")
-        weights = group.get("weights") or {}
-        if weights.get("type", "int") != "int":
-            raise AwqTrtError(
-                f"{where} has weights of type {weights['type']!r}; the kernels take integers. {START_AGAIN}"
-            )
-        _four_bits(where, weights.get("num_bits"))
+        packed = format in ("pack-quantized", "mixed-precision", None)
+        _require(packed, f"{where} has the format {format!r}; pack-quantized is read")
+        kind = weights.get("type", "int")
+        _require(kind == "int", f"{where} has weights of type {kind!r}; the kernels take integers")
+        _require_four_bits(where, weights.get("num_bits"))
         for part in ("input_activations", "output_activations"):
-            if group.get(part):
-                raise AwqTrtError(f"{where} quantizes {part}; the kernels take 16-bit activations. {START_AGAIN}")
+            _require(not group.get(part), f"{where} quantizes {part}; the kernels take 16-bit activations")
     return Scheme("compressed-tensors", "pack-quantized", None)
 
 
 def _modelopt(quantization: dict[str, Any]) -> Scheme:
-    cache = quantization.get("kv_cache_quant_algo") or quantization.get("kv_cache_scheme")
-    _no_cache_scheme(cache, "kv_cache_quant_algo")
-    layers = quantization.get("quantized_layers") or {"every layer": quantization}
-    for layer, found in layers.items():
-        if found.get("quant_algo") != "W4A16_AWQ":
-            raise AwqTrtError(
-                f"ModelOpt's quant_algo {found.get('quant_algo')!r} ({layer}) is not read; W4A16_AWQ is. {START_AGAIN}"
-            )
+    _require_float_cache(quantization, "kv_cache_quant_algo")
+    _require_float_cache(quantization, "kv_cache_scheme")
+    for layer, found in (quantization.get("quantized_layers") or {"every layer": quantization}).items():
+        algorithm = found.get("quant_algo")
+        _require(algorithm == "W4A16_AWQ", f"ModelOpt's quant_algo {algorithm!r} ({layer}) is not read; W4A16_AWQ is")
     return Scheme("modelopt", "modelopt", quantization.get("group_size"))
 
 
-def _four_bits(where: str, bits: Any) -> None:
-    if bits != 4:
-        raise AwqTrtError(f"{where}: {bits} bits; the kernels take 4. {START_AGAIN}")
+def _require(holds: bool, trouble: str) -> None:
+    if not holds:
+        raise AwqTrtError(f"{trouble}. {START_AGAIN}")
 
 
-def _no_cache_scheme(scheme: Any, key: str) -> None:
-    if scheme:
+def _require_four_bits(where: str, bits: Any) -> None:
+    _require(bits == 4, f"{where}: {bits} bits; the kernels take 4")
+
+
+def _require_float_cache(quantization: dict[str, Any], key: str) -> None:
+    if scheme := quantization.get(key):
         raise AwqTrtError(
             f"the KV cache is quantized too ({key} {scheme}), which the engine does not do. Remove {key} from the "
             "configuration to run with a 16-bit cache, or start from the checkpoint before quantization."

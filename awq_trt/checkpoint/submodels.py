@@ -36,16 +36,11 @@ LANGUAGE: Prefixes = (
 
 @dataclass(frozen=True)
 class Submodel:
-    """What is taken of a checkpoint.
+    """What is taken of a checkpoint."""
 
-    Attributes:
-        config: of the part, or of the whole. prefixes: how names begin in the file, and in the part; () where they are
-            the same. note: what was left out, for people; "" where nothing was.
-    """
-
-    config: transformers.PretrainedConfig
-    prefixes: Prefixes = ()
-    note: str = ""
+    config: transformers.PretrainedConfig  # of the part, or of the whole
+    prefixes: Prefixes = ()  # how names begin in the file, and in the part; () where they are the same
+    note: str = ""  # what was left out, for people
 
     def name(self, key: str) -> str | None:
         """A name of the file as the part has it; None for what is not of the part."""
@@ -91,11 +86,17 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     text = getattr(config, "text_config", None)
     others = hasattr(config, "vision_config") or hasattr(config, "audio_config")
     if not parts and text is not None and others and isinstance(config, model_class(config).config_class):
-        parts = _language_model(config, source, name)
+        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+        if cls is None or cls.__name__ == name:
+            raise AwqTrtError(
+                f"{source}: {name} is more than one model, and transformers {transformers.__version__} has no class "
+                "for its language model alone, which is what could be exported."
+            )
+        parts = {"text": (cls.__name__, LANGUAGE)}
     if part is None and len(parts) > 1:
         raise AwqTrtError(
-            f"{source}: {name} is several models, and an engine is made of one: choose with --part "
-            f"{' or --part '.join(parts)}."
+            f"{source}: {name} is several models, and an engine is made of one: choose with "
+            f"{' or '.join(f'part={part!r}' for part in parts)}."
         )
     if part is not None and part not in parts:
         raise AwqTrtError(f"{source}: {name} has no part {part!r}{': it has ' if parts else ''}{', '.join(parts)}.")
@@ -105,16 +106,6 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     architecture, prefixes = parts[chosen]
     own = _own(config, architecture)
     return Submodel(own, prefixes, f"the {chosen} part of {name}, as {architecture}; the rest is left out")
-
-
-def _language_model(config: transformers.PretrainedConfig, source: str, name: str) -> dict[str, tuple[str, Prefixes]]:
-    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
-    if cls is None or cls.__name__ == name:
-        raise AwqTrtError(
-            f"{source}: {name} is more than one model, and transformers {transformers.__version__} has no class for "
-            "its language model alone, which is what could be exported."
-        )
-    return {"text": (cls.__name__, LANGUAGE)}
 
 
 def _own(config: transformers.PretrainedConfig, architecture: str) -> transformers.PretrainedConfig:

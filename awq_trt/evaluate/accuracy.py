@@ -16,6 +16,7 @@ from torch import nn
 from awq_trt.awq.blocks import BlockStream, Inputs, Weights
 from awq_trt.awq.head import head_of, untied
 from awq_trt.awq.search import Settings
+from awq_trt.checkpoint.experts import left_alone
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint
 from awq_trt.checkpoint.reader import Checkpoint
@@ -56,7 +57,8 @@ class RoundedWeights:
         self.source, self.config = checkpoint.source, checkpoint.config
         self._checkpoint, self._settings = checkpoint, settings
         model = empty_model(checkpoint.config)
-        rounded = [n for n, linear in quantizable_linears(model).items() if settings.why_float(linear) is None]
+        linears, left = quantizable_linears(model), left_alone(model)
+        rounded = [n for n, linear in linears.items() if n not in left and settings.why_float(linear) is None]
         if head and (found := head_of(model)) is not None:
             rounded.append(found[0])
         self._rounded = {f"{name}.weight" for name in rounded}

@@ -113,7 +113,7 @@ def test_weights_beyond_fp16_are_named(models: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(models / "llama")
     huge = {"model.norm.weight": lambda: torch.full((64,), 1e6)}
     checkpoint = dataclasses.replace(checkpoint, readers={**checkpoint.readers, **huge})
-    with pytest.raises(AwqTrtError, match=r"model\.norm\.weight overflows float16 .*--dtype bfloat16"):
+    with pytest.raises(AwqTrtError, match=r"model\.norm\.weight overflows float16 .*dtype=.bfloat16"):
         quantize(checkpoint, tmp_path / "out", QuantizeConfig(method="rtn"))
     quantize(dataclasses.replace(checkpoint, dtype=torch.bfloat16), tmp_path / "out", QuantizeConfig(method="rtn"))
     assert open_quantized(tmp_path / "out").dtype == torch.bfloat16

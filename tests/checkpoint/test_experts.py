@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.names import StoredNames
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.reader import SafetensorsReader
 from awq_trt.errors import AwqTrtError
 
+CALIBRATED = QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__)
 SMALL: dict[str, Any] = {**families.EXPERTS, "num_hidden_layers": 1}
 MODELS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "mixtral": lambda: t.MixtralConfig(**SMALL, num_local_experts=4),
@@ -100,15 +101,16 @@ def test_experts_without_a_gate() -> None:
     values = dict(fused.named_parameters())
     with torch.no_grad():
         expected = fused(x, index, weights)
-    holder = torch.nn.Module()
+    holder: Any = torch.nn.Module()
     holder.experts = fused
     split_experts(holder)
-    for name, part in fused.parts.items():  # type: ignore[union-attr]
+    split = holder.experts
+    for name, part in split.parts.items():
         layer, _, key = name.rpartition(".")
-        fused.get_submodule(layer)._parameters[key] = torch.nn.Parameter(part.of(values[part.fused][part.expert]))
-    assert [n for n, _ in fused.experts[0].named_children()] == ["up_proj", "down_proj"]  # type: ignore[index]
+        split.get_submodule(layer)._parameters[key] = torch.nn.Parameter(part.of(values[part.fused][part.expert]))
+    assert [n for n, _ in split.experts[0].named_children()] == ["up_proj", "down_proj"]
     with torch.no_grad():
-        torch.testing.assert_close(fused(x, index, weights), expected)
+        torch.testing.assert_close(split(x, index, weights), expected)
 
 
 def test_what_an_expert_makes_of_tokens_that_did_not_choose_it_is_left_out(saved: Saved) -> None:
@@ -121,16 +123,17 @@ def test_what_an_expert_makes_of_tokens_that_did_not_choose_it_is_left_out(saved
         torch.testing.assert_close(experts._of_all(x, index, weights), expected)
 
 
-def test_stacked_experts_are_read_one_by_one(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file holds [4, 128, 64]; of it, one expert's matrix is read."""
+def test_stacked_experts_are_read_one_by_one(saved: Saved) -> None:
+    """The file holds [4, 128, 64]; what is read of it is a view of the file's memory map."""
     checkpoint = open_checkpoint(saved("granitemoe"))
-    monkeypatch.setattr(SafetensorsReader, "__call__", None)
     name = "model.layers.0.block_sparse_moe"
     (file,) = saved("granitemoe").glob("*.safetensors")
     with safe_open(str(file), "pt") as handle:
         stacked = handle.get_tensor(f"{name}.input_linear.weight")
     assert torch.equal(checkpoint.tensor(f"{name}.experts.2.gate_proj.weight"), stacked[2, :128])
-    assert torch.equal(checkpoint.tensor(f"{name}.experts.2.up_proj.weight"), stacked[2, 128:])
+    up = checkpoint.tensor(f"{name}.experts.2.up_proj.weight")
+    assert torch.equal(up, stacked[2, 128:])
+    assert up.untyped_storage().nbytes() == file.stat().st_size
 
 
 def test_a_stack_of_another_shape_is_refused(saved: Saved, tmp_path: Path) -> None:
@@ -217,11 +220,7 @@ def test_statistics_are_those_of_the_routed_tokens(saved: Saved) -> None:
 
 
 def test_quantized_experts_and_their_tokens_in_the_report(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(
-        saved("mixtral"),
-        tmp_path / "q",
-        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
-    )
+    report = quantize(saved("mixtral"), tmp_path / "q", CALIBRATED)
     experts = [x for x in report.layers if ".experts." in x.name]
     assert len(experts) == 12
     assert sum(x.tokens for x in experts if x.name.endswith("down_proj")) == 2 * 2 * 64
@@ -232,8 +231,8 @@ def test_quantized_experts_and_their_tokens_in_the_report(saved: Saved, tmp_path
     assert report.pre_scales == 8
     assert report.left_in_float["model.layers.0.mlp.gate"] == ROUTER
     quantized = open_quantized(tmp_path / "q")
-    assert "model.layers.0.block_sparse_moe.experts.3.w1.qweight" in quantized.files
-    assert "model.layers.0.block_sparse_moe.gate.weight" in quantized.files
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.qweight" in quantized.stored
+    assert "model.layers.0.block_sparse_moe.gate.weight" in quantized.stored
     assert set(quantized.linears) == set(report.quantized)
     float_, rounded = filled(saved("mixtral")), empty_model(quantized.config)
     fill(rounded, "", quantized)
@@ -255,9 +254,7 @@ def test_experts_that_few_or_no_tokens_reach(saved: Saved, tmp_path: Path, monke
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(
-        directory, tmp_path / "q", QuantizeConfig(calibration_samples=1, calibration_length=64, calibration=__file__)
-    )
+    report = quantize(directory, tmp_path / "q", replace(CALIBRATED, calibration_samples=1))
     found = warnings([vars(x) for x in report.layers], report.quantized, "float16")
     assert len(found) == 2
     unseen = (
@@ -284,19 +281,15 @@ def test_a_fold_is_tried_on_an_expert_that_is_reached(
         return x[:, :4], torch.full(index.shape, 0.5), index
 
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward", choose)
-    report = quantize(
-        saved("mixtral"),
-        tmp_path / "q",
-        QuantizeConfig(calibration_samples=2, calibration_length=64, calibration=__file__),
-    )
+    report = quantize(saved("mixtral"), tmp_path / "q", CALIBRATED)
     fold = {x.name.split(".")[-2]: x.folded_into for x in report.layers if x.name.endswith("down_proj")}
     assert fold == {e: f"model.layers.0.mlp.experts.{e}.up_proj" for e in "0123"}
 
 
 def test_a_linear_router_stays_in_float(saved: Saved, tmp_path: Path) -> None:
-    report = quantize(saved("phimoe"), tmp_path / "q", QuantizeConfig(method="rtn", group_size=32))
+    report = quantize(saved("phimoe"), tmp_path / "q", CALIBRATED)
     assert report.left_in_float["model.layers.0.mlp.router"] == ROUTER
-    assert not any("router" in name for name in report.quantized)
+    assert not any("router" in name for name in (*report.quantized, *open_quantized(tmp_path / "q").linears))
 
 
 def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
@@ -306,6 +299,7 @@ def test_experts_of_an_unknown_form_are_listed(tmp_path: Path) -> None:
     config.architectures = ["Llama4ForCausalLM"]
     model = empty_model(config)
     assert left_alone(model)["model.layers.0.feed_forward.experts"] == UNSPLITTABLE
+    assert left_alone(model.model.layers[0])["feed_forward.experts"] == UNSPLITTABLE  # by the names in the block
     prefix, _ = find_blocks(model)
     assert prefix == "model.layers"
 
@@ -330,5 +324,5 @@ def test_experts_quantized_by_autoawq_are_read_under_their_names(saved: Saved, t
     assert set(a.linears) == set(b.linears)
     for name, layer in a.linears.items():
         assert torch.equal(layer.dequantize(), b.linears[name].dequantize())
-    for name in a.names:
+    for name in a.readers:
         assert torch.equal(a.tensor(name), b.tensor(name))

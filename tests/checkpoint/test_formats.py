@@ -121,10 +121,6 @@ def test_compressed_tensors(group: int, symmetric: bool, dtype: torch.dtype) -> 
         assert same(from_parts("pack-quantized", "a", {**ours, "weight_zero_point": state["weight_zero_point"]}), layer)
 
 
-def gemm() -> Parts:
-    return to_parts("awq-gemm", random_layer(32, False))
-
-
 def gptq() -> Parts:
     layer = random_layer(32, False, lowest_zero=1)
     words = torch.from_numpy(pack_nibbles(zeros_of(layer).numpy().T - 1))
@@ -132,28 +128,30 @@ def gptq() -> Parts:
     return {"qweight": rows, "qzeros": words, "scales": layer.scales.t(), "g_idx": torch.arange(K) // 32}
 
 
-def packed() -> Parts:
-    return to_parts("pack-quantized", random_layer(32, False))
+def ones(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
 
 
-def gemv() -> Parts:
-    return {
-        "qweight": torch.zeros(N, K // 8, dtype=torch.int32),
-        "qzeros": torch.zeros(N, 4, dtype=torch.int32),
-        "scales": torch.ones(N, 32, dtype=torch.float16),
-    }
-
-
-def gemv_fast() -> Parts:
-    return {
-        "qweight": torch.zeros(N // 4, K, dtype=torch.int16),
-        "qzeros": -torch.ones(32, N, dtype=torch.float16),
-        "scales": torch.ones(32, N, dtype=torch.float16),
-    }
-
-
-def modelopt() -> Parts:
-    return {"weight": torch.zeros(N // 2, K, dtype=torch.uint8), "weight_scale": torch.ones(N, K // 32)}
+GEMV: Parts = {
+    "qweight": ones(torch.int32, N, K // 8),
+    "qzeros": ones(torch.int32, N, 4),
+    "scales": ones(torch.float16, N, 32),
+}
+GEMV_FAST: Parts = {
+    "qweight": ones(torch.int16, N // 4, K),
+    "qzeros": -ones(torch.float16, 32, N),
+    "scales": ones(torch.float16, 32, N),
+}
+MODELOPT: Parts = {"weight": ones(torch.uint8, N // 2, K), "weight_scale": ones(torch.float32, N, K // 32)}
+EXAMPLES: dict[str, Parts] = {
+    "awq-gemm": to_parts("awq-gemm", random_layer(32, False)),
+    "awq-gemv": GEMV,
+    "awq-gemv_fast": GEMV_FAST,
+    "gptq": gptq(),
+    "gptq_v2": gptq(),
+    "pack-quantized": to_parts("pack-quantized", random_layer(32, False)),
+    "modelopt": MODELOPT,
+}
 
 
 def shuffled(g_idx: torch.Tensor) -> torch.Tensor:
@@ -161,43 +159,42 @@ def shuffled(g_idx: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("format", "make", "part", "change", "message"),
+    ("format", "part", "change", "message"),
     [
-        ("awq-gemm", gemm, "qzeros", None, "a .awq-gemm.: tensor qzeros is missing"),
-        ("awq-gemm", gemm, "scales", lambda t: t[:, :8], r"qweight \[256, 8\], qzeros .* scales \[8, 8\] do not fit"),
-        ("awq-gemm", gemm, "qweight", lambda t: t.long(), "qweight is torch.int64, not int32"),
-        ("awq-gemm", gemm, "qweight", lambda t: t[:, :4].repeat(1, 4), "do not fit each other with 4 bits"),
-        ("awq-gemm", gemm, "qweight", lambda t: t[0], "two dimensions"),
-        ("awq-gemm", gemm, "scales", lambda t: t * float("nan"), "scales .* hold NaN"),
-        ("awq-gemm", gemm, "pre_scale", lambda t: torch.ones(3), r"pre-scale is \[3\], not \[256\]"),
-        ("awq-gemv", gemv, "scales", lambda t: t[:, :4], "do not fit each other"),
-        ("awq-gemv_fast", gemv_fast, "qzeros", lambda t: t * 0.5, "not -zero . scale"),
-        ("awq-gemv_fast", gemv_fast, "qzeros", lambda t: t * 16, "not -zero . scale"),
-        ("awq-gemv_fast", gemv_fast, "qweight", lambda t: t.int(), "qweight is torch.int32, not int16"),
-        ("gptq", gptq, "g_idx", shuffled, "act-order .desc_act, actorder.*desc_act=False or static groups"),
-        ("gptq", gptq, "g_idx", lambda t: t[:128], r"g_idx is \[128\], the other tensors say \[256\] with 4 bits"),
-        ("gptq", gptq, "qweight", lambda t: t.repeat(2, 1), r"g_idx is \[256\], .* \[512\] with 4 bits"),
-        ("gptq_v2", gptq, "qweight", lambda t: t[:, :-8], "do not fit each other"),
-        ("pack-quantized", packed, "weight_zero_point", lambda t: t[:-1], "do not fit each other"),
-        ("pack-quantized", packed, "weight_shape", lambda t: t[:1], r"weight_shape is \[1\]; it should hold N and K"),
-        ("pack-quantized", packed, "weight_shape", lambda t: -t, "do not fit each other"),
-        ("pack-quantized", packed, "weight_packed", lambda t: t.repeat(1, 2), "do not fit each other with 4 bits"),
-        ("pack-quantized", packed, "weight_scale", lambda t: t[:, :7], "do not fit each other"),
-        ("pack-quantized", packed, "weight_g_idx", lambda t: shuffled(torch.arange(K) // 32), "act-order"),
-        ("modelopt", modelopt, "weight", lambda t: t.to(torch.float8_e4m3fn), "not uint8"),
-        ("modelopt", modelopt, "weight_scale", lambda t: t[1:], "do not fit each other"),
-        ("modelopt", modelopt, "pre_quant_scale", lambda t: torch.ones(7), r"pre-scale is \[7\], not \[256\]"),
-        ("modelopt", modelopt, "weight_scale", lambda t: torch.ones(N, 16), "group size 16 is not 32, 64, 128"),
+        ("awq-gemm", "qzeros", None, "a .awq-gemm.: tensor qzeros is missing"),
+        ("awq-gemm", "scales", lambda t: t[:, :8], r"qweight \[256, 8\], qzeros .* scales \[8, 8\] do not fit"),
+        ("awq-gemm", "qweight", lambda t: t.long(), "qweight is torch.int64, not int32"),
+        ("awq-gemm", "qweight", lambda t: t[:, :4].repeat(1, 4), "do not fit each other with 4 bits"),
+        ("awq-gemm", "qweight", lambda t: t[0], "two dimensions"),
+        ("awq-gemm", "scales", lambda t: t * float("nan"), "scales .* hold NaN"),
+        ("awq-gemm", "pre_scale", lambda t: torch.ones(3), r"pre-scale is \[3\], not \[256\]"),
+        ("awq-gemv", "scales", lambda t: t[:, :4], "do not fit each other"),
+        ("awq-gemv_fast", "qzeros", lambda t: t * 0.5, "not -zero . scale"),
+        ("awq-gemv_fast", "qzeros", lambda t: t * 16, "not -zero . scale"),
+        ("awq-gemv_fast", "qweight", lambda t: t.int(), "qweight is torch.int32, not int16"),
+        ("gptq", "g_idx", shuffled, "act-order .desc_act, actorder.*desc_act=False or static groups"),
+        ("gptq", "g_idx", lambda t: t[:128], r"g_idx is \[128\], the other tensors say \[256\] with 4 bits"),
+        ("gptq", "qweight", lambda t: t.repeat(2, 1), r"g_idx is \[256\], .* \[512\] with 4 bits"),
+        ("gptq_v2", "qweight", lambda t: t[:, :-8], "do not fit each other"),
+        ("pack-quantized", "weight_zero_point", lambda t: t[:-1], "do not fit each other"),
+        ("pack-quantized", "weight_shape", lambda t: t[:1], r"weight_shape is \[1\]; it should hold N and K"),
+        ("pack-quantized", "weight_shape", lambda t: -t, "do not fit each other"),
+        ("pack-quantized", "weight_packed", lambda t: t.repeat(1, 2), "do not fit each other with 4 bits"),
+        ("pack-quantized", "weight_scale", lambda t: t[:, :7], "do not fit each other"),
+        ("pack-quantized", "weight_g_idx", lambda t: shuffled(torch.arange(K) // 32), "act-order"),
+        ("modelopt", "weight", lambda t: t.to(torch.float8_e4m3fn), "not uint8"),
+        ("modelopt", "weight_scale", lambda t: t[1:], "do not fit each other"),
+        ("modelopt", "pre_quant_scale", lambda t: torch.ones(7), r"pre-scale is \[7\], not \[256\]"),
+        ("modelopt", "weight_scale", lambda t: torch.ones(N, 16), "group size 16 is not 32, 64, 128"),
     ],
 )
 def test_bad_tensors(
     format: str,
-    make: Callable[[], Parts],
     part: str,
     change: Callable[[torch.Tensor | None], torch.Tensor] | None,
     message: str,
 ) -> None:
-    parts = dict(make())
+    parts = dict(EXAMPLES[format])
     from_parts(format, "a", parts, 32)
     if change is None:
         del parts[part]
@@ -210,16 +207,16 @@ def test_bad_tensors(
 def test_padded_groups_need_a_group_size() -> None:
     for group_size in (None, 48, 0):
         with pytest.raises(AwqTrtError, match=f"a .awq-gemv.: group_size {group_size} of the configuration"):
-            from_parts("awq-gemv", "a", gemv(), group_size)
+            from_parts("awq-gemv", "a", GEMV, group_size)
 
 
 def test_pre_scales() -> None:
     scale = torch.rand(K).half() + 0.5
-    parts = {**modelopt(), "pre_quant_scale": scale}
+    parts = {**MODELOPT, "pre_quant_scale": scale}
     assert torch.equal(from_parts("modelopt", "a", parts).pre_scale, scale)
     layer = QuantizedLinear(**{**vars(random_layer(32, False)), "pre_scale": scale})
     assert torch.equal(from_parts("awq-gemm", "a", to_parts("awq-gemm", layer)).pre_scale, scale)
-    with pytest.raises(AwqTrtError, match="cannot carry a pre-scale.*--save-format awq.*--no-pre-scale"):
+    with pytest.raises(AwqTrtError, match="cannot carry a pre-scale.*save_format=.awq..*pre_scale=False"):
         to_parts("pack-quantized", layer)
 
 

@@ -12,18 +12,23 @@ from typing import Any
 
 import peers
 import pytest
-import tiny_models
 import torch
-import transformers
-from quantized_models import auto_gptq, autoawq_gemv, autoawq_gemv_fast, edited, gptq_v2, repacked, rounded
-from safetensors import safe_open
+from quantized_models import (
+    auto_gptq,
+    autoawq_gemv,
+    autoawq_gemv_fast,
+    edited,
+    gptq_v2,
+    ids,
+    our_logits,
+    repacked,
+    rounded,
+)
 from safetensors.torch import load_file, save_file
 
-from awq_trt.checkpoint.directory import safetensors_index
 from awq_trt.checkpoint.formats import from_parts
-from awq_trt.checkpoint.model import empty_model, quantizable_linears
-from awq_trt.checkpoint.open import open_checkpoint
-from awq_trt.checkpoint.quantized import QuantizedCheckpoint, Writer, is_quantized, open_quantized
+from awq_trt.checkpoint.model import empty_model
+from awq_trt.checkpoint.quantized import is_quantized, open_quantized
 from awq_trt.checkpoint.schemes import Scheme
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.verify import agreement
@@ -32,156 +37,6 @@ from awq_trt.linear import QuantizedLinear, quantize_weight
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}
-
-
-@pytest.fixture(scope="module")
-def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.llama(tmp_path_factory.mktemp("float") / "llama", hidden_size=128, intermediate_size=256)
-
-
-@pytest.fixture(scope="module")
-def quantized(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rounded(float_model, tmp_path_factory.mktemp("awq") / "llama")
-
-
-def ids() -> torch.Tensor:
-    return torch.randint(0, 384, (1, 40), generator=torch.Generator().manual_seed(0))
-
-
-@torch.inference_mode()
-def float_logits(model: Path, dtype: torch.dtype, weights: QuantizedCheckpoint | None = None) -> torch.Tensor:
-    """The eager model, with every tensor as we read it from a quantized checkpoint if one is given."""
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    for name, parameter in network.named_parameters() if weights else ():
-        parameter.copy_(weights.tensor(name))
-    logits: torch.Tensor = network(ids()).logits
-    return logits
-
-
-def our_logits(directory: Path, float_model: Path) -> torch.Tensor:
-    quantized = open_quantized(directory)
-    return float_logits(float_model, quantized.dtype, quantized)
-
-
-def test_directory_is_hugging_face(quantized: Path, float_model: Path) -> None:
-    config = transformers.AutoConfig.from_pretrained(quantized)
-    assert config.quantization_config == {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": 64,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": ["lm_head"],
-    }
-    assert config.dtype == torch.float16
-    assert transformers.AutoTokenizer.from_pretrained(quantized)("hello")["input_ids"]
-    index = json.loads((quantized / "model.safetensors.index.json").read_text())
-    names = set(index["weight_map"])
-    on_disk, size = set(), 0
-    for file in sorted(quantized.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as handle:
-            on_disk |= set(handle.keys())
-            assert handle.metadata() == {"format": "pt"}
-        size += sum(t.numel() * t.element_size() for t in load_file(file).values())
-    assert names == on_disk
-    assert index["metadata"] == {"total_size": size}
-    linears = quantizable_linears(empty_model(open_checkpoint(float_model).config))
-    assert not {f"{n}.weight" for n in linears} & names
-    assert {f"{n}.qweight" for n in linears} <= names
-
-
-def test_a_second_run_writes_what_is_missing(models: Path, tmp_path: Path) -> None:
-    """Killed at any point, also while `finish` renames: the directory comes out the same."""
-    checkpoint = open_checkpoint(models / "llama")
-    layer = quantize_weight(torch.randn(16, 64), 32, False, torch.float16)
-    blocks = {f"block-{i:05}": (f"model.layers.{i}", {"norm.weight": torch.rand(64)}) for i in range(3)}
-
-    def write(directory: Path, labels: list[str]) -> Writer:
-        writer = Writer(directory, checkpoint)
-        for label in labels:
-            if not writer.has(label):
-                writer.add_block(label, *blocks[label], {"a": layer})
-        return writer
-
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    report = {"left_in_float": {}}
-    write(whole, list(blocks)).finish(32, False, report)
-    write(resumed, ["block-00002"])
-    (resumed / ".block-00000.safetensors.tmp").write_bytes(b"half a shard")
-    write(resumed, ["block-00000"])
-    (resumed / "block-00002.safetensors").rename(resumed / "model-block-00002.safetensors")
-    write(resumed, list(blocks)).finish(32, False, report)
-    write(resumed, list(blocks)).finish(32, False, report)
-    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
-    for file in whole.iterdir():
-        assert file.read_bytes() == (resumed / file.name).read_bytes()
-    assert {p.name for p in whole.glob("*.safetensors")} == {f"model-{label}.safetensors" for label in blocks}
-    assert set(safetensors_index(whole, "")) == {
-        f"model.layers.{i}.{n}" for i in range(3) for n in ("norm.weight", "a.qweight", "a.qzeros", "a.scales")
-    }
-
-
-def test_conv1d_models_are_not_called_awq(models: Path, tmp_path: Path) -> None:
-    """transformers would not find the Conv1D layers of a GPT-2, and run it with random weights."""
-    rounded(models / "gpt2", tmp_path / "gpt2")
-    with pytest.raises(OSError, match="no file named"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    quantized = open_quantized(tmp_path / "gpt2")
-    assert quantized.scheme.method == "awq_trt"
-    weight = open_checkpoint(models / "gpt2").tensor("transformer.h.1.attn.c_attn.weight")
-    assert torch.equal(
-        quantized.linears["transformer.h.1.attn.c_attn"].q, quantize_weight(weight, 64, False, torch.float16).q
-    )
-    embedding = open_checkpoint(models / "gpt2").tensor("transformer.wpe.weight")
-    assert torch.equal(quantized.tensor("transformer.wpe.weight"), embedding.half())
-    with pytest.raises(AwqTrtError, match="Conv1D layers.*--save-format awq"):
-        rounded(models / "gpt2", tmp_path / "ct", save_format="compressed-tensors")
-
-
-def test_a_pre_scale_needs_a_format_that_carries_it(float_model: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(float_model)
-    layer = QuantizedLinear(
-        **{**vars(quantize_weight(torch.randn(16, 64), 32, False, torch.float16)), "pre_scale": torch.rand(64).half()}
-    )
-    writer = Writer(tmp_path / "awq", checkpoint)
-    writer.add_block("block-00000", "model.layers.0", {}, {"a": layer})
-    writer.finish(32, False, {"left_in_float": {}})
-    config = json.loads((tmp_path / "awq" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "awq_trt"
-    assert [f.name for f in (tmp_path / "awq").glob("*.safetensors")] == ["awq_trt-block-00000.safetensors"]
-    with pytest.raises(AwqTrtError, match="compressed-tensors cannot carry a pre-scale"):
-        Writer(tmp_path / "ct", checkpoint, "compressed-tensors").add_block("block-00000", "b", {}, {"a": layer})
-    with pytest.raises(AwqTrtError, match="save format 'gguf' is not one of awq, compressed-tensors"):
-        Writer(tmp_path / "ct", checkpoint, "gguf")
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("group", "skip"), [(64, ()), (-1, ()), (128, ("o_proj", "v_proj"))])
-def test_transformers_loads_our_compressed_tensors(
-    float_model: Path, tmp_path: Path, group: int, skip: tuple[str, ...], symmetric: bool, dtype: str
-) -> None:
-    """Logits bit for bit; layers in float by way of `ignore`.
-
-    Zero points need `dequantize=True`: compressed-tensors 0.20 cannot otherwise load what it saved itself, because its
-    empty model has them unpacked.
-    """
-    source = tmp_path / "llama"
-    transformers.AutoModelForCausalLM.from_pretrained(float_model, dtype=getattr(torch, dtype)).save_pretrained(source)
-    output = rounded(
-        source, tmp_path / "ct", save_format="compressed-tensors", symmetric=symmetric, group=group, skip=skip
-    )
-    quantized = open_quantized(output)
-    assert len(quantized.linears) == 14 - 2 * len(skip)
-    assert quantized.dtype == getattr(torch, dtype)
-    assert all((layer.zeros is None) == symmetric for layer in quantized.linears.values())
-    expected = our_logits(output, source)
-    for dequantize in (True, False)[: 1 + symmetric]:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            output, quantization_config=transformers.CompressedTensorsConfig(dequantize=dequantize)
-        )
-        with torch.inference_mode():
-            assert torch.equal(theirs(ids()).logits, expected)
 
 
 GPTQMODEL = """
@@ -387,3 +242,62 @@ def test_damaged(quantized: Path, tmp_path: Path) -> None:
     assert is_quantized(other)
     with pytest.raises(AwqTrtError, match=f"{re.escape(str(other))}: quant_method 'new' is not read"):
         open_quantized(other)
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [n for n in tensors if n.startswith(old)]:
+        tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q_PROJ}.qzeros"), f"{Q_PROJ} .awq-gemm.: tensor qzeros is missing"),
+        (lambda t: t.update({f"{Q_PROJ}.scales": t[f"{Q_PROJ}.scales"][:, :32]}), f"{Q_PROJ} .awq-gemm.: .*do not fit"),
+        (lambda t: t.pop("model.norm.weight"), "the tensor model.norm.weight is missing"),
+        (
+            lambda t: rename(t, Q_PROJ, "model.layers.0.self_attn.qkv_proj"),
+            "self_attn.qkv_proj is no linear layer of Llama",
+        ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.input_scale": torch.ones(1)}),
+            f"{Q_PROJ}.input_scale has no meaning in awq",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.act_fn.scales": torch.ones(4)}),
+            "act_fn.scales belongs to no",
+        ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.bias": torch.ones(64)}),
+            f"{Q_PROJ}.bias is not zero, and Llama.* no bias",
+        ),
+        (
+            lambda t: rename(t, Q_PROJ, "lm_head"),
+            "lm_head.weight is quantized, .* same parameter as model.embed",
+        ),
+        (lambda t: [t.pop(n) for n in list(t) if n.endswith("qweight")], r"no tensor is called \*.qweight"),
+    ],
+)
+def test_tensors_that_do_not_belong(
+    quantized: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    other = edited(quantized, tmp_path / "other", change)
+    with pytest.raises(AwqTrtError, match=message):
+        dict(open_quantized(other).linears)
+
+
+def test_biases_of_zeros_and_names_without_the_prefix(quantized: Path, tmp_path: Path) -> None:
+    """AutoGPTQ writes a bias for every layer; base models are stored without "model."."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q_PROJ}.bias"] = torch.zeros(64)
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    other, ours = open_quantized(edited(quantized, tmp_path / "other", change)), open_quantized(quantized)
+    assert set(other.linears) == set(ours.linears)
+    for name, _ in empty_model(ours.config).named_parameters():
+        assert torch.equal(other.tensor(name), ours.tensor(name))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -46,12 +48,14 @@ def test_empty_model_has_buffers_but_no_weights(models: Path) -> None:
     assert not torch.nn.Linear(2, 2).weight.is_meta  # nothing stays patched
 
 
-def test_tensors_are_read_when_asked_for(llama: Path) -> None:
+def test_a_file_that_is_written_again_is_not_mixed_with_the_first(llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
+    checkpoint.tensor("model.norm.weight").zero_()  # a map of its own: nobody else sees it
     tensors = load_file(llama / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, llama / "model.safetensors")
     assert torch.equal(checkpoint.tensor("model.norm.weight"), tensors["model.norm.weight"])
+    save_file(tensors, llama / "model.safetensors")
+    with pytest.raises(AwqTrtError, match=r"model\.safetensors: was written again"):
+        checkpoint.tensor("model.norm.weight")
 
 
 def test_names_of_older_checkpoints(models: Path, tmp_path: Path) -> None:
@@ -89,28 +93,60 @@ def test_shards(llama: Path) -> None:
     before = open_checkpoint(llama).tensor("model.norm.weight")
     shard(llama)
     assert torch.equal(open_checkpoint(llama).tensor("model.norm.weight"), before)
-
-
-def test_missing_shard(llama: Path) -> None:
-    shard(llama)
     (llama / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(AwqTrtError, match=r"shard model-00002-of-00002\.safetensors is missing"):
         open_checkpoint(llama)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -16])
-def test_truncated_shard(llama: Path, keep: int) -> None:
-    data = (llama / "model.safetensors").read_bytes()
-    (llama / "model.safetensors").write_bytes(data[:keep])
-    with pytest.raises(AwqTrtError, match=r"model\.safetensors is truncated or damaged"):
+def without(directory: Path, name: str) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def cut(directory: Path, keep: int) -> None:
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(data[:keep])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: cut(d, 0), r"model\.safetensors is truncated or damaged"),
+        (lambda d: cut(d, 4), r"model\.safetensors is truncated or damaged"),
+        (lambda d: cut(d, 100), r"model\.safetensors is truncated or damaged"),
+        (lambda d: cut(d, -16), r"model\.safetensors is truncated or damaged"),
+        (
+            lambda d: without(d, "model.layers.1.mlp.up_proj.weight"),
+            r"up_proj\.weight is not in the checkpoint",
+        ),
+        (lambda d: (d / "model.safetensors").unlink(), r"no \.safetensors file"),
+        (lambda d: configure(d, model_type="zebra", architectures=["Zebra"]), "model_type 'zebra'"),
+        (lambda d: configure(d, architectures=["ZebraForCausalLM"]), "architecture 'ZebraForCausalLM'"),
+        (lambda d: configure(d, vocab_size=400), r"embed_tokens\.weight has shape \[384, 64\], .* \[400, 64\]"),
+        (lambda d: (d / "config.json").write_text("{"), "not readable as JSON"),
+        (lambda d: configure(d, quantization_config={"quant_method": "gptq"}), "already quantized.*gptq"),
+        (
+            lambda d: (d / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}'),
+            "already quantized.*modelopt",
+        ),
+    ],
+)
+def test_damaged_checkpoints(llama: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(llama)
+    with pytest.raises(AwqTrtError, match=message):
         open_checkpoint(llama)
 
 
-def test_missing_tensor(llama: Path) -> None:
-    tensors = load_file(llama / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AwqTrtError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not in the checkpoint"):
+def test_remote_code_stays_off(llama: Path) -> None:
+    configure(llama, model_type="zebra", auto_map={"AutoConfig": "code.Config"})
+    (llama / "code.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(AwqTrtError, match="trust_remote_code=True"):
         open_checkpoint(llama)
 
 
@@ -132,48 +168,6 @@ def test_pickles_are_refused_with_the_line_that_converts(llama: Path) -> None:
     assert not marker.exists()
 
 
-def test_no_weights_at_all(llama: Path) -> None:
-    (llama / "model.safetensors").unlink()
-    with pytest.raises(AwqTrtError, match=r"no \.safetensors file"):
-        open_checkpoint(llama)
-
-
-def test_unknown_architecture(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps({**config, "model_type": "zebra", "architectures": ["Zebra"]}))
-    with pytest.raises(AwqTrtError, match=r"model_type 'zebra'"):
-        open_checkpoint(llama)
-    (llama / "config.json").write_text(json.dumps({**config, "architectures": ["ZebraForCausalLM"]}))
-    with pytest.raises(AwqTrtError, match=r"architecture 'ZebraForCausalLM'"):
-        open_checkpoint(llama)
-
-
-def test_remote_code_stays_off(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text())
-    config |= {"model_type": "zebra", "auto_map": {"AutoConfig": "code.Config"}}
-    (llama / "config.json").write_text(json.dumps(config))
-    (llama / "code.py").write_text("raise SystemExit('remote code ran')")
-    with pytest.raises(AwqTrtError, match=r"--trust-remote-code"):
-        open_checkpoint(llama)
-
-
-def test_broken_config(llama: Path) -> None:
-    (llama / "config.json").write_text("{")
-    with pytest.raises(AwqTrtError, match="not readable as JSON"):
-        open_checkpoint(llama)
-
-
-def test_already_quantized_by_another_tool(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(AwqTrtError, match="already quantized.*gptq"):
-        open_checkpoint(llama)
-    (llama / "config.json").write_text(json.dumps(config))
-    (llama / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}')
-    with pytest.raises(AwqTrtError, match="already quantized.*modelopt"):
-        open_checkpoint(llama)
-
-
 def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AwqTrtError, match="no config.json here"):
         open_checkpoint(tmp_path)
@@ -189,13 +183,6 @@ def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AwqTrtError, match="the Hugging Face hub did not give it"):
         open_checkpoint("nobody/no-such-model")
-
-
-def test_a_model_of_another_shape(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
-    with pytest.raises(AwqTrtError, match=r"embed_tokens\.weight has shape \[384, 64\], .* \[400, 64\]"):
-        open_checkpoint(llama)
 
 
 def test_gguf_gives_what_transformers_reads(tmp_path: Path) -> None:

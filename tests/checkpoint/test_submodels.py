@@ -89,7 +89,7 @@ def test_a_quantized_vision_language_model_of_another_tool(vision_language: Path
     a, b = open_quantized(ours), open_quantized(tmp_path / "theirs")
     assert b.config.architectures == ["Gemma3ForCausalLM"]
     assert set(a.linears) == set(b.linears)
-    for name in a.names:
+    for name in a.readers:
         assert torch.equal(a.tensor(name), b.tensor(name)), name
     for name in a.linears:
         assert torch.equal(a.linears[name].dequantize(), b.linears[name].dequantize())
@@ -104,7 +104,7 @@ def test_a_quantized_part_is_a_checkpoint_of_its_own(vision_language: Path, tmp_
 
 
 def test_a_choice_is_asked_for(clip: Path) -> None:
-    with pytest.raises(AwqTrtError, match="CLIPModel is several models, .* --part text or --part vision"):
+    with pytest.raises(AwqTrtError, match="CLIPModel is several models, .* part=.text. or part=.vision."):
         open_checkpoint(clip)
     with pytest.raises(AwqTrtError, match="CLIPModel has no part 'encoder': it has text, vision"):
         open_checkpoint(clip, part="encoder")

@@ -1,0 +1,142 @@
+"""Quantized directories as we write them: what is in them, and that transformers loads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from quantized_models import ids, our_logits, rounded
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from awq_trt.checkpoint.directory import stored_tensors
+from awq_trt.checkpoint.model import empty_model, quantizable_linears
+from awq_trt.checkpoint.open import open_checkpoint
+from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.checkpoint.writer import Writer
+from awq_trt.errors import AwqTrtError
+from awq_trt.linear import QuantizedLinear, quantize_weight
+
+
+def test_directory_is_hugging_face(quantized: Path, float_model: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(quantized)
+    assert config.quantization_config == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    assert config.dtype == torch.float16
+    assert transformers.AutoTokenizer.from_pretrained(quantized)("hello")["input_ids"]
+    index = json.loads((quantized / "model.safetensors.index.json").read_text())
+    names = set(index["weight_map"])
+    on_disk, size = set(), 0
+    for file in sorted(quantized.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            on_disk |= set(handle.keys())
+            assert handle.metadata() == {"format": "pt"}
+        size += sum(t.numel() * t.element_size() for t in load_file(file).values())
+    assert names == on_disk
+    assert index["metadata"] == {"total_size": size}
+    linears = quantizable_linears(empty_model(open_checkpoint(float_model).config))
+    assert not {f"{n}.weight" for n in linears} & names
+    assert {f"{n}.qweight" for n in linears} <= names
+
+
+def test_a_second_run_writes_what_is_missing(models: Path, tmp_path: Path) -> None:
+    """Killed at any point, also while `finish` renames: the directory comes out the same."""
+    checkpoint = open_checkpoint(models / "llama")
+    layer = quantize_weight(torch.randn(16, 64), 32, False, torch.float16)
+    blocks = {f"block-{i:05}": (f"model.layers.{i}", {"norm.weight": torch.rand(64)}) for i in range(3)}
+
+    def write(directory: Path, labels: list[str]) -> Writer:
+        writer = Writer(directory, checkpoint)
+        for label in labels:
+            if not writer.has(label):
+                writer.add_block(label, *blocks[label], {"a": layer})
+        return writer
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    report = {"left_in_float": {}}
+    write(whole, list(blocks)).finish(32, False, report)
+    write(resumed, ["block-00002"])
+    (resumed / ".block-00000.safetensors.tmp").write_bytes(b"half a shard")
+    write(resumed, ["block-00000"])
+    (resumed / "block-00002.safetensors").rename(resumed / "model-block-00002.safetensors")
+    write(resumed, list(blocks)).finish(32, False, report)
+    write(resumed, list(blocks)).finish(32, False, report)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
+    for file in whole.iterdir():
+        assert file.read_bytes() == (resumed / file.name).read_bytes()
+    assert {p.name for p in whole.glob("*.safetensors")} == {f"model-{label}.safetensors" for label in blocks}
+    assert set(stored_tensors(whole, "")) == {
+        f"model.layers.{i}.{n}" for i in range(3) for n in ("norm.weight", "a.qweight", "a.qzeros", "a.scales")
+    }
+
+
+def test_conv1d_models_are_not_called_awq(models: Path, tmp_path: Path) -> None:
+    """transformers would not find the Conv1D layers of a GPT-2, and run it with random weights."""
+    rounded(models / "gpt2", tmp_path / "gpt2")
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    quantized = open_quantized(tmp_path / "gpt2")
+    assert quantized.scheme.method == "awq_trt"
+    weight = open_checkpoint(models / "gpt2").tensor("transformer.h.1.attn.c_attn.weight")
+    assert torch.equal(
+        quantized.linears["transformer.h.1.attn.c_attn"].q, quantize_weight(weight, 64, False, torch.float16).q
+    )
+    embedding = open_checkpoint(models / "gpt2").tensor("transformer.wpe.weight")
+    assert torch.equal(quantized.tensor("transformer.wpe.weight"), embedding.half())
+    with pytest.raises(AwqTrtError, match="Conv1D layers.*save_format=.awq."):
+        rounded(models / "gpt2", tmp_path / "ct", save_format="compressed-tensors")
+
+
+def test_a_pre_scale_needs_a_format_that_carries_it(float_model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(float_model)
+    layer = QuantizedLinear(
+        **{**vars(quantize_weight(torch.randn(16, 64), 32, False, torch.float16)), "pre_scale": torch.rand(64).half()}
+    )
+    writer = Writer(tmp_path / "awq", checkpoint)
+    writer.add_block("block-00000", "model.layers.0", {}, {"a": layer})
+    writer.finish(32, False, {"left_in_float": {}})
+    config = json.loads((tmp_path / "awq" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "awq_trt"
+    assert [f.name for f in (tmp_path / "awq").glob("*.safetensors")] == ["awq_trt-block-00000.safetensors"]
+    with pytest.raises(AwqTrtError, match="compressed-tensors cannot carry a pre-scale"):
+        Writer(tmp_path / "ct", checkpoint, "compressed-tensors").add_block("block-00000", "b", {}, {"a": layer})
+    with pytest.raises(AwqTrtError, match="save format 'gguf' is not one of awq, compressed-tensors"):
+        Writer(tmp_path / "ct", checkpoint, "gguf")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("group", "skip"), [(64, ()), (-1, ()), (128, ("o_proj", "v_proj"))])
+def test_transformers_loads_our_compressed_tensors(
+    float_model: Path, tmp_path: Path, group: int, skip: tuple[str, ...], symmetric: bool, dtype: str
+) -> None:
+    """Logits bit for bit; layers in float by way of `ignore`.
+
+    Zero points need `dequantize=True`: compressed-tensors 0.20 cannot otherwise load what it saved itself, because its
+    empty model has them unpacked.
+    """
+    source = tmp_path / "llama"
+    transformers.AutoModelForCausalLM.from_pretrained(float_model, dtype=getattr(torch, dtype)).save_pretrained(source)
+    output = rounded(
+        source, tmp_path / "ct", save_format="compressed-tensors", symmetric=symmetric, group=group, skip=skip
+    )
+    quantized = open_quantized(output)
+    assert len(quantized.linears) == 14 - 2 * len(skip)
+    assert quantized.dtype == getattr(torch, dtype)
+    assert all((layer.zeros is None) == symmetric for layer in quantized.linears.values())
+    expected = our_logits(output, source)
+    for dequantize in (True, False)[: 1 + symmetric]:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            output, quantization_config=transformers.CompressedTensorsConfig(dequantize=dequantize)
+        )
+        with torch.inference_mode():
+            assert torch.equal(theirs(ids()).logits, expected)
