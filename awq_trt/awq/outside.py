@@ -64,7 +64,7 @@ class Outside(TorchFunctionMode):
         ]
         self._names = {id(p): n for n, p in model.named_parameters()}  # a tied one under its first name
         self._tables: dict[str, torch.Tensor] = {}
-        for module in {id(m): m for m, _, _ in self._places}.values():
+        for module in {m for m, _, _ in self._places}:
             if not isinstance(module, nn.Embedding):
                 module.register_forward_pre_hook(self._fill)
 

@@ -65,13 +65,13 @@ def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) ->
         top = max(x["largest_activation"] for x in large)
         found.append(
             f"activations reach {top:.0f}, and float16 ends at {LARGEST_FLOAT16:.0f}: the engine may overflow to NaN "
-            f"in {listed([x['name'] for x in large])}. Use --dtype bfloat16."
+            f'in {listed([x["name"] for x in large])}. Use dtype="bfloat16".'
         )
     unseen = sorted(set(quantized) - {x["name"] for x in layers}) if layers else []
     if unseen:
         found.append(
             f"no calibration token reached {listed(unseen)}: rounded to nearest without a search. "
-            "Calibrate on more or other text (--calibration, --calibration-samples)."
+            "Calibrate on more or other text (calibration, calibration_samples)."
         )
     most = max((x["tokens"] for x in layers), default=0)
     few = [x for x in layers if x["tokens"] < min(FEW * most, FEW_TOKENS)]
@@ -79,7 +79,7 @@ def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) ->
         least = min(x["tokens"] for x in few)
         found.append(
             f"few calibration tokens ({least} and up, of {most}) reached {listed([x['name'] for x in few])}. "
-            "Raise --calibration-samples."
+            "Raise calibration_samples."
         )
     return found
 

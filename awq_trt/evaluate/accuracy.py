@@ -14,8 +14,9 @@ import transformers
 from torch import nn
 
 from awq_trt.awq.blocks import BlockStream, Inputs, Weights
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.head import head_of, untied
-from awq_trt.awq.search import Settings
+from awq_trt.awq.task import reasons_for_float
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.linear import quantize_weight, row_chunks
@@ -57,15 +58,17 @@ class RoundedWeights:
     """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would.
 
     Args:
+        config: group_size and symmetric count.
         head: whether the layer that makes logits is rounded too, as `quantize` does with lm_head="int4".
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, *, head: bool = False) -> None:
         checkpoint = untied(checkpoint) if head else checkpoint
         self.source, self.config = checkpoint.source, checkpoint.config
-        self._checkpoint, self._settings = checkpoint, settings
+        self._checkpoint, self._quantize = checkpoint, config
         model = empty_model(checkpoint.config)
-        rounded = [n for n, linear in quantizable_linears(model).items() if settings.why_float(linear) is None]
+        left = reasons_for_float(model, config, checkpoint.dtype)
+        rounded = [n for n in quantizable_linears(model) if n not in left]
         if head and (found := head_of(model)) is not None:
             rounded.append(found[0])
         self._rounded = {f"{name}.weight" for name in rounded}
@@ -75,10 +78,10 @@ class RoundedWeights:
         weight = self._checkpoint.tensor(name)
         if name not in self._rounded:
             return weight
-        settings, (n, k) = self._settings, weight.shape
-        rounded = torch.empty(n, k, dtype=settings.dtype)
+        config, dtype, (n, k) = self._quantize, self._checkpoint.dtype, weight.shape
+        rounded = torch.empty(n, k, dtype=dtype)
         for rows in row_chunks(n, k):
-            layer = quantize_weight(weight[rows], settings.group(k), settings.symmetric, settings.dtype)
+            layer = quantize_weight(weight[rows], config.group(k), config.symmetric, dtype)
             rounded[rows] = layer.dequantize()
         return rounded
 
@@ -128,8 +131,9 @@ def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, 
 def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:
     """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time."""
     stream = BlockStream(weights, list(inputs))
+    states = list(stream.record())
     for i in range(len(stream.blocks)):
         stream.load(i, weights)
-        stream.hidden = [stream.run(i, hidden, j) for j, hidden in enumerate(stream.hidden)]
+        states = [stream.run(i, hidden, j) for j, hidden in enumerate(states)]
         stream.unload(i)
-    return (stream.head(hidden, j) for j, hidden in enumerate(stream.hidden))
+    return (stream.head(hidden, j) for j, hidden in enumerate(states))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 
 from awq_trt.awq.blocks import Inputs, Weights
 from awq_trt.awq.calibration import HELD_OUT_TEXT, calibration_inputs
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.head import head_of
-from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
@@ -68,8 +68,9 @@ def evaluate(
     todo: dict[str, Weights | Path] = {}
     if original is not None:
         todo["float"] = original
-        if isinstance(original, Checkpoint) and (settings := first_settings(opened)) is not None:
-            todo["rounding"] = RoundedWeights(original, settings, head=first_head(opened))
+        if isinstance(original, Checkpoint) and (first := first_settings(opened)) is not None:
+            config, dtype = first
+            todo["rounding"] = RoundedWeights(replace(original, dtype=dtype), config, head=first_head(opened))
     todo |= {p: opened.get(p) or Path(p) for p in paths}
 
     rows: dict[str, Row] = {}
@@ -91,13 +92,13 @@ def open_weights(path: str) -> Opened:
     return open_quantized(path) if is_quantized(path) else open_checkpoint(path)
 
 
-def first_settings(opened: dict[str, Opened]) -> Settings | None:
+def first_settings(opened: dict[str, Opened]) -> tuple[QuantizeConfig, torch.dtype] | None:
     """Group size, symmetry and dtype of the first quantized checkpoint; None where there is none."""
     for checkpoint in opened.values():
         if isinstance(checkpoint, QuantizedCheckpoint):
             linear = next(iter(checkpoint.linears.values()))
             group = checkpoint.scheme.group_size or linear.group_size
-            return Settings(group, linear.zeros is None, checkpoint.dtype)
+            return QuantizeConfig(group_size=group, symmetric=linear.zeros is None), checkpoint.dtype
     return None
 
 

@@ -20,7 +20,7 @@ import torch
 
 from awq_trt.awq.blocks import Inputs, Weights
 from awq_trt.awq.calibration import HELD_OUT_TEXT, arrays, windows
-from awq_trt.awq.search import Settings
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
@@ -266,10 +266,11 @@ def verify(
     exported = replace(quantized, config=resolve_longrope(quantized.config, room or 0))
     held_out = {}
     if original is not None and samples:
-        settings = Settings(quantized.report["group_size"], quantized.report["symmetric"], original.dtype)
+        report = quantized.report
+        config = QuantizeConfig(group_size=report["group_size"], symmetric=report["symmetric"])
         models: dict[str, Weights] = {
             "float": original,
-            "rounding": RoundedWeights(original, settings, head=quantized.report.get("lm_head") == "int4"),
+            "rounding": RoundedWeights(original, config, head=quantized.report.get("lm_head") == "int4"),
             str(quantized.report["method"]): quantized,
         }
         if quantized.report["method"] == "rtn":

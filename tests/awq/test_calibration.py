@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, arrays, calibration_inputs, read_text, windows
-from awq_trt.awq.search import EFFORTS
+from awq_trt.awq.config import EFFORTS
 from awq_trt.errors import AwqTrtError
 
 
@@ -96,5 +96,5 @@ def test_bad_arrays(tmp_path: Path) -> None:
 
 
 def test_model_without_tokenizer() -> None:
-    with pytest.raises(AwqTrtError, match="no tokenizer.*--calibration INPUTS.npz"):
+    with pytest.raises(AwqTrtError, match="no tokenizer.*inputs in calibration as a .npz"):
         windows(DEFAULT_TEXT, None, 8, 512)

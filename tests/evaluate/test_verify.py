@@ -13,7 +13,6 @@ from onnx import numpy_helper
 
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
-from awq_trt.awq.search import Settings
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
@@ -41,7 +40,7 @@ def test_perplexity_is_that_of_transformers(models: Path) -> None:
     checkpoint = open_checkpoint(models / "llama")
     model = transformers.LlamaForCausalLM.from_pretrained(models / "llama").eval()
     samples = [{"input_ids": ids(64)}, {"input_ids": ids(64).flip(1)}]
-    rounded = RoundedWeights(checkpoint, Settings(group_size=32))
+    rounded = RoundedWeights(checkpoint, QuantizeConfig(group_size=32))
     found = accuracy({"float": checkpoint, "rounding": rounded}, samples)
     losses = [float(model(s["input_ids"], labels=s["input_ids"]).loss) for s in samples]
     assert found["float"].perplexity == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
