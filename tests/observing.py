@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from awq_trt.awq.observe import Group, Observer
+from awq_trt.awq.hessian import Group, Observer
 
 
 def observe(block: nn.Module, runs: Iterable[Callable[[], object]], name: str = "") -> list[Group]:

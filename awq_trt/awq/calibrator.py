@@ -10,7 +10,7 @@ from torch import nn
 from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.distributed import Ranks
 from awq_trt.awq.estimate import StageTimer
-from awq_trt.awq.observe import Group, Observer
+from awq_trt.awq.hessian import Group, Observer
 from awq_trt.awq.resume import States
 
 

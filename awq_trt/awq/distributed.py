@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from awq_trt.awq.hessian import HessianAccumulator
-from awq_trt.awq.observe import Group
+from awq_trt.awq.hessian import Group, HessianAccumulator
 from awq_trt.errors import AwqTrtError, OtherRankError
 
 

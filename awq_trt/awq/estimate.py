@@ -25,23 +25,16 @@ class Usage:
 
 @dataclass
 class StageTimer:
-    """Seconds per stage; stages may be nested, the outer one then counts without the inner one."""
+    """Seconds per stage. A stage inside another counts for both."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _inner: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what happens inside as `name`."""
         begin = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            whole = time.perf_counter() - begin
-            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += whole
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def total(self, **factors: float) -> float:
         """Seconds of all stages together, some of them multiplied."""

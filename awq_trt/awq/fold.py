@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq_trt.awq.observe import Group
+from awq_trt.awq.hessian import Group
 from awq_trt.checkpoint.experts import expert_of
 
 UNCHANGED = 1e-4

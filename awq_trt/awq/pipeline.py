@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,21 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, fill
+from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.calibrator import BlockCalibrator
 from awq_trt.awq.distributed import Ranks
 from awq_trt.awq.estimate import Budget, StageTimer, Usage, resident_bytes, trim_heap
 from awq_trt.awq.fold import Fold
-from awq_trt.awq.head import quantize_head, round_rows, sampled_head
-from awq_trt.awq.observe import Group
+from awq_trt.awq.head import quantize_head, sampled_head
+from awq_trt.awq.hessian import Group
 from awq_trt.awq.resume import States, WorkDirectory, read_json_or_none, write_json
-from awq_trt.awq.search import LayerReport, quantize_block, round_block
+from awq_trt.awq.search import LayerReport, quantize_block
 from awq_trt.awq.task import QuantizeTask
 from awq_trt.checkpoint.experts import expert_of
-from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.quantized import Writer
 from awq_trt.files import remove
-from awq_trt.linear import CHUNK, QuantizedLinear, quantize_weight, row_chunks
+from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
 
 LARGE = 1 << 24
 """Bytes of a tensor outside the blocks that gets a shard of its own, so that no two are in memory together."""
@@ -60,8 +59,11 @@ class Run:
             yield from progress.track(range(done, total), total, completed=done, description="Quantizing blocks")
 
 
-def calibrated_blocks(run: Run) -> Usage | None:
-    """AWQ on the blocks that are not finished yet; returns what rank 0 expects the whole run to take."""
+def quantize_blocks(run: Run) -> Usage | None:
+    """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take.
+
+    Without calibration inputs there are no windows, so that no layer is seen and all are rounded to nearest.
+    """
     task, work, ranks = run.task, run.work, run.ranks
     windows = ranks.windows(len(task.inputs))
     done = first_block(run, windows)
@@ -70,8 +72,8 @@ def calibrated_blocks(run: Run) -> Usage | None:
         if ranks.rank == 0:
             write_outside(run)
             check_head(run)
-        config, inputs = task.config, [task.inputs[window] for window in windows]
-        stream = BlockStream(task.checkpoint, inputs, dtype=config.compute_dtype, device=task.device)
+        inputs = [task.inputs[window] for window in windows]
+        stream = BlockStream(task.checkpoint, inputs, dtype=task.config.compute_dtype, device=task.device)
         states = work.states(done)
         for window, hidden in zip(windows, stream.record(), strict=True):
             if done == 0:
@@ -143,7 +145,7 @@ def loaded(task: QuantizeTask, calibrator: BlockCalibrator) -> Iterator[nn.Modul
     """Inside, the block has its weights; for the head, the model has a sample of the head's."""
     stream, i = calibrator.stream, calibrator.i
     if calibrator.is_head:
-        with sampled_head(stream, task.checkpoint, task.head or "") as model:
+        with sampled_head(task, stream) as model:
             yield model
     else:
         yield stream.load(i, task.checkpoint)
@@ -159,84 +161,42 @@ def process_block(
     folds: dict[str, Fold | None],
 ) -> dict[str, Any]:
     """Search, round and write a block, and leave its rounded values in it."""
-    name, config, dtype = calibrator.name, task.config, task.checkpoint.dtype
-    names = task.names_in(name)
-    with calibrator.timer.stage("search"):
+    name, timer = calibrator.name, calibrator.timer
+    names, config, dtype = task.names_in(name), task.config, task.checkpoint.dtype
+    with timer.stage("search"):
         layers, reports = quantize_block(
             block, groups, calibrator.first_output, folds, names=names, config=config, dtype=dtype
         )
-    with calibrator.timer.stage("write"):
-        writer.add_block(f"block-{calibrator.i:05}", name, parameters(block), {n: m.cpu() for n, m in layers.items()})
+    with timer.stage("write"):
+        floats = {n: p.data.cpu() for n, p in block.named_parameters()}
+        writer.add_block(f"block-{calibrator.i:05}", name, floats, {n: m.cpu() for n, m in layers.items()})
         for layer, value in layers.items():
-            weight = value.dequantize().float()
-            pre_scale = 1.0 if value.pre_scale is None else value.pre_scale.float()
-            block.get_submodule(layer).weight.data = weight * pre_scale
+            weight, s = value.dequantize().float(), value.pre_scale
+            block.get_submodule(layer).weight.data = weight if s is None else weight * s.float()
         block.to(calibrator.stream.dtype)
-    places = {key: fold and asdict(fold) for key, fold in folds.items()}
-    return {**step_report(layers, reports, f"{name}."), "folds": places}
+    return step_report(layers.values(), reports, folds, f"{name}.")
 
 
 def process_head(
     task: QuantizeTask, calibrator: BlockCalibrator, groups: list[Group], writer: Writer, rows: int | None
 ) -> dict[str, Any]:
     """Search, round and write the head, or its first `rows` rows."""
-    head = task.head or ""
-    n, k = task.head_shape
-    layer, norms, report = quantize_head(
-        calibrator, groups, task.checkpoint, task.config, head, task.norms, (rows or n, k)
-    )
+    layer, norms, reports = quantize_head(task, calibrator, groups, rows)
     with calibrator.timer.stage("write"):
-        writer.add_block("head", "", norms, {head: layer})
-    return {**step_report({head: layer}, [report]), "folds": {}}
+        writer.add_block("head", "", norms, {task.head or "": layer})
+    return step_report([layer], reports, {})
 
 
 def step_report(
-    layers: Mapping[str, QuantizedLinear], reports: list[LayerReport] | None = None, prefix: str = ""
+    layers: Collection[QuantizedLinear], reports: list[LayerReport], folds: Mapping[str, Fold | None], prefix: str = ""
 ) -> dict[str, Any]:
     """What is kept of a block; `prefix` makes names of the model of names in the block."""
-    rows = [asdict(r) for r in reports or []]
+    rows = [asdict(report) for report in reports]
     for row in rows:
         row["name"] = prefix + row["name"]
         row["folded_into"] = row["folded_into"] and prefix + row["folded_into"]
-    return {"layers": rows, "pre_scales": sum(m.pre_scale is not None for m in layers.values())}
-
-
-def rounded_blocks(run: Run) -> Usage | None:
-    """Round the layers of all blocks that are not finished yet to nearest, and the head where that is asked for."""
-    task, work, checkpoint, config = run.task, run.work, run.task.checkpoint, run.task.config
-    _, blocks = find_blocks(empty_model(checkpoint.config))
-    write_outside(run)
-    expected = None
-    for i in run.steps(work.finished):
-        begin = run.budget.used()
-        if i == task.blocks:
-            round_head(run)
-            continue
-        name, block = f"{task.prefix}.{i}", blocks[i]
-        fill(block, f"{name}.", checkpoint)
-        layers = round_block(block, task.names_in(name), config, checkpoint.dtype)
-        run.writer.add_block(f"block-{i:05}", name, parameters(block), layers)
-        work.finish_block(i, step_report(layers))
-        if expected is None:
-            n, k = task.head_shape
-            left = task.blocks - i + n * k / sum(p.numel() for p in block.parameters())
-            used = run.budget.used()
-            seconds = begin.seconds + (used.seconds - begin.seconds) * left
-            expected = Usage(seconds, max(used.bytes, resident_bytes("VmRSS") + head_bytes(n, k)))
-            announce(run, expected, i)
-        block.to_empty(device="meta")
-    return expected
-
-
-def round_head(run: Run) -> None:
-    """Round the head to nearest; the last step."""
-    task, checkpoint, head = run.task, run.task.checkpoint, run.task.head or ""
-    group_size, symmetric = task.config.group(task.head_shape[1]), task.config.symmetric
-    layer = round_rows(
-        checkpoint, head, task.head_shape, lambda w: quantize_weight(w, group_size, symmetric, checkpoint.dtype)
-    )
-    run.writer.add_block("head", "", {name: checkpoint.tensor(name) for name in task.norms}, {head: layer})
-    run.work.finish_block(task.blocks, step_report({}))
+    places = {key: fold and asdict(fold) for key, fold in folds.items()}
+    return {"layers": rows, "pre_scales": sum(m.pre_scale is not None for m in layers), "folds": places}
 
 
 def check_head(run: Run) -> None:
@@ -262,11 +222,6 @@ def write_outside(run: Run) -> None:
         writer.add("outside", small)
 
 
-def parameters(block: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a block by their names in it."""
-    return {name: p.data.cpu() for name, p in block.named_parameters()}
-
-
 def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
     """What the whole run will take: the largest block is quantized with two windows, timed, and thrown away.
 
@@ -278,20 +233,21 @@ def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
     task, work, (n, k) = run.task, run.work, run.task.head_shape
     sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
     i = max(range(task.blocks), key=sizes.__getitem__)
-    least = max(least_bytes(stream.blocks[i], stream.dtype), head_bytes(n, k))
+    least = max(least_bytes(stream.blocks[i], stream.dtype, bool(task.inputs)), head_bytes(n, k))
     run.budget.check(resident_bytes("VmRSS") + least)
     known = read_json_or_none(work.path / "dry_run.json")
     if known is None:
         windows = range(min(DRY_WINDOWS, len(stream.inputs)))
-        more = len(stream.inputs) / len(windows)
+        more = len(stream.inputs) / max(len(windows), 1)
         writer = Writer(work.scratch / "result", task.checkpoint, task.config.save_format)
-        block = BlockCalibrator(stream, i, states, windows, Ranks(), StageTimer())
-        process(task, block, writer, {}, States(work.scratch / "states"))
-        each, once = block.timer.total(observe=more, advance=more, prove=0), block.timer.seconds.get("prove", 0.0)
-        known = {"each": each, "once": once, "head": 0.0, "bytes": run.budget.used().bytes}
+        following = States(work.scratch / "states")
+        block, head = (BlockCalibrator(stream, j, states, windows, Ranks(), StageTimer()) for j in (i, task.blocks))
+        process(task, block, writer, {}, following)
+        once = block.timer.seconds.get("prove", 0.0)  # part of the search of the first block
+        known = {"each": block.timer.total(observe=more, advance=more, prove=-1), "once": once, "head": 0.0}
+        known["bytes"] = run.budget.used().bytes
         if task.head is not None:
             begin, rows = resident_bytes("VmRSS"), next(row_chunks(n, k)).stop
-            head = BlockCalibrator(stream, task.blocks, states, windows, Ranks(), StageTimer())
             process(task, head, writer, {}, None, rows)
             known["head"] = head.timer.total(observe=more, round=n / rows, write=n / rows)
             known["bytes"] = max(run.budget.used().bytes, begin + head_bytes(n, k))
@@ -307,10 +263,11 @@ def head_bytes(n: int, k: int) -> int:
     return n * k + max(12 * k * k + PIECES * 4 * CHUNK, n * k // 2) if n else 0
 
 
-def least_bytes(block: nn.Module, dtype: torch.dtype) -> int:
+def least_bytes(block: nn.Module, dtype: torch.dtype, calibrated: bool) -> int:
     """What one block takes at the very least: its parameters, and one Hessian for each width, of each expert."""
     widths = {(expert_of(block, n), m.in_features) for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    return sum(p.numel() for p in block.parameters()) * dtype.itemsize + 4 * sum(k * k for _, k in widths)
+    hessians = 4 * sum(k * k for _, k in widths) if calibrated else 0
+    return sum(p.numel() for p in block.parameters()) * dtype.itemsize + hessians
 
 
 def announce(run: Run, expected: Usage, done: int) -> None:

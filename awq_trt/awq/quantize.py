@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from awq_trt.awq.config import QuantizeConfig
-from awq_trt.awq.distributed import join_ranks
+from awq_trt.awq.distributed import Ranks, join_ranks
 from awq_trt.awq.estimate import Budget, Usage
-from awq_trt.awq.pipeline import Run, calibrated_blocks, rounded_blocks
+from awq_trt.awq.pipeline import Run, quantize_blocks
 from awq_trt.awq.resume import WorkDirectory
 from awq_trt.awq.search import LayerReport
 from awq_trt.awq.task import make_task
@@ -77,14 +77,12 @@ def quantize(
                 stack.enter_context(work)
         with ranks.fail_together():
             work.make_folders()
-        run = Run(task, work, ranks, budget, console)
+        run = Run(task, work, ranks if task.inputs else Ranks(), budget, console)
         report: dict[str, Any] | None = ranks.broadcast(work.report())
         expected = None
         if report is None:
-            if task.inputs:
-                expected = calibrated_blocks(run)
-            elif ranks.rank == 0:
-                expected = rounded_blocks(run)
+            if task.inputs or ranks.rank == 0:
+                expected = quantize_blocks(run)
             steps = work.block_reports()
             layers = [row for step in steps for row in step["layers"]]
             found = {"layers": layers, "pre_scales": sum(step["pre_scales"] for step in steps)}

@@ -23,8 +23,7 @@ from torch import nn
 
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.fold import Fold, find_known_fold
-from awq_trt.awq.hessian import HessianAccumulator
-from awq_trt.awq.observe import Group
+from awq_trt.awq.hessian import Group, HessianAccumulator
 from awq_trt.awq.rounding import clip, compensated, diagonal_blocks, factor, full_range, nearest, refit
 from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import DEFAULT_TEXT, calibration_inputs
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.distributed import compute_device
-from awq_trt.awq.head import head_of, norms_outside, untied
+from awq_trt.awq.hessian import scaled_weight
 from awq_trt.awq.resume import content_digest, environment, inputs_digest
 from awq_trt.checkpoint.experts import left_alone
 from awq_trt.checkpoint.model import empty_model, find_blocks, persistent_buffers, quantizable_linears
@@ -28,7 +30,7 @@ OUTSIDE = "outside the repeated blocks (embeddings and heads stay in float)"
 class QuantizeTask:
     """What is to be done, before anything is read or written."""
 
-    checkpoint: Checkpoint  # where the head will be INT4, with a head of its own (head.untied)
+    checkpoint: Checkpoint  # where the head will be INT4, with a head of its own (untied)
     config: QuantizeConfig  # all fields set
     prefix: str  # name of the list of blocks
     blocks: int  # how many
@@ -36,7 +38,7 @@ class QuantizeTask:
     left: dict[str, str]  # layer -> why it stays in float
     head: str | None  # the one of `names` that is the head
     head_shape: tuple[int, int]  # (N, K) of it; (0, 0) without
-    norms: tuple[str, ...]  # parameters that are written with the head, see head.norms_outside
+    norms: tuple[str, ...]  # parameters that are written with the head, see `norms_outside`
     outside: tuple[str, ...]  # other parameters and buffers outside the blocks
     inputs: list[Inputs]  # calibration windows; [] for plain rounding
     device: torch.device  # where blocks are run and rounded
@@ -139,6 +141,56 @@ def make_task(checkpoint: Checkpoint, config: QuantizeConfig) -> QuantizeTask:
         device=compute_device(config.device),
         report=report,
     )
+
+
+def head_of(model: transformers.PreTrainedModel) -> tuple[str, nn.Linear] | None:
+    """Name and layer of what turns the last hidden states into logits over the vocabulary; None where there is none."""
+    head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is head), None) if isinstance(head, nn.Linear) else None
+    return None if name is None else (name, head)
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with a head of its own, where it shares its weight with the embedding: both are read from there.
+
+    Raises:
+        AwqTrtError: the architecture has no such form.
+    """
+    shared = empty_model(checkpoint.config)
+    if not _is_tied(shared):
+        return checkpoint
+    config = copy.deepcopy(checkpoint.config)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    model = empty_model(config)
+    first = {id(p): n for n, p in shared.named_parameters()}
+    names = {n: first[id(p)] for n, p in shared.named_parameters(remove_duplicate=False)}
+    wanted = [n for n, _ in model.named_parameters() if n not in checkpoint.readers]
+    if _is_tied(model) or not set(wanted) <= set(names):
+        raise AwqTrtError(
+            f"{checkpoint.source}: {type(shared).__name__} cannot have a head apart from its embedding; leave the head "
+            'in float (lm_head="float").'
+        )
+    readers = {**checkpoint.readers, **{n: checkpoint.readers[names[n]] for n in wanted}}
+    return replace(checkpoint, config=config, readers=readers)
+
+
+def _is_tied(model: transformers.PreTrainedModel) -> bool:
+    """Whether the weight of the head has another name, too."""
+    found = head_of(model)
+    weight = None if found is None else found[1].weight
+    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def norms_outside(model: nn.Module, prefix: str) -> list[str]:
+    """Parameters of the norms outside the blocks `prefix`: small, and one of them may take the head's scale."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear) and scaled_weight(module) is not None
+        if not name.startswith(f"{prefix}.")
+        for parameter, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def reasons_for_float(model: nn.Module, config: QuantizeConfig, dtype: torch.dtype) -> dict[str, str]:

@@ -15,8 +15,7 @@ from torch import nn
 
 from awq_trt.awq.blocks import BlockStream, Inputs, Weights
 from awq_trt.awq.config import QuantizeConfig
-from awq_trt.awq.head import head_of, untied
-from awq_trt.awq.task import reasons_for_float
+from awq_trt.awq.task import head_of, reasons_for_float, untied
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.linear import quantize_weight, row_chunks
@@ -72,6 +71,10 @@ class RoundedWeights:
         if head and (found := head_of(model)) is not None:
             rounded.append(found[0])
         self._rounded = {f"{name}.weight" for name in rounded}
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of an embedding, see `Checkpoint.rows`."""
+        return self._checkpoint.rows(name, index)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter; a rounded weight as its dequantized value."""

@@ -16,7 +16,7 @@ import torch
 from awq_trt.awq.blocks import Inputs, Weights
 from awq_trt.awq.calibration import HELD_OUT_TEXT, calibration_inputs
 from awq_trt.awq.config import QuantizeConfig
-from awq_trt.awq.head import head_of
+from awq_trt.awq.task import head_of
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized

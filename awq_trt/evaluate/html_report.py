@@ -268,7 +268,7 @@ def _layers(layers: Sequence[report.Layer]) -> Table:
     columns = ("layer", "alpha", "clip", "scale in", "error, rounded", "error now", "tokens", "largest |x|")
     rows = []
     for layer in layers:
-        name, _, alpha, clip, where, rounded, now, tokens, largest = report.one_layer(layer)
+        name, _, alpha, clip, where, rounded, now, tokens, largest = report.cells(layer["name"], [layer])
         keys = (layer["alpha"], layer.get("clip", 1.0), None, layer["error_rounding"], layer["error"], layer["tokens"])
         cells = zip((alpha, clip, where, rounded, now, tokens), keys, strict=True)
         rows.append((Cell(name), *(Cell(t, v) for t, v in cells), Cell(largest, layer["largest_activation"])))

@@ -16,12 +16,12 @@ import transformers
 from rich.console import Console
 
 from awq_trt import linear
-from awq_trt.awq import head, pipeline
+from awq_trt.awq import head, pipeline, task
 from awq_trt.awq.blocks import BlockStream, Weights
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
 from awq_trt.awq.config import QuantizeConfig
-from awq_trt.awq.head import head_of, norms_outside, untied
 from awq_trt.awq.quantize import QuantizeReport, quantize
+from awq_trt.awq.task import head_of, norms_outside, untied
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
@@ -94,7 +94,7 @@ def embedding_of(model: transformers.PreTrainedModel) -> str:
 
 
 def test_an_architecture_that_is_always_tied(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_is_tied", lambda model: True)
+    monkeypatch.setattr(task, "_is_tied", lambda model: True)
     with pytest.raises(AwqTrtError, match="LlamaForCausalLM cannot have a head apart from its embedding"):
         untied(open_checkpoint(models / "llama"))
 
@@ -310,7 +310,7 @@ def test_work_for_another_head_is_thrown_away(models: Path, tmp_path: Path, monk
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "round_head", failing)
+        patch.setattr(pipeline.Writer, "finish", failing)
         with pytest.raises(StopError):
             quantize(models / "llama", tmp_path / "out", QuantizeConfig(method="rtn", lm_head="int4"))
     lines = StringIO()
