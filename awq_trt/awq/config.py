@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,21 +13,12 @@ from awq_trt.checkpoint.quantized import CARRY_PRE_SCALES, SAVE_FORMATS
 from awq_trt.errors import AwqTrtError
 from awq_trt.layout import GROUP_SIZES, padded_features, unsupported_reason
 
-
-@dataclass(frozen=True)
-class Effort:
-    """What an effort stands for, where the configuration does not say it."""
-
-    windows: int  # of calibration text, if there are as many
-    clip: bool
-    error_compensation: bool
-
-
 EFFORTS = {
-    "fast": Effort(windows=8, clip=True, error_compensation=False),
-    "default": Effort(windows=16, clip=True, error_compensation=True),
-    "best": Effort(windows=64, clip=True, error_compensation=True),
+    "fast": {"calibration_samples": 8, "clip": True, "error_compensation": False},
+    "default": {"calibration_samples": 16, "clip": True, "error_compensation": True},
+    "best": {"calibration_samples": 64, "clip": True, "error_compensation": True},
 }
+"""What fields of the configuration are where it does not say; windows, if there are as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +58,13 @@ class QuantizeConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise AwqTrtError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, values))}.")
-        effort = EFFORTS[self.effort]
-        samples = effort.windows if self.calibration_samples is None else self.calibration_samples
-        if samples < 1 or self.calibration_length < 1:
-            raise AwqTrtError(
-                f"calibration_samples={samples} and calibration_length={self.calibration_length}: at least 1, please."
-            )
         if self.device != "auto" and self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise AwqTrtError(f"device={self.device!r} is not 'auto', 'cpu' or 'cuda'.")
-        compensation = self.error_compensation
-        return replace(
-            self,
-            clip=effort.clip if self.clip is None else self.clip,
-            error_compensation=effort.error_compensation if compensation is None else compensation,
-            pre_scale=self.pre_scale and self.save_format in CARRY_PRE_SCALES,
-            calibration_samples=samples,
-        )
+        for name in ("calibration_samples", "calibration_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise AwqTrtError(f"{name}={value}: at least 1, please.")
+        decided: dict[str, Any] = {n: v for n, v in EFFORTS[self.effort].items() if getattr(self, n) is None}
+        return replace(self, **decided, pre_scale=self.pre_scale and self.save_format in CARRY_PRE_SCALES)
 
     def group(self, in_features: int) -> int:
         """Columns per scale for a layer with `in_features` columns."""

@@ -70,16 +70,11 @@ class Ranks:
             raise OtherRankError
 
     def share_weights(self, block: nn.Module) -> None:
-        """Every rank's block gets the weights that rank 0's has now, in memory of their own."""
-        if self.world == 1:
-            return
-        for module in block.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    value = parameter.data.contiguous() if self.rank == 0 else torch.empty_like(parameter.data)
-                    dist.broadcast(value, src=0)
-                    if self.rank:
-                        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        """Every rank's block gets the weights that rank 0's has now."""
+        for parameter in block.parameters() if self.world > 1 else ():
+            value = parameter.data.contiguous()
+            dist.broadcast(value, src=0)
+            parameter.data = value
 
     def all_reduce(self, block: nn.Module, groups: list[Group], device: torch.device) -> list[Group]:
         """The groups of layers that any rank has seen in the block, with the sums over all ranks, on `device`."""

@@ -76,7 +76,7 @@ def quantize_head(
         groups: of the model's layers. rows: how many are rounded, None for all.
 
     Returns:
-        The layer, the parameters `task.norms` with its scale folded in, and the report of the layer, if it was searched.
+        The layer, the parameters `task.norms` with its scale folded in, and the report of the layer if it was searched.
 
     Raises:
         AwqTrtError: the model does not call its head.

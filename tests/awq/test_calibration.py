@@ -17,7 +17,7 @@ from awq_trt.errors import AwqTrtError
 
 def test_default_texts_are_long_enough_and_disjoint() -> None:
     calibration, held_out = DEFAULT_TEXT.read_text(), HELD_OUT_TEXT.read_text()
-    assert len(calibration) > EFFORTS["best"].windows * 512 * 4  # about four characters to a token
+    assert len(calibration) > EFFORTS["best"]["calibration_samples"] * 512 * 4  # about four characters to a token
     assert len(held_out) > 25_000
 
     def phrases(text: str) -> set[tuple[str, ...]]:

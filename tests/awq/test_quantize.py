@@ -113,7 +113,7 @@ def test_nothing_to_quantize(models: Path, tmp_path: Path) -> None:
         ("lm_head", "int8", "lm_head='int8' is not one of 'float', 'int4'"),
         ("save_format", "gguf", "save_format='gguf' is not one of 'awq', 'compressed-tensors'"),
         ("compute_dtype", torch.float16, "compute_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
-        ("calibration_samples", 0, "calibration_samples=0 and .*: at least 1"),
+        ("calibration_samples", 0, "calibration_samples=0: at least 1"),
         ("calibration_length", 0, "calibration_length=0: at least 1"),
         ("device", "tpu", "device='tpu' is not"),
     ],
