@@ -48,7 +48,7 @@ class Fold:
         module: Any = block.get_submodule(self.into)
         weight: torch.Tensor = module.weight
         bias = getattr(module, "bias", None)
-        s = self.per_row(s, len(weight)).to(weight.dtype)
+        s = self.per_row(s, len(weight)).to(weight)
         if isinstance(module, nn.Linear):
             weight.data.div_(s.unsqueeze(1))
         else:

@@ -20,7 +20,7 @@ from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.calibrator import BlockCalibrator
 from awq_trt.awq.fold import find_fold
 from awq_trt.awq.hessian import Group
-from awq_trt.awq.search import LayerReport, constraint, search
+from awq_trt.awq.search import LayerReport, quantize_group
 from awq_trt.awq.task import QuantizeTask
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear, quantize_weight, row_chunks
@@ -95,14 +95,10 @@ def quantize_head(
     fold = find_fold(model, group, calibrator.first_output)
     with calibrator.timer.stage("search"):
         linears[name].to(device)
-        found = search(linears, group.statistics, config, dtype, constraint(model, fold, config, dtype))
-    s, report = found.best.s, found.reports[name]
+        found = quantize_group(model, group, fold, names={name}, config=config, dtype=dtype)
+    s, reports = found.best.s, list(found.reports.values())
     with calibrator.timer.stage("round"):
         layer = round_rows(task, lambda weight: found.rounder.round(weight.to(device).mul_(s))[0], rows)
-    if found.best.scaled and fold is not None:
-        fold.apply(model, s.cpu())
-        report = replace(report, folded_into=fold.into)
-    elif found.best.scaled:
-        layer = replace(layer, pre_scale=(1 / s).to(dtype).cpu())
     now = dict(model.named_parameters())  # those that were not run are still empty
-    return layer, {n: checkpoint.tensor(n) if now[n].is_meta else now[n].data for n in task.norms}, [report]
+    norms = {n: checkpoint.tensor(n) if now[n].is_meta else now[n].data for n in task.norms}
+    return replace(layer, pre_scale=found.pre_scale).cpu(), norms, reports

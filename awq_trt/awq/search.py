@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -112,9 +113,10 @@ class Found:
     """The result of one group's search."""
 
     best: Candidate
-    layers: dict[str, QuantizedLinear]  # layer -> rounded W s, still without pre-scale
+    layers: dict[str, QuantizedLinear]  # layer -> rounded W s
     reports: dict[str, LayerReport]  # layer -> report, named as the layer is
     rounder: Rounder  # rounds further rows of the same layers, times s, in the same way
+    pre_scale: torch.Tensor | None = None  # of the layers, where s is folded into nothing
 
 
 def search(
@@ -271,27 +273,42 @@ def quantize_block(
     reports: dict[str, LayerReport] = {}
     for group in reversed(groups):
         fold = find_known_fold(block, group, groups, first_output, folds)
-        linears = {n: m for n, m in group.linears.items() if n in names}
-        found = search(linears, group.statistics, config, dtype, constraint(block, fold, config, dtype))
-        s = found.best.s
-        if fold is not None and found.best.scaled:
-            for name in group.linears.keys() - linears.keys():
-                group.linears[name].weight.data = group.linears[name].weight * s
-            fold.apply(block, s)
-        for name, layer in found.layers.items():
-            prescaled = fold is None and found.best.scaled
-            quantized[name] = replace(layer, pre_scale=(1 / s).to(dtype)) if prescaled else layer
-            into = fold.into if fold is not None and found.best.scaled else None
-            reports[name] = replace(found.reports[name], folded_into=into)
+        found = quantize_group(block, group, fold, names=names, config=config, dtype=dtype)
+        quantized |= {name: replace(layer, pre_scale=found.pre_scale) for name, layer in found.layers.items()}
+        reports |= found.reports
     unseen = round_block(block, set(names) - quantized.keys(), config, dtype)  # experts no token chose
     return quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports]
 
 
-def constraint(block: nn.Module, fold: Fold | None, config: QuantizeConfig, dtype: torch.dtype) -> Constrain | None:
-    """What a scale must be to go where it has to go: into the fold, or into a pre-scale of 16 bits, or nowhere."""
+def quantize_group(
+    block: nn.Module,
+    group: Group,
+    fold: Fold | None,
+    *,
+    names: Collection[str],
+    config: QuantizeConfig,
+    dtype: torch.dtype,
+) -> Found:
+    """Search and round those of a group's layers that become INT4, and put their scale where it goes.
+
+    Layers of the group that stay in float take the scale that was folded, too.
+    """
+    linears = {n: m for n, m in group.linears.items() if n in names}
+    constrain = partial(_with_reciprocal_in, dtype=dtype) if config.pre_scale else None
     if fold is not None:
-        rows = len(block.get_submodule(fold.into).weight)  # type: ignore[arg-type]
-        return lambda s: fold.shared(s, rows)
-    if config.pre_scale:
-        return lambda s: 1 / (1 / s).to(dtype).float()
-    return None
+        constrain = partial(fold.shared, rows=len(block.get_submodule(fold.into).weight))  # type: ignore[arg-type]
+    found = search(linears, group.statistics, config, dtype, constrain)
+    s = found.best.s
+    if not found.best.scaled:
+        return found
+    if fold is None:
+        return replace(found, pre_scale=(1 / s).to(dtype))
+    for name in group.linears.keys() - linears.keys():
+        group.linears[name].weight.data = group.linears[name].weight * s
+    fold.apply(block, s)
+    return replace(found, reports={n: replace(r, folded_into=fold.into) for n, r in found.reports.items()})
+
+
+def _with_reciprocal_in(s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A scale near s whose pre-scale 1/s is exact in `dtype`."""
+    return 1 / (1 / s).to(dtype).float()

@@ -16,18 +16,17 @@ from rich.console import Console
 
 from awq_trt import linear
 from awq_trt.awq import head, pipeline, task
-from awq_trt.awq.blocks import BlockStream, Weights
-from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
+from awq_trt.awq.blocks import BlockStream
+from awq_trt.awq.calibration import DEFAULT_TEXT, windows
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import QuantizeReport, quantize
 from awq_trt.awq.task import head_of, norms_outside, untied
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
-from awq_trt.checkpoint.reader import Checkpoint, Reader
+from awq_trt.checkpoint.reader import Reader
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_outputs
-from awq_trt.evaluate.evaluate import evaluate
+from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.linear import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,10 +40,6 @@ def quantized(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Q
     """The tiny llama with an INT4 head."""
     output = tmp_path_factory.mktemp("head") / "llama.awq"
     return quantize(models / "llama", output, QuantizeConfig(**OPTIONS)), output  # type: ignore[arg-type]
-
-
-def text(checkpoint: Checkpoint | QuantizedCheckpoint, samples: int = 2) -> list[dict[str, torch.Tensor]]:
-    return windows(HELD_OUT_TEXT, checkpoint.tokenizer, samples, 64)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +170,7 @@ def test_the_head_is_read_in_pieces(models: Path, tmp_path: Path, monkeypatch: p
         dataclasses.replace(checkpoint, readers=readers), tmp_path / "pieces", QuantizeConfig(method=method, **OPTIONS)
     )  # type: ignore[arg-type]
     assert max(asked) == 100
-    assert {96, 100, 84} <= set(asked) if method == "awq" else set(asked) == {100, 84}
+    assert set(asked) == {96, 100, 84}, "a sample, and all rows in pieces"
     whole, pieces = (open_quantized(tmp_path / n).linears["lm_head"] for n in ("whole", "pieces"))
     if method == "rtn":
         assert torch.equal(whole.q, pieces.q)
@@ -307,25 +302,6 @@ def test_work_for_another_head_is_thrown_away(models: Path, tmp_path: Path, monk
     assert report.head is None
     assert "the work of an earlier run is thrown away (not the same: settings, report)" in lines.getvalue()
     assert open_quantized(tmp_path / "out").config.tie_word_embeddings
-
-
-def test_rounding_to_compare_with_rounds_the_head_too(models: Path, quantized: tuple[QuantizeReport, Path]) -> None:
-    checkpoint = open_checkpoint(models / "llama")
-    rounded = RoundedWeights(checkpoint, QuantizeConfig(group_size=64), head=True)
-    expected = quantize_weight(checkpoint.tensor(EMBEDDING), 64, False, torch.float16).dequantize()
-    assert torch.equal(rounded.tensor("lm_head.weight"), expected)
-    assert torch.equal(rounded.tensor(EMBEDDING), checkpoint.tensor(EMBEDDING))
-    assert not torch.equal(rounded.tensor(NORM), torch.ones(64))
-    rows = evaluate([quantized[1]], float_model=models / "llama", samples=2, length=64)
-    weights: dict[str, Weights] = {
-        "float": checkpoint,
-        "with": rounded,
-        "without": RoundedWeights(checkpoint, QuantizeConfig(group_size=64)),
-    }
-    found = accuracy(weights, text(checkpoint))
-    assert rows["rounding"]["perplexity"] == found["with"].perplexity != found["without"].perplexity
-    assert list(rows) == ["float", "rounding", str(quantized[1])]
-    assert rows[str(quantized[1])]["top1"] > rows["rounding"]["top1"]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
