@@ -11,7 +11,7 @@ SYMMETRIC_ZERO = 8
 """Zero point of a layer stored without zeros: q = 8 is the weight 0."""
 
 CHUNK = 1 << 22
-"""Weights that are worked on at a time: bounds the memory of whoever rounds, packs or unpacks to a few times 16 MiB."""
+"""Weights that are rounded, packed or unpacked at a time, which bounds the memory it takes to a few times 16 MiB."""
 
 SMALLEST_SCALE = 2.0**-20
 """Scales stay above it: a group of zeros must not divide by zero, and fp16 subnormals keep 4 bits of precision here."""

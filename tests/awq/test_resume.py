@@ -198,10 +198,9 @@ def test_another_key_starts_anew_and_says_so(
         extra = tmp_path / "extra"
         extra.write_text("one more file")
         checkpoint = dataclasses.replace(checkpoint, files=(*checkpoint.files, extra))
-    text = StringIO()
-    quantize(
-        checkpoint, tmp_path / "out", QuantizeConfig(**{**OPTIONS, **change}), console=Console(file=text, width=200)
-    )
+    text, resume = StringIO(), bool(change.pop("resume", True))
+    config, console = QuantizeConfig(**{**OPTIONS, **change}), Console(file=text, width=200)  # type: ignore[arg-type]
+    quantize(checkpoint, tmp_path / "out", config, resume=resume, console=console)
     assert "thrown away" in text.getvalue()
     assert words in text.getvalue()
     assert "finished by an earlier run" not in text.getvalue()
