@@ -22,7 +22,7 @@ kernels. A tile of 16 n x 64 k takes 512 bytes, one 16-byte load per lane; tiles
     scales[tn, group, i, h] = scale of row n0 + i + 8h     a lane's two rows in one 4-byte load, i = lane / 4
     zeros [tn, group, w]    : little-endian bytes i = 4w .. 4w+3, each  zero(n0+i) | zero(n0+i+8) << 4
 
-Layers that one node computes (fusion.py) are packed as one: the rows of the first, of the second, and so on, N in all.
+Layers fused into one node (fusion.py) are packed as one, their rows one after the other; N is their sum.
 Padding (rows n >= N, columns k >= K) is q = 0, scale = 0, zero = 0; kernels read X as 0 for k >= K.
 """
 
@@ -63,7 +63,7 @@ def unsupported_reason(n: int, k: int, group_size: int, dtype: str = "float16", 
 
 
 def padded_features(n: int) -> int:
-    """The out_features of a node that computes a layer of n: the kernels store 8 at a time. Rows of zeros are added."""
+    """The out_features of the node for a layer of n: rounded up to what the kernels store at once, by rows of zeros."""
     return -(-n // STORED) * STORED
 
 

@@ -11,7 +11,7 @@ SYMMETRIC_ZERO = 8
 """Zero point of a layer stored without zeros: q = 8 is the weight 0."""
 
 CHUNK = 1 << 22
-"""Weights that are worked on at a time: bounds the memory of whoever rounds, packs or unpacks to a few times 16 MiB."""
+"""Weights that are rounded, packed or unpacked at a time, which bounds the memory it takes to a few times 16 MiB."""
 
 SMALLEST_SCALE = 2.0**-20
 """Scales stay above it: a group of zeros must not divide by zero, and fp16 subnormals keep 4 bits of precision here."""
@@ -25,21 +25,13 @@ def row_chunks(rows: int, columns: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """y = (x * pre_scale) @ W.T with W[n, k] = (q[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size].
+    """y = (x * pre_scale) @ W.T with W[n, k] = (q[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size]."""
 
-    Attributes:
-        q: uint8 [N, K], values 0..15.
-        scales: [N, K / group_size], fp16 or bf16, the dtype of the activations.
-        zeros: uint8 [N, K / group_size], values 0..15, or None for symmetric weights (8 everywhere).
-        group_size: columns that share a scale; K for one scale per row.
-        pre_scale: [K], dtype of `scales`, multiplies the input (1/s of the AWQ paper), or None.
-    """
-
-    q: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    group_size: int
-    pre_scale: torch.Tensor | None = None
+    q: torch.Tensor  # uint8 [N, K], values 0..15
+    scales: torch.Tensor  # [N, K / group_size], fp16 or bf16, the dtype of the activations
+    zeros: torch.Tensor | None  # uint8 [N, K / group_size], values 0..15; None for symmetric weights (8 everywhere)
+    group_size: int  # columns that share a scale; K for one scale per row
+    pre_scale: torch.Tensor | None = None  # [K], dtype of `scales`, multiplies the input (1/s of the AWQ paper)
 
     def dequantize(self) -> torch.Tensor:
         """W as [N, K] in the dtype of `scales`: the exact product in fp32, rounded once. `pre_scale` is not applied."""
@@ -56,19 +48,20 @@ class QuantizedLinear:
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, q=self.q[index], scales=self.scales[index], zeros=zeros)
 
+    def cpu(self) -> QuantizedLinear:
+        """The same layer, its tensors on the CPU."""
+        zeros = None if self.zeros is None else self.zeros.cpu()
+        pre_scale = None if self.pre_scale is None else self.pre_scale.cpu()
+        return replace(self, q=self.q.cpu(), scales=self.scales.cpu(), zeros=zeros, pre_scale=pre_scale)
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The 16 values that each group of weights is rounded to: (q - zero) * scale, q = 0..15.
+    """The 16 values that each group of weights is rounded to: (q - zero) * scale, q = 0..15."""
 
-    Attributes:
-        scales: [N, G], fp32 with values that `dtype` holds exactly. zeros: fp32 [N, G], whole numbers 0..15, or None
-        for symmetric grids (8 everywhere). dtype: the one scales are stored in.
-    """
-
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    dtype: torch.dtype
+    scales: torch.Tensor  # fp32 [N, G], with values that `dtype` holds exactly
+    zeros: torch.Tensor | None  # fp32 [N, G], whole numbers 0..15; None for symmetric grids (8 everywhere)
+    dtype: torch.dtype  # that scales are stored in
 
     def zero_points(self) -> torch.Tensor:
         """fp32 [N, G], also where they are 8 everywhere."""

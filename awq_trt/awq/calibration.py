@@ -69,15 +69,15 @@ def windows(source: str | Path, tokenizer: Any, samples: int, length: int) -> li
     """
     if tokenizer is None:
         raise AwqTrtError(
-            f"{source}: this model has no tokenizer to read a text with. Give its inputs with --calibration INPUTS.npz "
-            "(one array per model input, samples first), or round without searching: --method rtn."
+            f"{source}: this model has no tokenizer to read a text with. Give its inputs in calibration as a .npz "
+            '(one array per model input, samples first), or round without searching: method="rtn".'
         )
     text = read_text(source)
     ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"] if text.strip() else []
     if len(ids) < length:
         raise AwqTrtError(
             f"{source}: {len(ids)} tokens of text, but one calibration window needs {length}. "
-            "Give more text, or shorter windows with --calibration-length."
+            "Give more text, or shorter windows (calibration_length)."
         )
     count = min(samples, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)

@@ -1,4 +1,4 @@
-"""What a run will take, from a rehearsal: one block with two windows, measured stage by stage and thrown away."""
+"""Time and memory: seconds per stage, peak of the process, and the limit that the user set."""
 
 from __future__ import annotations
 
@@ -12,46 +12,41 @@ from pathlib import Path
 
 from awq_trt.awq.resume import KeepError
 
-PER_WINDOW = ("observe", "advance")
-"""Stages whose time grows with the number of calibration windows; "prove" happens once; the others once per block."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """seconds: wall clock. bytes: peak resident memory of the process."""
+    """What a run takes."""
 
-    seconds: float
-    bytes: int
+    seconds: float  # wall clock
+    bytes: int  # peak resident memory of the process
 
 
 @dataclass
 class StageTimer:
-    """Seconds per stage; stages may be nested, the outer one then counts without the inner one."""
+    """Seconds per stage. A stage inside another counts for both."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _inner: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what happens inside as `name`."""
         begin = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            whole = time.perf_counter() - begin
-            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += whole
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def total(self, **factors: float) -> float:
+        """Seconds of all stages together, some of them multiplied."""
+        return sum(seconds * factors.get(stage, 1.0) for stage, seconds in self.seconds.items())
 
 
 @dataclass
 class Budget:
-    """The run as a whole. limit: bytes it may take, or None. started: monotonic seconds."""
+    """The run as a whole."""
 
-    limit: int | None
-    started: float
+    limit: int | None  # bytes it may take
+    started: float  # monotonic seconds
 
     @classmethod
     def begin(cls, limit: int | None) -> Budget:
@@ -60,7 +55,7 @@ class Budget:
             CLEAR.write_text("5")
         return cls(limit, time.monotonic())
 
-    def took(self) -> Usage:
+    def used(self) -> Usage:
         """Seconds and peak so far."""
         return Usage(time.monotonic() - self.started, resident_bytes("VmHWM"))
 
@@ -72,8 +67,8 @@ class Budget:
         """
         if self.limit is not None and need > self.limit:
             raise KeepError(
-                f"this run needs {need / 2**20:.0f} MiB of memory, but --memory allows {self.limit / 2**20:.0f} MiB. "
-                "Allow that much, or use shorter calibration windows (--calibration-length); fewer of them do not help."
+                f"this run needs {need / 2**20:.0f} MiB of memory, but memory={self.limit / 2**20:.0f} MiB. Allow that "
+                "much, or use shorter calibration windows (calibration_length); fewer of them do not help."
             )
 
     def spare(self, peak: int, wanted: int) -> bool:
@@ -97,13 +92,3 @@ def trim_heap() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def extrapolate(clock: StageTimer, rehearsed: int, windows: int) -> tuple[float, float]:
-    """Seconds for a block with `windows` windows, and once for the first block, from one with `rehearsed` windows."""
-    each = sum(
-        seconds * (windows / rehearsed if stage in PER_WINDOW else 1.0)
-        for stage, seconds in clock.seconds.items()
-        if stage != "prove"
-    )
-    return each, clock.seconds.get("prove", 0.0)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from awq_trt.awq.statistics import Group
+from awq_trt.awq.hessian import Group
 from awq_trt.checkpoint.experts import expert_of
 
 UNCHANGED = 1e-4
@@ -25,15 +25,11 @@ UNCHANGED = 1e-4
 
 @dataclass(frozen=True)
 class Fold:
-    """Where 1/s can go: into the rows of linear `into`, or into the weight of norm `into`.
+    """Where 1/s can go: into the rows of linear `into`, or into the weight of norm `into`."""
 
-    offset: 1 for norms that compute x (1 + w). head_dim: 0, or the head width where several query heads read one value
-    head (grouped-query attention), so that s must repeat over the heads that share.
-    """
-
-    into: str
-    offset: float = 0.0
-    head_dim: int = 0
+    into: str  # name in the block
+    offset: float = 0.0  # 1 for norms that compute x (1 + w)
+    head_dim: int = 0  # of grouped-query attention, where s must repeat over the query heads of a value head; else 0
 
     def shared(self, s: torch.Tensor, rows: int) -> torch.Tensor:
         """Make s [K] equal over query heads that share a value head (geometric mean); `rows` values differ."""
@@ -49,19 +45,50 @@ class Fold:
 
     def apply(self, block: nn.Module, s: torch.Tensor) -> None:
         """Divide the outputs of `into` by s, in place. s [K] is as `shared` made it."""
-        self.divide(block.get_submodule(self.into), s)
-
-    def divide(self, module: Any, s: torch.Tensor) -> None:
-        """`apply`, for the module that `into` names."""
+        module: Any = block.get_submodule(self.into)
         weight: torch.Tensor = module.weight
         bias = getattr(module, "bias", None)
-        s = self.per_row(s, len(weight)).to(weight.dtype)
+        s = self.per_row(s, len(weight)).to(weight)
         if isinstance(module, nn.Linear):
             weight.data.div_(s.unsqueeze(1))
         else:
             weight.data = (weight + self.offset) / s - self.offset
         if isinstance(bias, torch.Tensor):
             bias.data = bias / s
+
+
+def find_known_fold(
+    block: nn.Module,
+    group: Group,
+    groups: list[Group],
+    run: Callable[[], torch.Tensor],
+    folds: dict[str, Fold | None],
+) -> Fold | None:
+    """`find_fold`, once per structure of block: what it finds is kept in `folds`, which can be written as JSON.
+
+    Experts are alike: what is true of one holds for all. It is tried on one that a token of the first window reaches.
+
+    Args:
+        groups: of the block. run: its output on the first window.
+    """
+
+    def kind(other: Group) -> str:
+        expert = expert_of(block, other.names[0])
+        shapes = [(name, *parameter.shape) for name, parameter in block.named_parameters()]
+        return repr((type(block).__name__, shapes, [n.removeprefix(expert) for n in other.names], bool(expert)))
+
+    key = kind(group)
+    if key not in folds:
+        dtype = next(block.parameters()).dtype
+        block.float()
+        alike = (g for g in groups if kind(g) == key)
+        tried = next((g for g in alike if not expert_of(block, g.names[0]) or _is_reached(g, run)), None)
+        if tried is not None:
+            found = find_fold(block, tried, run)
+            folds[key] = found and replace(found, into=found.into.removeprefix(expert_of(block, tried.names[0])))
+        block.to(dtype)
+    fold = folds.get(key)
+    return fold and replace(fold, into=expert_of(block, group.names[0]) + fold.into)
 
 
 def find_fold(block: nn.Module, group: Group, run: Callable[[], torch.Tensor]) -> Fold | None:
@@ -74,16 +101,17 @@ def find_fold(block: nn.Module, group: Group, run: Callable[[], torch.Tensor]) -
     Args:
         block: in fp32 or fp64. run: its output on a calibration input.
     """
-    k = group.linears[0].in_features
+    linears = group.linears.values()
+    k = next(iter(linears)).in_features
     generator = torch.Generator().manual_seed(0)
     expected = run()
     for fold in _candidates(block, group, k):
         module: Any = block.get_submodule(fold.into)
         s = fold.shared(2.0 ** torch.randint(-1, 2, (k,), generator=generator), len(module.weight)).to(expected)
-        handles = [linear.register_forward_pre_hook(lambda _, x, s=s: (x[0] * s, *x[1:])) for linear in group.linears]
+        handles = [linear.register_forward_pre_hook(lambda _, x, s=s: (x[0] * s, *x[1:])) for linear in linears]
         try:
             one_sided = float((run() - expected).norm())
-            with _divided(module, fold, s):
+            with _divided(block, fold, s):
                 both = float((run() - expected).norm())
         finally:
             for handle in handles:
@@ -93,10 +121,11 @@ def find_fold(block: nn.Module, group: Group, run: Callable[[], torch.Tensor]) -
     return None
 
 
-def is_reached(group: Group, run: Callable[[], torch.Tensor]) -> bool:
+def _is_reached(group: Group, run: Callable[[], torch.Tensor]) -> bool:
     """Whether a token of the calibration input reaches the group: not every expert is chosen by one."""
     calls: list[int] = []
-    handle = group.linears[0].register_forward_pre_hook(lambda _, x: calls.append(x[0].numel()))
+    linear = next(iter(group.linears.values()))
+    handle = linear.register_forward_pre_hook(lambda _, x: calls.append(x[0].numel()))
     try:
         run()
     finally:
@@ -105,8 +134,9 @@ def is_reached(group: Group, run: Callable[[], torch.Tensor]) -> bool:
 
 
 @contextmanager
-def _divided(module: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
+def _divided(block: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
     """Inside, the outputs of `fold.into` are divided by s: a linear layer's themselves, a norm by its weight."""
+    module = block.get_submodule(fold.into)
     if isinstance(module, nn.Linear):
         handle = module.register_forward_hook(lambda _, x, y: y / fold.per_row(s, y.shape[-1]))
         try:
@@ -114,13 +144,13 @@ def _divided(module: nn.Module, fold: Fold, s: torch.Tensor) -> Iterator[None]:
         finally:
             handle.remove()
         return
-    saved = {name: p.data for name, p in module._parameters.items() if p is not None}
-    fold.divide(module, s)
+    saved = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+    fold.apply(block, s)
     try:
         yield
     finally:
-        for name, value in saved.items():
-            module._parameters[name].data = value  # type: ignore[union-attr]
+        for parameter, value in saved.items():
+            parameter.data = value
 
 
 def _candidates(block: nn.Module, group: Group, k: int) -> list[Fold]:

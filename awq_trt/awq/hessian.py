@@ -1,51 +1,41 @@
-"""Second moments of activations: all that the search needs to know of the calibration tokens."""
+"""H = X^T X of the inputs X of a block's linear layers: all that the search needs to know of the calibration tokens."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-PIECE = 1 << 22
-"""Values moved between file and memory at once."""
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] as fp32 [tokens, K]."""
-    return x.detach().reshape(-1, x.shape[-1]).float()
+from awq_trt.errors import AwqTrtError
 
 
 @dataclass
 class HessianAccumulator:
-    """What calibration leaves of one input of K channels.
+    """Sums over the calibration tokens x [K] that one or several layers read."""
 
-    Attributes:
-        hessian: sum of x^T x over the tokens, fp32 [K, K]. total_abs: sum of |x|, fp32 [K]. tokens: how many.
-        largest: the largest |x| seen (fp16 ends at 65504; NaN or Inf where one was seen).
-    """
-
-    hessian: torch.Tensor
-    total_abs: torch.Tensor
+    hessian: torch.Tensor  # sum of x^T x, fp32 [K, K]; gone once taken
+    total_abs: torch.Tensor  # sum of |x|, fp32 [K]
     tokens: int = 0
-    largest: float = 0.0
+    largest: float = 0.0  # the largest |x| (fp16 ends at 65504); NaN or Inf where one was seen
 
     @classmethod
     def zero(cls, k: int, device: torch.device | str = "cpu") -> HessianAccumulator:
-        """Of nothing, for K = `k` channels."""
+        """Of no token, for K = `k` channels."""
         return cls(torch.zeros(k, k, device=device), torch.zeros(k, device=device))
 
     def add(self, x: torch.Tensor) -> None:
-        """Add activations [..., K]."""
-        self.add_upper(x)
-        self.mirror()
-
-    def add_upper(self, x: torch.Tensor) -> None:
-        """`add`, but the Hessian is only right in and above its diagonal panels until `mirror` is called."""
-        x = rows_of(x)
+        """Add activations [..., K]. Below its diagonal panels the Hessian is wrong until `mirror` is called."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.total_abs)
         if not len(x):
             return
-        for columns in panels(x.shape[1]):
+        for columns in _panels(x.shape[1]):
             self.hessian[columns, columns.start :].addmm_(x[:, columns].t(), x[:, columns.start :])
         self.total_abs += torch.linalg.vector_norm(x, 1, dim=0)
         low, high = (float(bound) for bound in x.aminmax())
@@ -54,55 +44,130 @@ class HessianAccumulator:
 
     def mirror(self) -> None:
         """Copy the upper panels of the Hessian below the diagonal."""
-        for columns in panels(len(self.hessian)):
+        for columns in _panels(len(self.hessian)):
             self.hessian[columns.stop :, columns] = self.hessian[columns, columns.stop :].t()
 
-    def plus(self, other: HessianAccumulator) -> None:
-        """Add another sum, in place."""
-        self.hessian += other.hessian
-        self._plus_small(other.total_abs, other.tokens, other.largest)
+    def all_reduce(self) -> None:
+        """Add the sums of all processes of the group; each of them gets the result."""
+        counts = torch.tensor([self.tokens, self.largest], dtype=torch.float64, device=self.hessian.device)
+        for tensor in (self.hessian, self.total_abs, counts[:1]):
+            dist.all_reduce(tensor)
+        dist.all_reduce(counts[1:], dist.ReduceOp.MAX)
+        self.tokens, self.largest = int(counts[0]), float(counts[1])
 
-    def _plus_small(self, total_abs: torch.Tensor, tokens: int, largest: float) -> None:
-        self.total_abs += total_abs
-        self.tokens += tokens
-        self.largest = max(self.largest, largest) if largest == largest else largest
+    def take(self) -> torch.Tensor:
+        """The Hessian, [K, K], which is then the caller's to change: this object has none any more."""
+        hessian = self.hessian
+        del self.hessian
+        return hessian
 
 
-def panels(k: int) -> list[slice]:
+def _panels(k: int) -> list[slice]:
     """The columns 0..k in at most 8 slices of at least 128: x^T x is symmetric, so that 9/16 of it are enough."""
     step = max(128, -(-k // 8))
     return [slice(i, min(i + step, k)) for i in range(0, k, step)]
 
 
 @dataclass
-class Parked:
-    """A sum whose Hessian waits in a file."""
+class Group:
+    """Linear layers of one block that read the same tensor, so that one scale serves all of them."""
 
-    file: Path
-    small: tuple[torch.Tensor, int, float]
+    linears: dict[str, nn.Linear]  # by their names in the block
+    before: list[str]  # norms and linear layers that ran earlier in the block, the latest first: where s may be folded
+    statistics: HessianAccumulator  # of the tensor they read
 
-    @classmethod
-    def of(cls, sums: HessianAccumulator, file: Path) -> Parked:
-        """Write the Hessian of a sum; the caller lets go of it."""
-        with file.open("wb") as out:
-            for piece in sums.hessian.view(-1).split(PIECE):
-                out.write(piece.cpu().numpy().data)
-        return cls(file, (sums.total_abs, sums.tokens, sums.largest))
+    @property
+    def names(self) -> list[str]:
+        """Of the layers, within the block."""
+        return list(self.linears)
 
-    def add_to(self, sums: HessianAccumulator) -> None:
-        """Add it to another sum, piece by piece, and delete the file."""
-        buffer = torch.empty(PIECE)
-        with self.file.open("rb") as file:
-            for piece in sums.hessian.view(-1).split(PIECE):
-                part = buffer[: len(piece)]
-                file.readinto(part.numpy().data.cast("B"))
-                piece += part.to(piece.device)
-        sums._plus_small(*self.small)
-        self.file.unlink()
 
-    def load(self) -> HessianAccumulator:
-        """Back into memory."""
-        total_abs = self.small[0]
-        sums = HessianAccumulator.zero(len(total_abs), total_abs.device)
-        self.add_to(sums)
-        return sums
+class _EnoughError(Exception):
+    """Ends a forward after the last layer of interest."""
+
+
+class Observer:
+    """Accumulates the Hessians of a block's linear layers while the block runs:
+
+        with Observer(block) as observer:
+            for x in windows:
+                with observer.window():
+                    block(x)
+
+    Afterwards `groups` are the layers in order of execution. Those that never ran (experts no token chose) are in none.
+
+    Args:
+        name: of the block, for messages. device: where sums are made; None for where each layer's weight is.
+    """
+
+    def __init__(self, block: nn.Module, name: str = "", device: torch.device | None = None) -> None:
+        self.groups: list[Group] = []
+        self._name, self._device = name, device
+        self._modules = {n: m for n, m in block.named_modules() if scaled_weight(m) is not None}
+        self._calls = 0
+        self._last_call: int | None = None  # calls of linear layers in a window, known once all were called in one
+        self._ran: list[str] = []  # in this window
+        self._inputs: list[tuple[torch.Tensor, Group]] = []  # of this window, alive, so that `is` is enough
+
+    def __enter__(self) -> Observer:
+        self._hooks = [m.register_forward_pre_hook(partial(self._before, n)) for n, m in self._modules.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for group in self.groups:
+            group.statistics.mirror()
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Inside, the block runs once. The run ends early where no further layer is to come.
+
+        Raises:
+            AwqTrtError: a layer's input holds NaN or Inf.
+        """
+        self._calls, self._ran, self._inputs = 0, [], []
+        with suppress(_EnoughError):
+            yield
+        self._inputs = []
+        linears = {n for n, m in self._modules.items() if isinstance(m, nn.Linear)}
+        if self._last_call is None and linears <= set(self._ran):
+            self._last_call = self._calls
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook of every linear layer and norm."""
+        if isinstance(module, nn.Linear):
+            self._calls += 1
+            self._add(name, module, args[0])
+        self._ran.append(name)
+        if isinstance(module, nn.Linear) and self._calls == self._last_call:
+            raise _EnoughError
+
+    def _add(self, name: str, linear: nn.Linear, x: torch.Tensor) -> None:
+        group = next((g for g in self.groups if name in g.linears), None)
+        if group is None:
+            group = next((g for tensor, g in self._inputs if tensor is x), None)
+        if group is None:
+            zero = HessianAccumulator.zero(linear.in_features, self._device or linear.weight.device)
+            group = Group({}, list(dict.fromkeys(reversed(self._ran))), zero)
+            self.groups.append(group)
+        group.linears[name] = linear
+        if any(tensor is x and g is group for tensor, g in self._inputs):
+            return
+        self._inputs.append((x, group))
+        group.statistics.add(x)
+        if not math.isfinite(group.statistics.largest):
+            raise AwqTrtError(
+                f"the input of layer {self._name + '.' if self._name else ''}{name} holds NaN or Inf on the "
+                'calibration inputs: the model overflows there. Try compute_dtype="float32"; if it is that already, '
+                "the checkpoint is damaged."
+            )
+
+
+def scaled_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer, or of a norm (a module with one weight per channel); None for anything else."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return module.weight
+    is_norm = isinstance(weight, torch.Tensor) and weight.dim() == 1 and not list(module.children())
+    return weight if is_norm else None

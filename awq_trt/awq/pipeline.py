@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, fill
-from awq_trt.awq.calls import BlockCalibrator, Share
+from awq_trt.awq.blocks import BlockStream
+from awq_trt.awq.calibrator import BlockCalibrator
 from awq_trt.awq.distributed import Ranks
-from awq_trt.awq.estimate import Budget, StageTimer, Usage, extrapolate, resident_bytes, trim_heap
-from awq_trt.awq.head import Tail, nearest_head
-from awq_trt.awq.plan import Plan
-from awq_trt.awq.resume import Folds, WorkDirectory, read_json_or_none, write_json
-from awq_trt.awq.search import quantize_block, round_block
-from awq_trt.awq.states import States, StatesWriter
+from awq_trt.awq.estimate import Budget, StageTimer, Usage, resident_bytes, trim_heap
+from awq_trt.awq.fold import Fold
+from awq_trt.awq.head import quantize_head, sampled_head
+from awq_trt.awq.hessian import Group
+from awq_trt.awq.resume import States, WorkDirectory, read_json_or_none, write_json
+from awq_trt.awq.search import LayerReport, quantize_block
+from awq_trt.awq.task import QuantizeTask
 from awq_trt.checkpoint.experts import expert_of
-from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.writer import Writer
 from awq_trt.files import remove
 from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
@@ -31,217 +31,189 @@ LARGE = 1 << 24
 """Bytes of a tensor outside the blocks that gets a shard of its own, so that no two are in memory together."""
 PIECES = 8
 """Copies of a piece of the head, in fp32, that rounding it takes."""
-REHEARSED = 2
-"""Windows of the rehearsal."""
+DRY_WINDOWS = 2
+"""Calibration windows of the dry run."""
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the functions of this file need. console: None is silent, as it is on ranks other than 0."""
+class Run:
+    """A task being done by this process."""
 
-    plan: Plan
+    task: QuantizeTask
     work: WorkDirectory
     ranks: Ranks
     budget: Budget
-    console: Console | None
+    console: Console | None  # None is silent, as on ranks other than 0
 
+    @property
     def writer(self) -> Writer:
         """Writes shards of the result."""
-        return Writer(self.work.result, self.plan.checkpoint, self.plan.save_format)
+        return Writer(self.work.result, self.task.checkpoint, self.task.config.save_format)
+
+    def steps(self, done: int) -> Iterator[int]:
+        """The blocks, and the head as one more, that are not finished, behind a progress bar."""
+        silent = self.console is None
+        with Progress(*COLUMNS, console=self.console or Console(quiet=True), disable=silent) as progress:
+            total = self.task.steps
+            yield from progress.track(range(done, total), total, completed=done, description="Quantizing blocks")
 
 
-def awq_blocks(job: Job) -> Usage | None:
-    """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take."""
-    plan, work, ranks = job.plan, job.work, job.ranks
-    share = Share(len(plan.inputs), ranks, work.scratch)
-    done = first_block(job, share)
+def quantize_blocks(run: Run) -> Usage | None:
+    """Quantize the blocks that are not finished yet; returns what rank 0 expects the whole run to take.
+
+    Without calibration inputs there are no windows, so that no layer is seen and all are rounded to nearest.
+    """
+    task, work, ranks = run.task, run.work, run.ranks
+    windows = ranks.windows(len(task.inputs))
+    done = first_block(run, windows)
     expected = None
     with ranks.fail_together():
         if ranks.rank == 0:
-            write_outside(job)
-            check_head(job)
-        stream = record(job, share, keep=done == 0)
-    states = States(work.states(done))
+            write_outside(run)
+            check_head(run)
+        inputs = [task.inputs[window] for window in windows]
+        stream = BlockStream(task.checkpoint, inputs, dtype=task.config.compute_dtype, device=task.device)
+        states = work.states(done)
+        for window, hidden in zip(windows, stream.record(), strict=True):
+            if done == 0:
+                states.put(window, hidden)
     with ranks.fail_together():
-        if ranks.rank == 0 and done < plan.steps:
-            expected = rehearse(job, stream, done, states)
-            announce(job, expected, done)
-    bytes_each = sum(file.stat().st_size for file in work.states(done))
-    keep = expected is not None and job.budget.spare(expected.bytes, 2 * bytes_each)
-    keep = ranks.broadcast(keep)
-    folds = Folds.from_json(work.block_reports()[-1]["folds"]) if done and ranks.rank == 0 else Folds()
-    for i in steps(job, done):
-        with ExitStack() as stack:
-            into: StatesWriter | None = None
-            if i + 1 < plan.steps:
-                path = work.new_states(i + 1, ranks.rank)
-                into = stack.enter_context(StatesWriter(path, len(share.windows), keep))
-            if i < plan.blocks:
-                calls = BlockCalibrator(stream, i, share, states)
-                report = process(plan, calls, job.writer(), folds, into)
-            else:
-                report = process_head(plan, stream, share, states, job.writer(), StageTimer())
+        if ranks.rank == 0 and done < task.steps:
+            expected = dry_run(run, stream, done, states)
+            announce(run, expected, done)
+    keep = ranks.broadcast(expected is not None and run.budget.spare(expected.bytes, 2 * states.bytes))
+    reports = work.block_reports()
+    folds = {key: fold and Fold(**fold) for key, fold in reports[-1]["folds"].items()} if reports else {}
+    for i in run.steps(done):
+        following = work.states(i + 1, keep=keep) if i + 1 < task.steps else None
+        calibrator = BlockCalibrator(stream, i, states, windows, ranks, StageTimer())
+        report = process(task, calibrator, run.writer, folds, following)
         with ranks.fail_together():
             if report is not None:
                 work.finish_block(i, report)
         work.forget_states(i + 1)
-        if into is not None:
-            states = States(work.states(i + 1), into.kept)
+        states = following or states
     return expected
 
 
-def first_block(job: Job, share: Share) -> int:
+def first_block(run: Run, windows: range) -> int:
     """The block to go on with: behind the finished ones if every rank finds the states of its windows, else 0."""
-    done: int = job.ranks.broadcast(job.work.finished if job.ranks.rank == 0 else None)
-    if 0 < done < job.plan.steps:
-        states = States(job.work.states(done))
-        if not all(job.ranks.all_gather(all(window in states for window in share.windows))):
-            with job.ranks.fail_together():
-                if job.ranks.rank == 0:
-                    job.work.restart()
+    done: int = run.ranks.broadcast(run.work.finished)
+    if 0 < done < run.task.steps:
+        states = run.work.states(done)
+        if not all(run.ranks.all_gather(all(window in states for window in windows))):
+            with run.ranks.fail_together():
+                if run.ranks.rank == 0:
+                    run.work.restart()
             return 0
     return done
 
 
-def record(job: Job, share: Share, keep: bool) -> BlockStream:
-    """Note what blocks are called with, and `keep` the states that go into block 0."""
-    plan, windows = job.plan, share.windows
-    with ExitStack() as stack:
-        writer = None
-        if keep:
-            writer = stack.enter_context(StatesWriter(job.work.new_states(0, job.ranks.rank), len(windows)))
-
-        def sink(number: int, states: torch.Tensor) -> None:
-            if writer is not None:
-                writer.add(windows[number], states)
-
-        inputs = [plan.inputs[w] for w in windows]
-        return BlockStream(plan.checkpoint, inputs, dtype=plan.dtype, device=plan.device, sink=sink)
-
-
 def process(
-    plan: Plan, calls: BlockCalibrator, writer: Writer, folds: Folds, into: StatesWriter | None
-) -> dict[str, Any] | None:
-    """One block, from the checkpoint to the shard; its report on rank 0, None on the others.
-
-    Args:
-        into: takes what the rounded block makes of its inputs; None behind the last block.
-    """
-    ranks, clock, stream = calls.share.ranks, calls.clock, calls.stream
-    with ranks.fail_together(), clock.stage("load"):
-        block = stream.load(calls.i, plan.checkpoint)
-    with clock.stage("search"):
-        result = calls.searched(block, lambda: quantize_block(block, calls, plan.settings, folds))
-    with ranks.fail_together(), clock.stage("write"):
-        if result is not None:
-            layers = {name: on_cpu(layer) for name, layer in result.layers.items()}
-            writer.add_block(f"block-{calls.i:05}", calls.name, parameters(block), layers)
-            if into is not None:
-                put_rounded(block, result.layers, stream.dtype)
-    if into is not None:
-        with clock.stage("advance"):
-            calls.advance(block, into)
-    stream.unload(calls.i)
-    trim_heap()
-    if result is None:
-        return None
-    reports = [asdict(report) for report in result.reports]
-    return {"layers": reports, "pre_scales": count_pre_scales(result.layers), "folds": folds.to_json()}
-
-
-def process_head(
-    plan: Plan,
-    stream: BlockStream,
-    share: Share,
-    states: States,
+    task: QuantizeTask,
+    calibrator: BlockCalibrator,
     writer: Writer,
-    clock: StageTimer,
-    rows: int | None = None,
+    folds: dict[str, Fold | None],
+    following: States | None,
+    head_rows: int | None = None,
 ) -> dict[str, Any] | None:
-    """The head, like a block: from the checkpoint to the shard; its report on rank 0, None on the others.
+    """One block, or the head, from the checkpoint to the shard; its report on rank 0, None on the others.
 
     Args:
-        states: behind the last block. rows: of the head that are rounded in a rehearsal, None for all.
+        following: takes what the rounded block makes of its inputs; None behind the last block.
+        head_rows: how many rows of the head are rounded, None for all.
     """
-    ranks, head, report = share.ranks, plan.head or "", None
+    ranks, timer, report = calibrator.ranks, calibrator.timer, None
     with ExitStack() as stack:
-        with ranks.fail_together(), clock.stage("load"):
-            tail = stack.enter_context(Tail(stream, plan.checkpoint, head, plan.norms))
-        with clock.stage("observe"):
-            group = tail.group(share, states)
+        with ranks.fail_together(), timer.stage("load"):
+            module = stack.enter_context(loaded(task, calibrator))
+        groups = calibrator.observe(module)
         with ranks.fail_together():
-            if group is not None:
-                result = tail.quantize(group, states[0], plan.settings, clock, rows)
-                trim_heap()
-                with clock.stage("write"):
-                    writer.add_block("head", "", result.norms, {head: result.layer})
-                scaled = count_pre_scales({head: result.layer})
-                report = {"layers": [asdict(result.report)], "pre_scales": scaled, "folds": {}}
+            if ranks.rank == 0 and calibrator.is_head:
+                report = process_head(task, calibrator, groups, writer, head_rows)
+            elif ranks.rank == 0:
+                report = process_block(task, calibrator, module, groups, writer, folds)
+        if following is not None:
+            calibrator.advance(module, following)
     trim_heap()
     return report
 
 
-def rounded_blocks(job: Job) -> Usage | None:
-    """Round the layers of all blocks that are not finished yet to nearest, and the head where that is asked for."""
-    plan, work = job.plan, job.work
-    model = empty_model(plan.checkpoint.config)
-    _, blocks = find_blocks(model)
-    write_outside(job)
-    expected = None
-    for i in steps(job, work.finished):
-        begin = job.budget.took()
-        if i == plan.blocks:
-            round_head(job, model)
-            continue
-        name, block = f"{plan.prefix}.{i}", blocks[i]
-        fill(block, f"{name}.", plan.checkpoint)
-        layers = round_block(block, plan.settings)
-        job.writer().add_block(f"block-{i:05}", name, parameters(block), layers)
-        block.to_empty(device="meta")
-        work.finish_block(i, {"layers": [], "pre_scales": count_pre_scales(layers), "folds": {}})
-        if expected is None:
-            took = job.budget.took()
-            n, k = (0, 0) if plan.head is None else shape_of(model, plan.head)
-            left = plan.blocks - i + n * k / sum(p.numel() for p in block.parameters())
-            seconds = begin.seconds + (took.seconds - begin.seconds) * left
-            expected = Usage(seconds, max(took.bytes, resident_bytes("VmRSS") + head_bytes(n, k)))
-            announce(job, expected, i)
-    return expected
+@contextmanager
+def loaded(task: QuantizeTask, calibrator: BlockCalibrator) -> Iterator[nn.Module]:
+    """Inside, the block has its weights; for the head, the model has a sample of the head's."""
+    stream, i = calibrator.stream, calibrator.i
+    if calibrator.is_head:
+        with sampled_head(task, stream) as model:
+            yield model
+    else:
+        yield stream.load(i, task.checkpoint)
+        stream.unload(i)
 
 
-def round_head(job: Job, model: nn.Module) -> None:
-    """Round the head of the model (empty) to nearest; the last step."""
-    plan, checkpoint, head = job.plan, job.plan.checkpoint, job.plan.head or ""
-    layer = nearest_head(checkpoint, head, shape_of(model, head), plan.settings)
-    norms = {name: checkpoint.tensor(name) for name in plan.norms}
-    job.writer().add_block("head", "", norms, {head: layer})
-    job.work.finish_block(plan.blocks, {"layers": [], "pre_scales": 0, "folds": {}})
+def process_block(
+    task: QuantizeTask,
+    calibrator: BlockCalibrator,
+    block: nn.Module,
+    groups: list[Group],
+    writer: Writer,
+    folds: dict[str, Fold | None],
+) -> dict[str, Any]:
+    """Search, round and write a block, and leave its rounded values in it."""
+    name, timer = calibrator.name, calibrator.timer
+    names, config, dtype = task.names_in(name), task.config, task.checkpoint.dtype
+    with timer.stage("search"):
+        layers, reports = quantize_block(
+            block, groups, calibrator.first_output, folds, names=names, config=config, dtype=dtype
+        )
+    with timer.stage("write"):
+        floats = {n: p.data.cpu() for n, p in block.named_parameters()}
+        writer.add_block(f"block-{calibrator.i:05}", name, floats, {n: m.cpu() for n, m in layers.items()})
+        for layer, value in layers.items():
+            weight, s = value.dequantize().float(), value.pre_scale
+            block.get_submodule(layer).weight.data = weight if s is None else weight * s.float()
+        block.to(calibrator.stream.dtype)
+    return step_report(layers.values(), reports, folds, f"{name}.")
 
 
-def check_head(job: Job) -> None:
+def process_head(
+    task: QuantizeTask, calibrator: BlockCalibrator, groups: list[Group], writer: Writer, rows: int | None
+) -> dict[str, Any]:
+    """Search, round and write the head, or its first `rows` rows."""
+    layer, norms, reports = quantize_head(task, calibrator, groups, rows)
+    with calibrator.timer.stage("write"):
+        writer.add_block("head", "", norms, {task.head or "": layer})
+    return step_report([layer], reports, {})
+
+
+def step_report(
+    layers: Collection[QuantizedLinear], reports: list[LayerReport], folds: Mapping[str, Fold | None], prefix: str = ""
+) -> dict[str, Any]:
+    """What is kept of a block; `prefix` makes names of the model of names in the block."""
+    rows = [asdict(report) for report in reports]
+    for row in rows:
+        row["name"] = prefix + row["name"]
+        row["folded_into"] = row["folded_into"] and prefix + row["folded_into"]
+    places = {key: fold and asdict(fold) for key, fold in folds.items()}
+    return {"layers": rows, "pre_scales": sum(m.pre_scale is not None for m in layers), "folds": places}
+
+
+def check_head(run: Run) -> None:
     """Read the head once, so that NaN in it is found now and not hours later."""
-    plan = job.plan
-    if plan.head is not None and job.work.finished < plan.blocks:
-        n, k = shape_of(empty_model(plan.checkpoint.config), plan.head)
-        for rows in row_chunks(n, k):
-            plan.checkpoint.rows(f"{plan.head}.weight", torch.arange(rows.start, rows.stop))
+    if run.task.head is not None and run.work.finished < run.task.blocks:
+        for rows in row_chunks(*run.task.head_shape):
+            run.task.checkpoint.rows(f"{run.task.head}.weight", torch.arange(rows.start, rows.stop))
 
 
-def shape_of(model: nn.Module, layer: str) -> tuple[int, int]:
-    """(N, K) of a linear layer."""
-    n, k = model.get_parameter(f"{layer}.weight").shape
-    return n, k
-
-
-def write_outside(job: Job) -> None:
+def write_outside(run: Run) -> None:
     """Write what is outside the blocks, as it is: large tensors to shards of their own, the others to one."""
-    plan, writer = job.plan, job.writer()
-    small = {}
-    for number, name in enumerate(plan.outside):
+    writer, small = run.writer, {}
+    for number, name in enumerate(run.task.outside):
         label = f"outside-{number:05}"
         if writer.has(label):
             continue
-        tensor = plan.checkpoint.tensor(name)
+        tensor = run.task.checkpoint.tensor(name)
         if tensor.nbytes < LARGE:
             small[name] = tensor
         else:
@@ -250,75 +222,40 @@ def write_outside(job: Job) -> None:
         writer.add_block("outside", "", small)
 
 
-def parameters(block: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a block by their names in it."""
-    return {name: p.data.cpu() for name, p in block.named_parameters()}
+def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
+    """What the whole run will take: the largest block is quantized with two windows, timed, and thrown away.
 
-
-def on_cpu(layer: QuantizedLinear) -> QuantizedLinear:
-    """The same layer, its tensors on the CPU."""
-    named = {n: t.cpu() for n in ("q", "scales", "zeros", "pre_scale") if (t := getattr(layer, n)) is not None}
-    return replace(layer, **named)
-
-
-def count_pre_scales(layers: Mapping[str, QuantizedLinear]) -> int:
-    """How many of the layers carry a pre-scale."""
-    return sum(layer.pre_scale is not None for layer in layers.values())
-
-
-def put_rounded(block: nn.Module, layers: Mapping[str, QuantizedLinear], dtype: torch.dtype) -> None:
-    """Give a block the values of its quantized layers, pre-scales included; parameters in the compute dtype."""
-    for name, layer in layers.items():
-        weight = layer.dequantize().float()
-        linear = block.get_submodule(name)
-        linear.weight.data = weight if layer.pre_scale is None else weight * layer.pre_scale.float()
-    for parameter in block.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def rehearse(job: Job, stream: BlockStream, done: int, states: States) -> Usage:
-    """Measure one block, the largest, with two windows, and throw the result away; what it took is kept for resuming.
+    The measurement is kept for resuming.
 
     Raises:
         KeepError: the run needs more memory than the limit allows.
     """
-    plan, work = job.plan, job.work
+    task, work, (n, k) = run.task, run.work, run.task.head_shape
     sizes = [sum(p.numel() for p in block.parameters()) for block in stream.blocks]
-    i = max(range(plan.blocks), key=sizes.__getitem__)
-    head = (0, 0) if plan.head is None else shape_of(stream.model, plan.head)
-    least = max(least_bytes(stream.blocks[i], plan.dtype), head_bytes(*head))
-    job.budget.check(resident_bytes("VmRSS") + least)
-    known = read_json_or_none(work.path / "rehearsal.json")
+    i = max(range(task.blocks), key=sizes.__getitem__)
+    least = max(least_bytes(stream.blocks[i], stream.dtype, bool(task.inputs)), head_bytes(n, k))
+    run.budget.check(resident_bytes("VmRSS") + least)
+    known = read_json_or_none(work.path / "dry_run.json")
     if known is None:
-        share = Share(min(REHEARSED, len(stream.inputs)), Ranks(), work.scratch)
-        calls = BlockCalibrator(stream, i, share, states)
-        folder = work.scratch / "rehearsal"
-        with StatesWriter(work.scratch / "rehearsal.safetensors", share.total) as into:
-            process(plan, calls, Writer(folder, plan.checkpoint, plan.save_format), Folds(), into)
-        remove(folder)
-        each, once = extrapolate(calls.clock, share.total, len(stream.inputs))
-        known = {"each": each, "once": once, "head": 0.0, "bytes": job.budget.took().bytes}
-        if plan.head is not None:
-            took = rehearse_head(job, stream, share, states)
-            known |= {"head": took.seconds, "bytes": max(known["bytes"], took.bytes)}
-        write_json(work.path / "rehearsal.json", known)
-    job.budget.check(known["bytes"])
-    blocks = known["each"] * sum(sizes[done:]) / sizes[i] + (known["once"] if done < plan.blocks else 0)
-    return Usage(job.budget.took().seconds + blocks + known["head"], known["bytes"])
-
-
-def rehearse_head(job: Job, stream: BlockStream, share: Share, states: States) -> Usage:
-    """What the head will take, from a few of its rows and two windows, and from the bytes of all rows once rounded."""
-    plan, clock = job.plan, StageTimer()
-    n, k = shape_of(stream.model, plan.head or "")
-    rows = next(row_chunks(n, k)).stop
-    folder = job.work.scratch / "rehearsal"
-    begin = resident_bytes("VmRSS")
-    process_head(plan, stream, share, states, Writer(folder, plan.checkpoint, plan.save_format), clock, rows)
-    remove(folder)
-    parts = {"round": n / rows, "write": n / rows, "observe": len(stream.inputs) / share.total}
-    seconds = sum(seconds * parts.get(stage, 1.0) for stage, seconds in clock.seconds.items())
-    return Usage(seconds, max(job.budget.took().bytes, begin + head_bytes(n, k)))
+        windows = range(min(DRY_WINDOWS, len(stream.inputs)))
+        more = len(stream.inputs) / max(len(windows), 1)
+        writer = Writer(work.scratch / "result", task.checkpoint, task.config.save_format)
+        following = States(work.scratch / "states")
+        block, head = (BlockCalibrator(stream, j, states, windows, Ranks(), StageTimer()) for j in (i, task.blocks))
+        process(task, block, writer, {}, following)
+        once = block.timer.seconds.get("prove", 0.0)  # part of the search of the first block
+        known = {"each": block.timer.total(observe=more, advance=more, prove=-1), "once": once, "head": 0.0}
+        known["bytes"] = run.budget.used().bytes
+        if task.head is not None:
+            begin, rows = resident_bytes("VmRSS"), next(row_chunks(n, k)).stop
+            process(task, head, writer, {}, None, rows)
+            known["head"] = head.timer.total(observe=more, round=n / rows, write=n / rows)
+            known["bytes"] = max(run.budget.used().bytes, begin + head_bytes(n, k))
+        remove(work.scratch)
+        write_json(work.path / "dry_run.json", known)
+    run.budget.check(known["bytes"])
+    blocks = known["each"] * sum(sizes[done:]) / sizes[i] + (known["once"] if done < task.blocks else 0)
+    return Usage(run.budget.used().seconds + blocks + known["head"], known["bytes"])
 
 
 def head_bytes(n: int, k: int) -> int:
@@ -326,41 +263,26 @@ def head_bytes(n: int, k: int) -> int:
     return n * k + max(12 * k * k + PIECES * 4 * CHUNK, n * k // 2) if n else 0
 
 
-def least_bytes(block: nn.Module, dtype: torch.dtype) -> int:
+def least_bytes(block: nn.Module, dtype: torch.dtype, calibrated: bool) -> int:
     """What one block takes at the very least: its parameters, and one Hessian for each width, of each expert."""
     widths = {(expert_of(block, n), m.in_features) for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    return sum(p.numel() for p in block.parameters()) * dtype.itemsize + 4 * sum(k * k for _, k in widths)
+    hessians = 4 * sum(k * k for _, k in widths) if calibrated else 0
+    return sum(p.numel() for p in block.parameters()) * dtype.itemsize + hessians
 
 
-def announce(job: Job, expected: Usage, done: int) -> None:
+def announce(run: Run, expected: Usage, done: int) -> None:
     """The line printed before the work starts."""
-    if job.console is None:
+    if run.console is None:
         return
-    plan, ranks = job.plan, job.ranks
-    group = "whole row" if plan.settings.group_size == -1 else f"group {plan.settings.group_size}"
-    kind = "symmetric" if plan.settings.symmetric else "asymmetric"
-    what = f"AWQ on {len(plan.inputs)} calibration inputs" if plan.inputs else "rounding to nearest"
-    where = f" in {str(plan.dtype).removeprefix('torch.')} on {plan.device.type}" if plan.inputs else ""
-    shared = f", shared by {ranks.world} processes" if ranks.world > 1 else ""
-    again = f" {done} of {plan.steps} blocks are finished by an earlier run." if done else ""
-    job.console.print(
-        f"{len(plan.names)} layers to INT4 ({kind}, {group}) by {what}{where}{shared}, {len(plan.left)} stay in float."
+    task, config = run.task, run.task.config
+    group = "whole row" if config.group_size == -1 else f"group {config.group_size}"
+    kind = "symmetric" if config.symmetric else "asymmetric"
+    what = f"AWQ on {len(task.inputs)} calibration inputs" if task.inputs else "rounding to nearest"
+    where = f" in {str(config.compute_dtype).removeprefix('torch.')} on {task.device.type}" if task.inputs else ""
+    shared = f", shared by {run.ranks.world} processes" if run.ranks.world > 1 else ""
+    again = f" {done} of {task.steps} blocks are finished by an earlier run." if done else ""
+    run.console.print(
+        f"{len(task.names)} layers to INT4 ({kind}, {group}) by {what}{where}{shared}, {len(task.left)} stay in float."
         f"{again} Estimate: {max(expected.seconds, 1):.0f} s, {expected.bytes / 2**20:.0f} MiB.",
         highlight=False,
     )
-
-
-@contextmanager
-def _bar(job: Job, done: int) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=job.console or Console(quiet=True), disable=job.console is None) as progress:
-        progress.add_task("Quantizing blocks", total=job.plan.steps, completed=done)
-        yield progress
-
-
-def steps(job: Job, done: int) -> Iterator[int]:
-    """The blocks that are not finished, behind a progress bar."""
-    with _bar(job, done) as progress:
-        for i in range(done, job.plan.steps):
-            yield i
-            progress.advance(progress.task_ids[0])

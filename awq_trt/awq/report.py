@@ -65,13 +65,13 @@ def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) ->
         top = max(x["largest_activation"] for x in large)
         found.append(
             f"activations reach {top:.0f}, and float16 ends at {LARGEST_FLOAT16:.0f}: the engine may overflow to NaN "
-            f"in {listed([x['name'] for x in large])}. Use --dtype bfloat16."
+            f'in {listed([x["name"] for x in large])}. Use dtype="bfloat16".'
         )
     unseen = sorted(set(quantized) - {x["name"] for x in layers}) if layers else []
     if unseen:
         found.append(
             f"no calibration token reached {listed(unseen)}: rounded to nearest without a search. "
-            "Calibrate on more or other text (--calibration, --calibration-samples)."
+            "Calibrate on more or other text (calibration, calibration_samples)."
         )
     most = max((x["tokens"] for x in layers), default=0)
     few = [x for x in layers if x["tokens"] < min(FEW * most, FEW_TOKENS)]
@@ -79,7 +79,7 @@ def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) ->
         least = min(x["tokens"] for x in few)
         found.append(
             f"few calibration tokens ({least} and up, of {most}) reached {listed([x['name'] for x in few])}. "
-            "Raise --calibration-samples."
+            "Raise calibration_samples."
         )
     return found
 
@@ -99,44 +99,25 @@ def table(layers: Sequence[Layer], *, full: bool = False) -> Table:
         found.add_column(column, no_wrap=True)
     for column in ("rounding", "now", "tokens", "largest |x|"):
         found.add_column(column, justify="right")
-    if full:
-        for layer in layers:
-            found.add_row(*one_layer(layer))
-        return found
-    for name, members in by_kind(layers).items():
-        found.add_row(*summary(name, members))
-    if len(layers) > WORST:
+    for name, members in {x["name"]: [x] for x in layers}.items() if full else by_kind(layers).items():
+        found.add_row(*cells(name, members))
+    if not full and len(layers) > WORST:
         found.add_section()
         for layer in sorted(layers, key=lambda x: -x["error"])[:WORST]:
-            found.add_row(*one_layer(layer))
+            found.add_row(*cells(layer["name"], [layer]))
     return found
 
 
-def one_layer(layer: Layer) -> list[str]:
-    """The cells of one layer."""
-    return [
-        layer["name"],
-        "1",
-        f"{layer['alpha']:.2f}",
-        f"{layer.get('clip', 1.0):.2f}",
-        where(layer),
-        f"{layer['error_rounding']:.4f}",
-        f"{layer['error']:.4f}",
-        str(layer["tokens"]),
-        f"{layer['largest_activation']:.1f}",
-    ]
-
-
-def summary(name: str, layers: Sequence[Layer]) -> list[str]:
-    """The cells of one kind of layer: medians, and the range where it tells more."""
+def cells(name: str, layers: Sequence[Layer]) -> list[str]:
+    """Of one layer, or of several of a kind: then medians, and the range where it tells more."""
     alphas = [x["alpha"] for x in layers]
-    places = {where(x) for x in layers} - {"-"}
+    spread = f" ({min(alphas):.2f}–{max(alphas):.2f})" if len(layers) > 1 else ""
     return [
         name,
         str(len(layers)),
-        f"{statistics.median(alphas):.2f} ({min(alphas):.2f}–{max(alphas):.2f})",
+        f"{statistics.median(alphas):.2f}{spread}",
         f"{statistics.fmean(x.get('clip', 1.0) for x in layers):.2f}",
-        ", ".join(sorted(places)) or "-",
+        ", ".join(sorted({where(x) for x in layers} - {"-"})) or "-",
         f"{statistics.median(x['error_rounding'] for x in layers):.4f}",
         f"{statistics.median(x['error'] for x in layers):.4f}",
         str(min(x["tokens"] for x in layers)),
@@ -176,10 +157,10 @@ def plot(layers: Sequence[Layer], path: Path, title: str, dtype: str) -> None:
     figure.suptitle(title)
     for axes, (label, field, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for i, (name, members) in enumerate(by_kind(layers).items()):
-            style = {"color": f"C{i % 10}", "linewidth": 1}
-            axes.plot(*curve(members, field, behind), ".-", label=name, **style)
+            color = f"C{i % 10}"
+            axes.plot(*curve(members, field, behind), ".-", label=name, color=color, linewidth=1)
             if field == "error":
-                axes.plot(*curve(members, "error_rounding", behind), ":", **style)
+                axes.plot(*curve(members, "error_rounding", behind), ":", color=color, linewidth=1)
         if field == "largest_activation" and dtype == "float16":
             axes.axhline(LARGEST_FLOAT16, color="black", linewidth=1)
             axes.text(0, LARGEST_FLOAT16, "float16 ends", va="bottom", fontsize="small")

@@ -3,10 +3,11 @@
     .NAME.partial/                 beside the output NAME; locked while a run works in it
         key.json                   what the result depends on; another key makes the directory worthless
         result/                    the shards that are finished
-        states/00007.r0.safetensors    hidden states that go into block 7 (of rank 0's windows)
+        states/00007/00012.safetensors    hidden states of calibration window 12 that go into block 7
         blocks/00006.json          report of block 6, written last: block 6 is finished
+        dry_run.json               what the dry run measured
         finished.json              the result is complete, and about to replace the output
-        scratch/                   sums that wait on disk
+        scratch/                   what the dry run writes
 
 Every file is written under a temporary name and renamed, in the order states, shard, report.
 """
@@ -19,49 +20,38 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from awq_trt.awq.fold import Fold
 from awq_trt.errors import AwqTrtError
-from awq_trt.files import PACKAGE, package_version, remove
+from awq_trt.files import PACKAGE, package_version, remove, sha256
 
-CHUNK = 1 << 22
 Key = dict[str, Any]
-
-
-def file_digest(path: Path) -> str:
-    """Hex BLAKE2b of a file's content."""
-    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(CHUNK)
-    with path.open("rb") as file:
-        while size := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:size])
-    return digest.hexdigest()
 
 
 def content_digest(files: Iterable[Path]) -> str:
     """One digest of the whole content of several files, read side by side."""
     with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
-        return hashlib.blake2b(" ".join(pool.map(file_digest, files)).encode(), digest_size=16).hexdigest()
+        return hashlib.sha256(" ".join(pool.map(sha256, files)).encode()).hexdigest()
 
 
-def tensors_digest(inputs: list[dict[str, torch.Tensor]]) -> str:
+def inputs_digest(inputs: list[dict[str, torch.Tensor]]) -> str:
     """One digest of calibration inputs: token ids, pixels."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for sample in inputs:
         for name, value in sample.items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()
 
 
 def environment() -> Key:
-    """What the bits of a result depend on besides checkpoint, settings and calibration inputs."""
+    """What the bits of a result depend on besides checkpoint, configuration and calibration inputs."""
     return {
         "awq_trt": package_version(),
         "program": content_digest(sorted(PACKAGE.rglob("*.py"))),
@@ -86,29 +76,45 @@ def read_json_or_none(path: Path) -> Any:
         return None
 
 
-class Folds(dict[Any, Fold | None]):
-    """Where scales can be folded, per structure of block, under keys that can be written to a file."""
+class States:
+    """Hidden states between two blocks, a file for each calibration window; with `keep`, in memory too."""
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(repr(key))
+    def __init__(self, folder: Path, *, keep: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._keep = folder, keep
+        self._kept: dict[int, torch.Tensor] = {}
 
-    def __getitem__(self, key: Any) -> Fold | None:
-        return super().__getitem__(repr(key))
+    def put(self, window: int, states: torch.Tensor) -> None:
+        """Write the states of one window, any shape."""
+        value, file = states.detach().contiguous(), self._file(window)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(save({"states": value.cpu()}))
+        temporary.replace(file)
+        if self._keep:
+            self._kept[window] = value
 
-    def __setitem__(self, key: Any, value: Fold | None) -> None:
-        super().__setitem__(repr(key), value)
+    def __contains__(self, window: int) -> bool:
+        try:
+            with safe_open(str(self._file(window)), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {key: None if fold is None else asdict(fold) for key, fold in self.items()}
+    def __getitem__(self, window: int) -> torch.Tensor:
+        """The states of one window, in memory of their own (the bits of a product may depend on alignment)."""
+        if window in self._kept:
+            return self._kept[window]
+        with safe_open(str(self._file(window)), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor("states")
+        return tensor.clone()
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Folds:
-        """Inverse of `to_json`."""
-        folds = cls()
-        for key, fold in data.items():
-            dict.__setitem__(folds, key, None if fold is None else Fold(**fold))
-        return folds
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.stat().st_size for file in self._folder.iterdir())
+
+    def _file(self, window: int) -> Path:
+        return self._folder / f"{window:05}.safetensors"
 
 
 class KeepError(AwqTrtError):
@@ -116,16 +122,14 @@ class KeepError(AwqTrtError):
 
 
 class WorkDirectory:
-    """A context manager for the one process that writes; see the head of this file.
-
-    Attributes:
-        path: the directory. result: what becomes the output. finished: how many blocks are.
-    """
+    """A context manager for the one process that writes; see the head of this file."""
 
     def __init__(self, output: Path, key: Key, *, resume: bool = True, console: Console | None = None) -> None:
         self.output = output
         self.path = output.with_name(f".{output.name}.partial")
         self.result, self.scratch = self.path / "result", self.path / "scratch"
+        self._blocks = self.path / "blocks"
+        self._done = output.with_name(f".{output.name}.done")
         self._key, self._resume, self._console = key, resume, console
 
     def __enter__(self) -> WorkDirectory:
@@ -141,10 +145,6 @@ class WorkDirectory:
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
-
-    @property
-    def _done(self) -> Path:
-        return self.output.with_name(f".{self.output.name}.done")
 
     def _locked(self) -> int:
         while True:
@@ -166,35 +166,29 @@ class WorkDirectory:
 
     def _open(self) -> None:
         known = read_json_or_none(self.path / "key.json")
-        if known != self._key or not self._resume:
+        if known == self._key and self._resume:
+            for leftover in (self.scratch, *self.path.rglob("*.tmp")):
+                remove(leftover)
+        else:
             if known is not None and self._console:
                 changed = ", ".join(k for k in self._key if not isinstance(known, dict) or known.get(k) != self._key[k])
                 why = f"not the same: {changed}" if self._resume and changed else "as asked"
                 self._console.print(f"{self.path}: the work of an earlier run is thrown away ({why}).", highlight=False)
-            self.clear()
-            write_json(self.path / "key.json", self._key)
+            self.restart()
         self.make_folders()
-        for folder in (self.result, self.scratch, self.path / "states", self.path / "blocks"):
-            for temporary in folder.glob("*.tmp"):
-                remove(temporary)
 
-    def make_folders(self) -> None:
-        """Folders for whatever this process writes; on ranks other than 0 there may be none yet."""
-        folders = [self.scratch, self.path / "states", self.path / "blocks"]
-        for folder in folders if self.report() else [*folders, self.result]:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def clear(self) -> None:
-        """Throw away everything but the key, the key first, so that no instant leaves a wrong one."""
+    def restart(self) -> None:
+        """Throw away what is finished, the key first, so that no instant leaves a wrong one."""
         (self.path / "key.json").unlink(missing_ok=True)
         for entry in self.path.iterdir():
             remove(entry)
-
-    def restart(self) -> None:
-        """Throw away what is finished; the key stays."""
-        self.clear()
         write_json(self.path / "key.json", self._key)
-        self._open()
+        self.make_folders()
+
+    def make_folders(self) -> None:
+        """Folders for whatever this process writes; on ranks other than 0 there may be none yet."""
+        for folder in (self._blocks, *([] if self.report() else [self.result])):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Keep what is worth keeping, and say so."""
@@ -218,38 +212,31 @@ class WorkDirectory:
         finally:
             os.close(self._lock)
 
-    def states(self, block: int) -> list[Path]:
-        """The files with the states that go into a block."""
-        return sorted((self.path / "states").glob(f"{block:05}.r*.safetensors"))
-
-    def new_states(self, block: int, rank: int) -> Path:
-        """Where a rank writes them."""
-        return self.path / "states" / f"{block:05}.r{rank}.safetensors"
-
-    def _block(self, i: int) -> Path:
-        return self.path / "blocks" / f"{i:05}.json"
+    def states(self, block: int, *, keep: bool = False) -> States:
+        """What goes into a block."""
+        return States(self.path / "states" / f"{block:05}", keep=keep)
 
     @property
     def finished(self) -> int:
         """How many blocks are finished, from the first on without a gap."""
-        count = 0
-        while self._block(count).exists():
-            count += 1
-        return count
+        return len(self.block_reports())
 
     def block_reports(self) -> list[dict[str, Any]]:
         """The reports of the finished blocks."""
-        return [json.loads(self._block(i).read_text()) for i in range(self.finished)]
+        found: list[dict[str, Any]] = []
+        while (file := self._blocks / f"{len(found):05}.json").exists():
+            found.append(json.loads(file.read_text()))
+        return found
 
     def finish_block(self, i: int, report: dict[str, Any]) -> None:
         """Block i is finished: its shard and the states behind it are in their places."""
-        write_json(self._block(i), report)
+        write_json(self._blocks / f"{i:05}.json", report)
 
     def forget_states(self, before: int) -> None:
         """Delete the states that go into the blocks before this one."""
-        for file in (self.path / "states").glob("*.safetensors"):
-            if int(file.name.split(".")[0]) < before:
-                file.unlink(missing_ok=True)
+        for folder in (self.path / "states").glob("*"):
+            if int(folder.name) < before:
+                remove(folder)
 
     def report(self) -> dict[str, Any] | None:
         """What an earlier run that was killed while it replaced the output has to say; None where there is none."""

@@ -1,12 +1,12 @@
-"""Rounding to INT4 with an eye on the inputs: grids that clip, and error feedback. Everything from H = X^T X.
+"""Rounding to INT4 for given inputs: grids that clip, and error compensation (GPTQ). Everything from H = X^T X.
 
 A grid is one scale and one zero point per row and group (linear.py). Both functions here minimise
 
     sum over tokens |x (W' - W)^T|^2 = tr((W' - W) H (W' - W)^T)
 
 `clip` chooses the grids, each on its own diagonal block of H, with every weight going to its nearest step.
-`feedback` then chooses the steps: columns are rounded one after the other, and what rounding one column breaks is
-repaired by those still to come. With the Cholesky factor H = L L^T the error is |(W' - W) L|^2, column j of
+`compensated` then chooses the steps: columns are rounded one after the other, and the columns still to come make up
+for the error of each. With the Cholesky factor H = L L^T the error is |(W' - W) L|^2, column j of
 (W' - W) L holds the errors of columns i >= j only, so going from the last column to the first each is rounded to
     w_j + sum over i > j of (w_i - w'_i) L_ij / L_jj.
 This is GPTQ (Frantar et al., ICLR 2023) without its inverse: Babai's nearest plane (Chen et al., "The Geometry of LLM
@@ -26,7 +26,7 @@ RATIOS = tuple(1 - i / 20 for i in range(9))
 """Parts of a group's range that `clip` tries: 1, 0.95 ... 0.6."""
 
 SHRINKAGE = 0.2
-"""Part of H off its diagonal that `factor` does not believe."""
+"""Part of H off its diagonal that `factor` takes away."""
 
 DAMPING = 0.01
 """Part of the mean of diag H that `factor` adds to diag H: dead channels need it."""
@@ -35,7 +35,7 @@ WIDEST = 128
 """Columns of the largest diagonal blocks of H that `clip` looks at."""
 
 COLUMNS = 64
-"""Columns whose feedback goes one by one; between such blocks it is one matrix product."""
+"""Columns that are compensated one by one; between blocks of so many it is one matrix product."""
 
 
 def diagonal_blocks(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -96,16 +96,12 @@ def clip(
 
 @dataclass(frozen=True)
 class Factor:
-    """Regularised H = L L^T with its columns in `order`, ascending H_jj: the last is rounded first.
+    """Regularised H = L L^T with its columns in `order`, ascending H_jj: the last is rounded first."""
 
-    Attributes:
-        order: [K]. lower: L, fp32 [K, K]. shrinkage, added: what was done to H, see `factor`. All in `order`.
-    """
-
-    order: torch.Tensor
-    lower: torch.Tensor
-    shrinkage: float
-    added: torch.Tensor
+    order: torch.Tensor  # [K]
+    lower: torch.Tensor  # L, fp32 [K, K]
+    shrinkage: float  # of H, see `factor`
+    added: torch.Tensor  # to the diagonal, fp32 [K]; rows, columns and this in `order`
 
     def error(self, delta: torch.Tensor) -> torch.Tensor:
         """The sums of squared output errors, [N], of weight errors [N, K]: of H as it was before `factor`."""
@@ -117,12 +113,12 @@ class Factor:
 def factor(hessian: torch.Tensor, shrinkage: float = SHRINKAGE, damping: float = DAMPING) -> Factor:
     """Cholesky factor of (1 - shrinkage) H + shrinkage diag(H) + damping mean(diag H), made in the memory of `hessian`.
 
-    What a few thousand tokens say about pairs of channels is partly chance; feedback that believes all of it repairs
-    errors on the calibration text and makes others elsewhere. Shrinking towards the diagonal (Ledoit and Wolf, 2004) is
-    worth more here than any refinement of the rounding.
+    What a few thousand tokens say about pairs of channels is partly chance; compensation that believes all of it
+    repairs errors on the calibration text and makes others elsewhere. Shrinking towards the diagonal (Ledoit and Wolf,
+    2004) is worth more here than any refinement of the rounding.
 
     Args:
-        hessian: fp32 [K, K], symmetric; its memory is used up.
+        hessian: fp32 [K, K], symmetric.
     """
     diagonal = hessian.diagonal().clone()
     order = torch.argsort(diagonal, stable=True)
@@ -138,14 +134,14 @@ def factor(hessian: torch.Tensor, shrinkage: float = SHRINKAGE, damping: float =
     torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info):
         raise AwqTrtError(
-            f"the second moments of {len(diagonal)} channels are not positive definite at channel {int(info)}; "
+            f"the Hessian of {len(diagonal)} channels is not positive definite at channel {int(info)}; "
             "is there NaN or Inf in the calibration inputs?"
         )
     return Factor(order, lower, shrinkage, added)
 
 
-def feedback(weight: torch.Tensor, grid: Grid, factored: Factor) -> torch.Tensor:
-    """Round `weight` onto `grid` column by column with error feedback.
+def compensated(weight: torch.Tensor, grid: Grid, factored: Factor) -> torch.Tensor:
+    """Round `weight` onto `grid` column by column with error compensation (GPTQ).
 
     Args:
         weight: fp32 [N, K]. factored: of the H of its inputs.

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
 from torch import nn
 
 from awq_trt.awq.blocks import BlockStream, Inputs, Weights
-from awq_trt.awq.head import head_of, untied
-from awq_trt.awq.search import Settings
-from awq_trt.checkpoint.experts import left_alone
+from awq_trt.awq.config import QuantizeConfig
+from awq_trt.awq.task import head_of, reasons_for_float, untied
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint
 from awq_trt.checkpoint.reader import Checkpoint
@@ -49,29 +48,34 @@ class RoundedWeights:
     """The weights of a checkpoint with the linear layers of its blocks rounded to nearest, as `quantize` would.
 
     Args:
+        config: group_size and symmetric count.
         head: whether the layer that makes logits is rounded too, as `quantize` does with lm_head="int4".
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, *, head: bool = False) -> None:
         checkpoint = untied(checkpoint) if head else checkpoint
         self.source, self.config = checkpoint.source, checkpoint.config
-        self._checkpoint, self._settings = checkpoint, settings
+        self._checkpoint, self._quantize = checkpoint, config
         model = empty_model(checkpoint.config)
-        linears, left = quantizable_linears(model), left_alone(model)
-        rounded = [n for n, linear in linears.items() if n not in left and settings.why_float(linear) is None]
+        left = reasons_for_float(model, config, checkpoint.dtype)
+        rounded = [n for n in quantizable_linears(model) if n not in left]
         if head and (found := head_of(model)) is not None:
             rounded.append(found[0])
         self._rounded = {f"{name}.weight" for name in rounded}
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of an embedding, see `Checkpoint.rows`."""
+        return self._checkpoint.rows(name, index)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter; a rounded weight as its dequantized value."""
         weight = self._checkpoint.tensor(name)
         if name not in self._rounded:
             return weight
-        settings, (n, k) = self._settings, weight.shape
-        rounded = torch.empty(n, k, dtype=settings.dtype)
+        config, dtype, (n, k) = self._quantize, self._checkpoint.dtype, weight.shape
+        rounded = torch.empty(n, k, dtype=dtype)
         for rows in row_chunks(n, k):
-            layer = quantize_weight(weight[rows], settings.group(k), settings.symmetric, settings.dtype)
+            layer = quantize_weight(weight[rows], config.group(k), config.symmetric, dtype)
             rounded[rows] = layer.dequantize()
         return rounded
 
@@ -79,9 +83,11 @@ class RoundedWeights:
 def rounded_like(quantized: QuantizedCheckpoint, original: Checkpoint) -> RoundedWeights:
     """The original weights rounded to nearest, with the group size, zero points and head of a quantized checkpoint."""
     linear = next(iter(quantized.linears.values()))
-    settings = Settings(quantized.scheme.group_size or linear.group_size, linear.zeros is None, quantized.dtype)
+    group_size = quantized.scheme.group_size or linear.group_size
+    config = QuantizeConfig(group_size=group_size, symmetric=linear.zeros is None)
     head = head_of(empty_model(quantized.config))
-    return RoundedWeights(original, settings, head=head is not None and head[0] in quantized.linears)
+    quantized_head = head is not None and head[0] in quantized.linears
+    return RoundedWeights(replace(original, dtype=quantized.dtype), config, head=quantized_head)
 
 
 def is_causal_lm(config: transformers.PretrainedConfig) -> bool:
@@ -124,8 +130,9 @@ def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, 
 def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:
     """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time."""
     stream = BlockStream(weights, list(inputs))
+    states = list(stream.record())
     for i in range(len(stream.blocks)):
         stream.load(i, weights)
-        stream.hidden = [stream.run(i, hidden, j) for j, hidden in enumerate(stream.hidden)]
+        states = [stream.run(i, hidden, j) for j, hidden in enumerate(states)]
         stream.unload(i)
-    return (stream.head(hidden, j) for j, hidden in enumerate(stream.hidden))
+    return (stream.head(hidden, j) for j, hidden in enumerate(states))

@@ -12,7 +12,6 @@ from torch import nn
 from awq_trt.awq.blocks import BlockStream, Inputs
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
-from awq_trt.awq.states import States, StatesWriter
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.reader import Checkpoint
 
@@ -25,11 +24,12 @@ def inputs_of(name: str, count: int = 3) -> list[Inputs]:
 
 
 def last_states(stream: BlockStream, checkpoint: Checkpoint) -> list[torch.Tensor]:
+    states = list(stream.record())
     for i in range(len(stream.blocks)):
         stream.load(i, checkpoint)
-        stream.hidden = [stream.run(i, hidden, j) for j, hidden in enumerate(stream.hidden)]
+        states = [stream.run(i, hidden, j) for j, hidden in enumerate(states)]
         stream.unload(i)
-    return stream.hidden
+    return states
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
@@ -59,8 +59,10 @@ def test_embedding_and_head_are_not_filled_for_recording(models: Path) -> None:
 
     noted = Noted(**{k: getattr(checkpoint, k) for k in checkpoint.__dataclass_fields__})
     stream = BlockStream(noted, inputs_of("llama"))
+    next(stream.record())
     assert read == []
     assert memory_in_use(stream.model) == set()
+    stream = BlockStream(noted, inputs_of("llama"))
     states = last_states(stream, noted)
     assert not any("embed" in name or "lm_head" in name for name in read)
     stream.head(states[0], 0)
@@ -71,16 +73,17 @@ def test_a_weight_used_without_calling_its_module_is_filled(models: Path, monkey
     """Outside modules are filled when they are called; where that is not enough, all are."""
     inputs = inputs_of("llama")
     checkpoint = open_checkpoint(models / "llama")
-    expected = BlockStream(checkpoint, inputs).hidden
+    expected = list(BlockStream(checkpoint, inputs).record())
     monkeypatch.setattr(nn.Embedding, "forward", lambda self, ids: self.weight[ids])
     stream = BlockStream(checkpoint, inputs)
-    for a, b in zip(stream.hidden, expected, strict=True):
+    for a, b in zip(stream.record(), expected, strict=True):
         assert torch.equal(a, b)
     assert memory_in_use(stream.model) == set()
 
 
 def test_masks_and_rotary_tables_are_kept_once(models: Path) -> None:
     stream = BlockStream(open_checkpoint(models / "llama"), inputs_of("llama"))
+    assert len(list(stream.record())) == 3
 
     def tensors(value: object) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
@@ -98,7 +101,7 @@ def test_embedding_rows_are_read_in_the_dtype_of_the_file_and_computed_in_fp32(m
     model = transformers.AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
     (sample,) = inputs_of("llama", 1)
-    (hidden,) = BlockStream(open_checkpoint(tmp_path / "bf16"), [sample]).hidden
+    (hidden,) = BlockStream(open_checkpoint(tmp_path / "bf16"), [sample]).record()
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, model.model.embed_tokens.weight.float()[sample["input_ids"]])
 
@@ -112,23 +115,3 @@ def test_computing_in_bfloat16_is_near_float32(models: Path, tmp_path: Path) -> 
         assert b.error == pytest.approx(a.error, rel=0.5)  # where another scale was chosen
     assert sum(b.error for b in near.layers) == pytest.approx(sum(a.error for a in exact.layers), rel=0.1)
     assert any(a.error != b.error for a, b in zip(exact.layers, near.layers, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_come_back_from_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
-    values = {3: torch.randn(1, 5, 8).to(dtype), 7: torch.randn(1, 9, 8).to(dtype)}
-    with StatesWriter(tmp_path / "a.safetensors", 2) as writer:
-        for window, value in values.items():
-            writer.add(window, value)
-    states = States([tmp_path / "a.safetensors", tmp_path / "missing.safetensors"])
-    assert 3 in states
-    assert 4 not in states
-    assert all(torch.equal(states[window], value) for window, value in values.items())
-
-
-def test_a_states_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    writer = StatesWriter(tmp_path / "a.safetensors", 2)
-    writer.add(0, torch.ones(4))
-    assert not (tmp_path / "a.safetensors").exists()
-    writer.__exit__(KeyError, KeyError(), None)
-    assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,13 @@ import pytest
 import tiny_models
 
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, arrays, calibration_inputs, read_text, windows
-from awq_trt.awq.search import EFFORTS
+from awq_trt.awq.config import EFFORTS
 from awq_trt.errors import AwqTrtError
 
 
 def test_default_texts_are_long_enough_and_disjoint() -> None:
     calibration, held_out = DEFAULT_TEXT.read_text(), HELD_OUT_TEXT.read_text()
-    assert len(calibration) > EFFORTS["best"].windows * 512 * 4  # about four characters to a token
+    assert len(calibration) > EFFORTS["best"]["calibration_samples"] * 512 * 4  # about four characters to a token
     assert len(held_out) > 25_000
 
     def phrases(text: str) -> set[tuple[str, ...]]:
@@ -96,5 +96,5 @@ def test_bad_arrays(tmp_path: Path) -> None:
 
 
 def test_model_without_tokenizer() -> None:
-    with pytest.raises(AwqTrtError, match="no tokenizer.*--calibration INPUTS.npz"):
+    with pytest.raises(AwqTrtError, match="no tokenizer.*inputs in calibration as a .npz"):
         windows(DEFAULT_TEXT, None, 8, 512)

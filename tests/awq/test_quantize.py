@@ -7,16 +7,18 @@ import json
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from rich.console import Console
 from torch import nn
 
 from awq_trt.awq.config import QuantizeConfig
-from awq_trt.awq.plan import default_group_size
 from awq_trt.awq.quantize import quantize
+from awq_trt.awq.task import default_group_size
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
@@ -95,9 +97,37 @@ def test_layers_a_group_does_not_divide_stay_in_float_and_are_listed(models: Pat
 
 
 def test_nothing_to_quantize(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(AwqTrtError, match="no layer can be quantized with these settings: .*group size 48"):
-        quantize(models / "llama", tmp_path / "out", QuantizeConfig(group_size=48, **SHORT))
+    reason = "in_features 64 is not a multiple of the group size 128"
+    checkpoint = tiny_models.llama(tmp_path / "llama", intermediate_size=192)
+    with pytest.raises(AwqTrtError, match=f"no layer can be quantized with these settings: .*{reason}"):
+        quantize(checkpoint, tmp_path / "out", QuantizeConfig(group_size=128, **SHORT))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("method", "gptq", "method='gptq' is not one of 'awq', 'rtn'"),
+        ("effort", "x", "effort='x' is not one of 'fast', 'default', 'best'"),
+        ("group_size", 48, "group_size=48 is not one of None, -1, 32, 64, 128"),
+        ("lm_head", "int8", "lm_head='int8' is not one of 'float', 'int4'"),
+        ("save_format", "gguf", "save_format='gguf' is not one of 'awq', 'compressed-tensors'"),
+        ("compute_dtype", torch.float16, "compute_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
+        ("calibration_samples", 0, "calibration_samples=0: at least 1"),
+        ("calibration_length", 0, "calibration_length=0: at least 1"),
+        ("device", "tpu", "device='tpu' is not"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_read(tmp_path: Path, field: str, value: Any, words: str) -> None:
+    with pytest.raises(AwqTrtError, match=words):
+        quantize(tmp_path / "nothing here", tmp_path / "out", QuantizeConfig(**{field: value}))
+
+
+def test_what_the_effort_decides_and_what_the_format_carries() -> None:
+    config = QuantizeConfig(effort="fast", clip=False, save_format="compressed-tensors").resolved()
+    assert (config.clip, config.error_compensation, config.calibration_samples) == (False, False, 8)
+    assert not config.pre_scale
+    assert config.resolved() == config
 
 
 def test_an_error_in_the_middle_leaves_nothing(models: Path, tmp_path: Path) -> None:
@@ -139,4 +169,4 @@ def test_same_input_same_bits(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("widths", "expected"), [((576, 1536), 64), ((4096, 14336), 128), ((96,), 32), ((100,), 32)])
 def test_default_group_size(widths: tuple[int, ...], expected: int) -> None:
-    assert default_group_size({str(k): nn.Linear(k, 8, device="meta") for k in widths}) == expected
+    assert default_group_size([nn.Linear(k, 8, device="meta") for k in widths]) == expected

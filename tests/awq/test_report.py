@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
@@ -116,20 +117,12 @@ def test_a_head_is_drawn_behind_the_last_block() -> None:
 def test_plots_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AwqTrtError, match="nothing to plot"):
         report.plot([], tmp_path / "x.svg", "", "float16")
-    if "matplotlib" in sys.modules or _has_matplotlib():
+    if importlib.util.find_spec("matplotlib"):
         with pytest.raises(AwqTrtError, match="could not be written"):
             report.plot(MODEL, tmp_path / "x.nonsense", "", "float16")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(AwqTrtError, match="pip install"):
         report.plot(MODEL, tmp_path / "x.svg", "", "float16")
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def test_tool_on_a_directory_of_ours_and_of_another(

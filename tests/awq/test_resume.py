@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from rich.console import Console
 
 from awq_trt.awq import pipeline
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
-from awq_trt.awq.resume import WorkDirectory, content_digest
+from awq_trt.awq.resume import States, WorkDirectory, content_digest
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 
@@ -52,11 +54,11 @@ def in_child(model: Path, output: Path, log: Path, kill: Callable[[], bool] | No
     if child == 0:
         process = pipeline.process
 
-        def logged(plan: object, calls: object, writer: object, *rest: object) -> object:
-            if "scratch" not in str(writer.directory):  # type: ignore[attr-defined]
+        def logged(task: Any, calibrator: Any, writer: Any, *rest: Any) -> Any:
+            if "scratch" not in str(writer.directory):
                 with log.open("a") as file:
-                    file.write(f"{calls.i}\n")  # type: ignore[attr-defined]
-            return process(plan, calls, writer, *rest)  # type: ignore[arg-type]
+                    file.write(f"{calibrator.i}\n")
+            return process(task, calibrator, writer, *rest)
 
         pipeline.process = logged  # type: ignore[assignment]
         code = 1
@@ -126,13 +128,13 @@ class StopError(RuntimeError):
 
 
 def stopped_before(block: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next run fail when it comes to a block; rehearsals do not count."""
+    """Make the next run fail when it comes to a block; dry runs do not count."""
     process = pipeline.process
 
-    def failing(plan: object, calls: object, writer: object, *rest: object) -> object:
-        if calls.i == block and "scratch" not in str(writer.directory):  # type: ignore[attr-defined]
+    def failing(task: Any, calibrator: Any, writer: Any, *rest: Any) -> Any:
+        if calibrator.i == block and "scratch" not in str(writer.directory):
             raise error
-        return process(plan, calls, writer, *rest)  # type: ignore[arg-type]
+        return process(task, calibrator, writer, *rest)
 
     monkeypatch.setattr(pipeline, "process", failing)
 
@@ -196,10 +198,9 @@ def test_another_key_starts_anew_and_says_so(
         extra = tmp_path / "extra"
         extra.write_text("one more file")
         checkpoint = dataclasses.replace(checkpoint, files=(*checkpoint.files, extra))
-    text = StringIO()
-    quantize(
-        checkpoint, tmp_path / "out", QuantizeConfig(**{**OPTIONS, **change}), console=Console(file=text, width=200)
-    )
+    text, resume = StringIO(), bool(change.pop("resume", True))
+    config, console = QuantizeConfig(**{**OPTIONS, **change}), Console(file=text, width=200)  # type: ignore[arg-type]
+    quantize(checkpoint, tmp_path / "out", config, resume=resume, console=console)
     assert "thrown away" in text.getvalue()
     assert words in text.getvalue()
     assert "finished by an earlier run" not in text.getvalue()
@@ -221,7 +222,7 @@ def test_states_that_are_damaged_or_missing_start_anew(
         stopped_before(2, StopError(), patch)
         with pytest.raises(StopError):
             quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
-    (states,) = (tmp_path / ".out.partial" / "states").iterdir()
+    *_, states = sorted((tmp_path / ".out.partial" / "states").glob("*/*"))
     states.write_bytes(states.read_bytes()[:1000])
     quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS))
     assert tiny_models.content(tmp_path / "out") == uninterrupted
@@ -233,7 +234,7 @@ def test_states_in_memory_give_the_same_bits(model: Path, uninterrupted: dict[st
 
 
 def test_too_little_memory_is_refused_before_the_first_block(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(AwqTrtError, match=r"this run needs \d+ MiB of memory, but --memory allows 64 MiB"):
+    with pytest.raises(AwqTrtError, match=r"this run needs \d+ MiB of memory, but memory=64 MiB"):
         quantize(model, tmp_path / "out", QuantizeConfig(**OPTIONS), memory=64 << 20)
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +263,7 @@ def test_killed_while_the_output_is_replaced(tmp_path: Path, at: str) -> None:
     if at in ("result in place", "cleaned"):
         work.result.rename(output)
     if at == "cleaned":
-        for name in ("replaced", "states", "blocks", "scratch"):
+        for name in ("replaced", "blocks"):
             (work.path / name).rename(tmp_path / name)
     os.close(work._lock)  # as the kernel does when a process is killed
     with WorkDirectory(output, {"a": 1}) as again:
@@ -271,3 +272,16 @@ def test_killed_while_the_output_is_replaced(tmp_path: Path, at: str) -> None:
     assert [p.name for p in output.iterdir()] == ["new"]
     assert not again.path.exists()
     assert not (tmp_path / ".out.done").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_come_back_whole_or_not_at_all(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = {3: torch.randn(1, 5, 8).to(dtype), 7: torch.randn(1, 9, 8).to(dtype)}
+    states = States(tmp_path)
+    for window, value in values.items():
+        states.put(window, value)
+    assert 3 in states
+    assert 4 not in states
+    assert all(torch.equal(states[window], value) for window, value in values.items())
+    (tmp_path / "00003.safetensors").write_bytes(b"\x10")
+    assert 3 not in States(tmp_path)

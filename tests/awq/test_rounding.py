@@ -1,4 +1,4 @@
-"""Clipped grids and error feedback."""
+"""Clipped grids and error compensation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from awq_trt import linear
 from awq_trt.awq import rounding
-from awq_trt.awq.rounding import clip, diagonal_blocks, factor, feedback, full_range, nearest, refit
+from awq_trt.awq.rounding import clip, compensated, diagonal_blocks, factor, full_range, nearest, refit
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import Grid
 
@@ -88,10 +88,10 @@ def test_clipping_takes_the_best_ratio_of_each_group() -> None:
     _, ratio = clip(weight, diagonal_blocks(hessian, 32), 32, False, FP16)
     assert ratio[:, 0].mean() < ratio[:, 1].mean()
     for group, columns in enumerate((slice(0, 32), slice(32, 64))):
-        part, moments, losses = weight[:, columns], hessian[columns, columns], []
+        part, part_h, losses = weight[:, columns], hessian[columns, columns], []
         for r in rounding.RATIOS:
             trial = full_range(part * r, 32, False, FP16)
-            losses.append(error(value(nearest(part, trial), trial), part, moments))
+            losses.append(error(value(nearest(part, trial), trial), part, part_h))
         assert torch.equal(ratio[:, group], torch.tensor(rounding.RATIOS)[torch.stack(losses).argmin(0)])
 
 
@@ -113,13 +113,13 @@ def textbook_gptq(weight: torch.Tensor, grid: Grid, hessian: torch.Tensor, order
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("k", "group_size"), [(64, 32), (192, 64), (200, 200)])
-def test_feedback_is_gptq(symmetric: bool, k: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_compensation_is_gptq(symmetric: bool, k: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CHUNK", 7 * k)  # several pieces of rows, the last one short
     weight, hessian = problem(24, k, 3 * k, 3)
     grid = full_range(weight, group_size, symmetric, FP16)
     shrunk = 0.75 * hessian + torch.diag(0.25 * hessian.diagonal() + 0.05 * hessian.diagonal().mean())
     factored = factor(hessian.clone(), 0.25, 0.05)
-    q = feedback(weight, grid, factored)
+    q = compensated(weight, grid, factored)
     expected = textbook_gptq(weight, grid, shrunk, factored.order.flip(0))
     assert (q == expected).float().mean() > 0.995  # a tie in fp32 may fall to the other side
     assert (
@@ -138,12 +138,12 @@ def test_a_factor_still_knows_the_errors_before_it_was_regularised() -> None:
 def test_dead_constant_and_one_hot_channels(hessian: torch.Tensor) -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     grid, _ = clip(weight, diagonal_blocks(hessian, 32), 32, False, FP16)
-    back = value(feedback(weight, grid, factor(hessian.clone())), grid)
+    back = value(compensated(weight, grid, factor(hessian.clone())), grid)
     assert torch.isfinite(back).all()
     assert (back - weight).abs().max() <= 16 * grid.scales.max()
 
 
-def test_moments_with_nan_are_refused() -> None:
+def test_a_hessian_with_nan_are_refused() -> None:
     hessian = torch.eye(32)
     hessian[3, 3] = torch.nan
     with pytest.raises(AwqTrtError, match="NaN or Inf"):
@@ -167,7 +167,7 @@ def test_refitted_scales_solve_the_least_squares_problem() -> None:
     weight[3] = 0
     grid, _ = clip(weight, diagonal_blocks(hessian, 64), 64, False, FP16)
     factored = factor(hessian.clone(), 0.0, 1e-3)
-    q = feedback(weight, grid, factored)
+    q = compensated(weight, grid, factored)
     again = refit(weight, q, grid, factored)
     assert torch.equal(again.scales.half().float(), again.scales)
     assert torch.equal(again.scales[3], grid.scales[3])

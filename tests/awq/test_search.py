@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from observing import observe
 from torch import nn
 
-from awq_trt.awq import search as search_module
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.fold import find_fold
+from awq_trt.awq.hessian import HessianAccumulator
 from awq_trt.awq.search import (
     Candidate,
-    Settings,
+    Found,
     find_scale,
     output_errors,
     quantize_block,
+    relative_weights,
     scale_for,
     search,
-    weight_parts,
 )
-from awq_trt.awq.statistics import Group, HessianAccumulator, observe
 from awq_trt.linear import quantize_weight
 
-SETTINGS = Settings(group_size=32)
+CONFIG = QuantizeConfig(group_size=32).resolved()
+FP16 = torch.float16
 
 
 class Gated(nn.Module):
@@ -155,31 +156,26 @@ def test_fold_with_an_arbitrary_scale_keeps_the_block(monkeypatch: pytest.Monkey
     fold = find_fold(block, group, lambda: block(x))
     assert fold is not None
     s = torch.rand(32).double() + 0.1
-    for linear in group.linears:
+    for linear in group.linears.values():
         linear.weight.data = linear.weight * s
     fold.apply(block, s)
     torch.testing.assert_close(block(x), expected)
 
 
-def group_of(weight: torch.Tensor, x: torch.Tensor) -> Group:
+def problem(weight: torch.Tensor, x: torch.Tensor) -> tuple[dict[str, nn.Linear], HessianAccumulator]:
+    """A layer of this weight [N, K] and the sums of its inputs x [..., K]."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False).requires_grad_(False)
-    linear.weight.data = weight
-    statistics = HessianAccumulator(torch.zeros(k, k), torch.zeros(k))
+    linear.weight.data = weight.clone()
+    statistics = HessianAccumulator.zero(k)
     statistics.add(x)
-    return Group(["layer"], [linear], statistics, [])
+    statistics.mirror()
+    return {"layer": linear}, statistics
 
 
-def test_statistics_are_the_sums_they_say() -> None:
-    x = torch.randn(5, 7, 8)
-    statistics = HessianAccumulator(torch.zeros(8, 8), torch.zeros(8))
-    statistics.add(x[:2])
-    statistics.add(x[2:])
-    rows = x.reshape(-1, 8)
-    torch.testing.assert_close(statistics.hessian, rows.t() @ rows)
-    torch.testing.assert_close(statistics.total_abs, rows.abs().sum(0))
-    assert statistics.tokens == 35
-    assert statistics.largest == float(x.abs().max())
+def relative_errors(found: Found) -> tuple[float, float]:
+    """Of plain rounding, and of the result."""
+    return found.reports["layer"].error_rounding, found.reports["layer"].error
 
 
 def test_output_error_is_the_error_of_the_outputs() -> None:
@@ -187,40 +183,38 @@ def test_output_error_is_the_error_of_the_outputs() -> None:
     torch.testing.assert_close(output_errors(delta, x.t() @ x), (x @ delta.t()).pow(2).sum(0), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_search_beats_rounding_where_channels_are_uneven(clip: bool, feedback: bool) -> None:
+def test_search_beats_rounding_where_channels_are_uneven(clip: bool, compensation: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(512, 64)
     x[:, ::16] *= 30
     weight = torch.randn(48, 64)
-    group = group_of(weight.clone(), x)
-    found = search(group, replace(SETTINGS, clip=clip, feedback=feedback), lambda s: s)
-    before, after = found.errors["layer"]
-    assert found.alpha > 0
+    linears, statistics = problem(weight, x)
+    found = search(linears, statistics, replace(CONFIG, clip=clip, error_compensation=compensation), FP16, lambda s: s)
+    before, after = relative_errors(found)
+    assert found.best.alpha > 0
     assert after < 0.6 * before
-    assert (found.clips["layer"] < 1) == clip
+    assert (found.reports["layer"].clip < 1) == clip
     # the errors are those of the layer's outputs
-    exact = x @ weight.t()
-    got = (x / found.s) @ found.layers["layer"].dequantize().float().t()
+    exact, s = x @ weight.t(), found.best.s
+    got = (x / s) @ found.layers["layer"].dequantize().float().t()
     assert float((got - exact).norm() / exact.norm()) == pytest.approx(after, rel=1e-2)
-    plain = x @ quantize_weight(weight, 32, False, torch.float16).dequantize().float().t()
+    plain = x @ quantize_weight(weight, 32, False, FP16).dequantize().float().t()
     assert float((plain - exact).norm() / exact.norm()) == pytest.approx(before, rel=1e-2)
-    torch.testing.assert_close(group.linears[0].weight.data, weight * found.s)
+    torch.testing.assert_close(linears["layer"].weight.data, weight * s)
 
 
-def test_clipping_and_feedback_each_make_the_error_smaller() -> None:
+def test_clipping_and_error_compensation_each_make_the_error_smaller() -> None:
     torch.manual_seed(0)
     x = torch.randn(2000, 64) @ torch.randn(64, 64)
     weight = torch.randn(96, 64)
     weight[:, 3] *= 6
-    error = {
-        (clip, feedback): search(
-            group_of(weight.clone(), x), replace(SETTINGS, clip=clip, feedback=feedback), lambda s: s
-        ).errors["layer"][1]
-        for clip in (False, True)
-        for feedback in (False, True)
-    }
+    error = {}
+    for clip in (False, True):
+        for compensation in (False, True):
+            config = replace(CONFIG, clip=clip, error_compensation=compensation)
+            error[clip, compensation] = relative_errors(search(*problem(weight, x), config, FP16, lambda s: s))[1]
     assert error[True, True] < error[True, False] < error[False, False]
     assert error[False, True] < error[False, False]
 
@@ -228,77 +222,68 @@ def test_clipping_and_feedback_each_make_the_error_smaller() -> None:
 def test_search_without_permission_to_scale_only_rounds() -> None:
     torch.manual_seed(0)
     weight = torch.randn(48, 64)
-    group = group_of(weight.clone(), torch.randn(64, 64) * torch.logspace(-1, 1, 64))
-    found = search(group, replace(SETTINGS, clip=False, feedback=False), None)
-    assert found.alpha == 0
-    assert (found.s == 1).all()
-    assert torch.equal(found.layers["layer"].q, quantize_weight(weight, 32, False, torch.float16).q)
+    given = problem(weight, torch.randn(64, 64) * torch.logspace(-1, 1, 64))
+    found = search(*given, replace(CONFIG, clip=False, error_compensation=False), FP16, None)
+    assert found.best.alpha == 0
+    assert (found.best.s == 1).all()
+    assert torch.equal(found.layers["layer"].q, quantize_weight(weight, 32, False, FP16).q)
 
 
 def test_the_form_with_weights_is_found_where_only_weights_are_uneven() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
     weight[:, ::4] *= 0.05
-    group = group_of(weight.clone(), torch.randn(512, 64))
-    parts = weight_parts(group.linears, SETTINGS.group)
+    linears, statistics = problem(weight, torch.randn(512, 64))
     grouped = weight.abs().reshape(64, 2, 32)
-    torch.testing.assert_close(parts, (grouped / grouped.amax(-1, keepdim=True)).mean(0).reshape(64))
-    best = find_scale({"layer": weight}, group, SETTINGS, lambda s: s)
-    assert best.weights
+    expected = (grouped / grouped.amax(-1, keepdim=True)).mean(0).reshape(64)
+    torch.testing.assert_close(relative_weights(linears, CONFIG), expected)
+    best = search(linears, statistics, CONFIG, FP16, lambda s: s).best
+    assert best.with_weights
     assert best.s[::4].mean() > 2 * best.s[1::4].mean()
 
 
 def test_alpha_is_refined_around_the_best_coarse_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, 64) * torch.logspace(-1.5, 0.5, 64)[torch.randperm(64)]
-    group = group_of(torch.randn(64, 64), x)
-    weight = group.linears[0].weight.data
+    weight = torch.randn(64, 64)
     tried: list[torch.Tensor] = []
 
     def note(s: torch.Tensor) -> torch.Tensor:
         tried.append(s)
         return s
 
-    best = find_scale({"layer": weight}, group, SETTINGS, note)
+    best = search(*problem(weight, x), CONFIG, FP16, note).best
     assert len(tried) <= 14
     assert best.alpha * 16 == round(best.alpha * 16)
-    fine = [scale_for(group.statistics.total_abs / 512, i / 40) for i in range(41)]
-    errors = [
-        float(
-            output_errors(
-                quantize_weight(weight * s, 32, False, torch.float16).dequantize().float() / s - weight,
-                group.statistics.hessian,
-            ).sum()
-        )
-        for s in fine
-    ]
+    errors = []
+    for i in range(41):
+        s = scale_for(x.abs().mean(0), i / 40)
+        delta = quantize_weight(weight * s, 32, False, FP16).dequantize().float() / s - weight
+        errors.append(float(output_errors(delta, x.t() @ x).sum()))
     assert best.error <= 1.05 * min(errors)
 
 
 @pytest.mark.parametrize(
     ("optimum", "found"), [(0.45, 0.4375), (0.3, 0.3125), (0.68, 0.6875), (0.94, 0.9375), (-0.2, 0.0), (1.2, 1.0)]
 )
-def test_alpha_comes_as_near_as_a_sixteenth(monkeypatch: pytest.MonkeyPatch, optimum: float, found: float) -> None:
+def test_alpha_comes_as_near_as_a_sixteenth(optimum: float, found: float) -> None:
     tried: list[float] = []
 
-    def fake(samples: Any, group: Group, settings: Settings, s: torch.Tensor, alpha: float, weights: bool) -> Candidate:
+    def attempt(s: torch.Tensor, alpha: float, with_weights: bool) -> Candidate:
         tried.append(alpha)
-        return Candidate(s, alpha, weights, {"layer": abs(alpha - optimum) + 0.01 * weights})
+        return Candidate(s, alpha, with_weights, {"layer": abs(alpha - optimum) + 0.01 * with_weights})
 
-    monkeypatch.setattr(search_module, "attempt", fake)
-    best = find_scale(
-        {"layer": torch.ones(8, 32)}, group_of(torch.ones(8, 32), torch.ones(4, 32)), SETTINGS, lambda s: s
-    )
+    best = find_scale(torch.ones(32), torch.ones(32), lambda s: s, attempt)
     assert best.alpha == found
-    assert not best.weights
+    assert not best.with_weights
     assert all(0 <= alpha <= 1 for alpha in tried)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(8, 32), torch.ones(8, 32), torch.eye(32)[:4] * 1e4])
 def test_dead_and_constant_channels(x: torch.Tensor) -> None:
-    found = search(group_of(torch.randn(8, 32), x), SETTINGS, lambda s: s)
-    assert torch.isfinite(found.s).all()
-    assert (found.s > 0).all()
+    found = search(*problem(torch.randn(8, 32), x), CONFIG, FP16, lambda s: s)
+    assert torch.isfinite(found.best.s).all()
+    assert (found.best.s > 0).all()
     assert torch.isfinite(found.layers["layer"].dequantize()).all()
 
 
@@ -324,19 +309,10 @@ def test_a_layer_that_stays_in_float_takes_the_scale_that_was_folded() -> None:
     x = torch.randn(16, 32)
     before, weight = block.odd(block.norm(x)), block.odd.weight.clone()
 
-    class Observed:
-        name = "block"
-
-        def groups(self, block: nn.Module) -> list[Group]:
-            return observe(block, [lambda: block(x)])
-
-        def run(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-            return block(x if dtype is None else x.to(dtype))
-
-    result = quantize_block(block, Observed(), SETTINGS, {})
-    assert list(result.layers) == ["even"], "20 rows are not a multiple of 8"
-    (report,) = result.reports
-    assert report.folded_into == "block.norm"
+    groups = observe(block, [lambda: block(x)])
+    layers, (report,) = quantize_block(block, groups, lambda: block(x), {}, names={"even"}, config=CONFIG, dtype=FP16)
+    assert list(layers) == ["even"]
+    assert report.folded_into == "norm"
     assert not torch.allclose(block.odd.weight, weight)
     torch.testing.assert_close(block.odd(block.norm(x)), before, rtol=1e-4, atol=1e-4)
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as t
+from observing import observe
 from quantized_models import edited
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -197,14 +198,12 @@ def routed(directory: Path, inputs: list[dict[str, torch.Tensor]]) -> dict[str, 
 
 
 def test_statistics_are_those_of_the_routed_tokens(saved: Saved) -> None:
-    from awq_trt.awq.statistics import observe
-
     checkpoint = open_checkpoint(saved("qwen3_moe"))
     torch.manual_seed(3)
     inputs = [{"input_ids": torch.randint(0, 384, (1, n))} for n in (5, 24, 1)]
     stream = BlockStream(checkpoint, inputs)
-    block = stream.load(0, checkpoint)
-    groups = observe(block, [lambda j=j: stream.run(0, stream.hidden[j], j) for j in range(3)])
+    hidden, block = list(stream.record()), stream.load(0, checkpoint)
+    groups = observe(block, [lambda j=j: stream.run(0, hidden[j], j) for j in range(3)])
     states = routed(saved("qwen3_moe"), inputs)
     counts = {}
     for group in groups:

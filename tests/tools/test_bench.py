@@ -17,7 +17,7 @@ from bench.llm_awq import Rounding
 from bench.machine import CommandError
 
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, windows
-from awq_trt.awq.search import Settings
+from awq_trt.awq.config import QuantizeConfig
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.evaluate.accuracy import RoundedWeights, accuracy, eager_predictions
 
@@ -183,7 +183,7 @@ def test_one_method_from_start_to_score(bench: runner.Bench) -> None:
     row = rows["rounding"]
     checkpoint = open_checkpoint(bench.model)
     expected = accuracy(
-        {"float": checkpoint, "rounding": RoundedWeights(checkpoint, Settings(group_size=32))}, bench.held_out
+        {"float": checkpoint, "rounding": RoundedWeights(checkpoint, QuantizeConfig(group_size=32))}, bench.held_out
     )
     assert row["perplexity"] == pytest.approx(expected["rounding"].perplexity, rel=1e-3)
     increase = row["perplexity"] - math.exp(sum(bench.reference.losses) / 2)

@@ -1,0 +1,68 @@
+"""One block and the calibration windows it is run on: each rank runs its own, and the Hessians are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from awq_trt.awq.blocks import BlockStream
+from awq_trt.awq.distributed import Ranks
+from awq_trt.awq.estimate import StageTimer
+from awq_trt.awq.hessian import Group, Observer
+from awq_trt.awq.resume import States
+
+
+@dataclass(frozen=True)
+class BlockCalibrator:
+    """Block i of a stream, once it is loaded; the model's head, after the blocks, counts as one more."""
+
+    stream: BlockStream
+    i: int
+    states: States  # what goes into the block, for every window
+    windows: range  # of this rank, numbered over all ranks; the stream's inputs are these
+    ranks: Ranks
+    timer: StageTimer
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the head."""
+        return self.i == len(self.stream.blocks)
+
+    @property
+    def name(self) -> str:
+        """The block's name in the model; "" for the head, whose names are the model's own."""
+        return "" if self.is_head else f"{self.stream.prefix}.{self.i}"
+
+    def first_output(self) -> torch.Tensor:
+        """The block's output for the first window, on rank 0."""
+        with self.timer.stage("prove"):
+            return self._run(0)
+
+    def _run(self, window: int) -> torch.Tensor:
+        number = window - self.windows.start
+        if self.is_head:
+            return self.stream.head(self.states[window].to("cpu", torch.float32), number)
+        return self.stream.run(self.i, self.states[window], number)
+
+    def observe(self, module: nn.Module) -> list[Group]:
+        """Run the block (of the head: the model) on every window; its groups of layers on rank 0, [] on the others.
+
+        Raises:
+            AwqTrtError: a layer's input holds NaN or Inf.
+        """
+        ranks, device = self.ranks, self.stream.device
+        with ranks.fail_together(), self.timer.stage("observe"), Observer(module, self.name, device) as observer:
+            for window in self.windows:
+                with observer.window():
+                    self._run(window)
+        groups = ranks.all_reduce(module, observer.groups, device)
+        return groups if ranks.rank == 0 else []
+
+    def advance(self, block: nn.Module, following: States) -> None:
+        """Put what the block, rounded by now, makes of its inputs: the next block sees the error to come."""
+        self.ranks.share_weights(block)
+        with self.ranks.fail_together(), self.timer.stage("advance"):
+            for window in self.windows:
+                following.put(window, self._run(window))
