@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,12 +53,20 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_python_lines(models: Path, tmp_path: Path) -> None:
-    script = blocks(README, "python")[0].replace("path/to/checkpoint", str(models / "llama"))
-    assert str(models) in script
+PYTHON = [(str(file.relative_to(ROOT)), i) for file in READMES for i in range(len(blocks(file.read_text(), "python")))]
+
+
+@pytest.mark.parametrize(("file", "number"), PYTHON)
+def test_python_lines(models: Path, exported: Path, tmp_path: Path, file: str, number: int) -> None:
+    script = blocks((ROOT / file).read_text(), "python")[number].replace("path/to/checkpoint", str(models / "llama"))
+    if file != "README.md":  # it makes its own
+        shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "out.awq").symlink_to("llama.awq")
+        script = script.replace("out.onnx", "llama.onnx")
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "models" / "out" / "config.pbtxt").exists()
+    if file == "README.md":
+        assert (tmp_path / "models" / "out" / "config.pbtxt").exists()
 
 
 def test_every_command_of_every_readme_is_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +262,9 @@ def test_the_real_model_says_the_same_everywhere(first_line: tuple[Path, str], t
         )
         assert client.returncode == 0, client.stderr
         assert client.stdout == answers[PROMPTS.index("Once upon a time")].text
-        for command in re.findall(r"^curl .*$", SERVE, re.MULTILINE):
+        lines = re.findall(r"^curl .*$", SERVE, re.MULTILINE)
+        assert len(lines) == 2
+        for command in lines:
             shown = subprocess.run(
                 ["bash", "-c", command.replace("localhost:8000", server.http)],
                 capture_output=True,

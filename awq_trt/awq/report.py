@@ -71,7 +71,7 @@ def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) ->
     if unseen:
         found.append(
             f"no calibration token reached {listed(unseen)}: rounded to nearest without a search. "
-            "Calibrate on more or other text (calibration, calibration_samples)."
+            "Calibrate on more or other text (`calibration`, `calibration_samples`)."
         )
     most = max((x["tokens"] for x in layers), default=0)
     few = [x for x in layers if x["tokens"] < min(FEW * most, FEW_TOKENS)]

@@ -18,7 +18,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from awq_trt.cli import export
 from awq_trt.cli.console import table_console
+from awq_trt.cli.messages import with_flags
 from awq_trt.engine import sidecar
 from awq_trt.engine.check import FAILS, OK, WARNING, Finding, check
 from awq_trt.serve.triton.repository import launch_plan
@@ -61,9 +63,10 @@ def show(plan: Path, findings: Sequence[Finding], fails: int) -> None:
     """Print the table and the verdict."""
     console = table_console()
     table = Table("check", "", "found", "what to do", title=escape(str(plan)), title_justify="left")
+    options = export.options()
     for finding in findings:
         status = f"[{COLORS[finding.status]}]{finding.status}[/]"
-        table.add_row(finding.check, status, escape(finding.found), escape(finding.advice))
+        table.add_row(finding.check, status, escape(finding.found), escape(with_flags(finding.advice, options)))
     console.print(table, highlight=False)
     warnings = sum(finding.status == WARNING for finding in findings)
     verdict = f"[red]{fails} will fail[/]" if fails else "[green]nothing will fail[/]"

@@ -42,6 +42,13 @@ def add_options(p: argparse.ArgumentParser) -> None:
     engine.add_engine_options(p.add_argument_group("engine"))
 
 
+def options() -> argparse.ArgumentParser:
+    """The options of `awq-trt export`, for messages of commands that have others."""
+    p = argparse.ArgumentParser()
+    add_options(p)
+    return p
+
+
 def run(args: argparse.Namespace) -> None:
     """All stages, from whatever --model is to whatever was asked for."""
     from awq_trt.checkpoint.directory import local_path

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from awq_trt.cli.console import progress_console
+from awq_trt.cli.messages import with_flags
 from awq_trt.errors import AwqTrtError
 
 if TYPE_CHECKING:
@@ -185,4 +186,4 @@ def quantize_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint, output
         )
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     for warning in warnings([dataclasses.asdict(layer) for layer in report.layers], report.quantized, dtype):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {with_flags(warning, args.options)}", highlight=False)

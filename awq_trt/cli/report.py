@@ -16,7 +16,9 @@ from pathlib import Path
 
 from awq_trt.awq import report
 from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.cli import export
 from awq_trt.cli.console import table_console
+from awq_trt.cli.messages import with_flags
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.html_report import write_html_report
 
@@ -75,7 +77,7 @@ def show(directory: Path, full: bool, plot: Path | None) -> None:
     else:
         console.print(f"{len(checkpoint.linears)} layers were rounded to nearest: there was no search to report on.")
     for warning in report.warnings(layers, list(checkpoint.linears), dtype):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {with_flags(warning, export.options())}", highlight=False)
     if plot:
         report.plot(layers, plot, directory.resolve().name, dtype)
         console.print(f"[bold]{plot}[/]", highlight=False)

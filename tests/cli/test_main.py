@@ -13,7 +13,8 @@ from commands import command
 
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.cli import main as main_module
-from awq_trt.cli.main import COMMANDS, parser, with_flags
+from awq_trt.cli.main import COMMANDS, parser
+from awq_trt.cli.messages import with_flags
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import package_version
 
