@@ -138,9 +138,9 @@ def stream(generator: Generator, prompt: list[int], sampling: Any) -> str:
     """Print an answer while it comes; Ctrl-C stops it. Returns what there is."""
     request, reply = generator.add(prompt, sampling), ""
 
-    def show(news: Iterator[Event]) -> None:
+    def show(found: Iterator[Event]) -> None:
         nonlocal reply
-        for event in news:
+        for event in found:
             reply += event.text
             print(event.text, end="", flush=True)
 

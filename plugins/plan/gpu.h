@@ -7,7 +7,7 @@ namespace awq_trt {
 
 struct Device {
   int32_t sm;            // compute capability times ten
-  int32_t sm_count;      // multiprocessors
+  int32_t sm_count;      // SMs
   int32_t shared_bytes;  // of an SM that its blocks may use together
   bool wgmma = false;    // this is sm_90, and its kernels are in this library
 };
