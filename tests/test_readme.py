@@ -21,6 +21,7 @@ import triton_server
 
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.cli.main import COMMANDS, parser
+from awq_trt.engine.runtimes import has_gpu
 from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.export.metadata import read_graph
 from awq_trt.serve.generate import Prompt, encode, generate
@@ -184,6 +185,8 @@ def test_the_commands_of_the_readme_print_what_it_shows(first_line: tuple[Path, 
     outputs = [(first, printed)]
     for text in others:
         line = text.splitlines()[0]
+        if line.startswith("awq-trt check") and has_gpu():  # what is shown is of a machine without one
+            continue
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-c", line],
@@ -196,7 +199,7 @@ def test_the_commands_of_the_readme_print_what_it_shows(first_line: tuple[Path, 
         )
         assert done.returncode in (0, 1), done.stderr
         outputs.append((text, done.stdout + done.stderr))
-    assert len(outputs) == 5
+    assert len(outputs) == 5 - has_gpu()
     for text, output in outputs:
         command, *lines = text.splitlines()
         words = " ".join(" ".join(lines).split())
