@@ -234,7 +234,9 @@ def test_the_real_model_says_the_same_everywhere(first_line: tuple[Path, str], t
     assert len({len(ids) for ids in prompts}) >= 6
     whole = [{"input_ids": torch.tensor([[*p, *a.token_ids]])} for p, a in zip(prompts, answers, strict=True)]
     for ids, answer, logits in zip(prompts, answers, eager_outputs(checkpoint, whole), strict=True):
-        assert tuple(logits[0, len(ids) - 1 : -1].argmax(-1).tolist()) == answer.token_ids, answer.text
+        rows, chosen = logits[0, len(ids) - 1 : -1], torch.tensor(answer.token_ids)
+        gap = rows.amax(-1) - rows.gather(-1, chosen[:, None])[:, 0]
+        assert float(gap.max()) < 0.02, answer.text  # the arg max, or a tie, which rounding decides
         ended = answer.token_ids[-1] in facts["generation"]["eos_token_id"]
         assert answer.finish_reason == ("stop" if ended else "length")
         assert ended or len(answer.token_ids) == ANSWER_TOKENS

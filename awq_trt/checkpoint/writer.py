@@ -129,11 +129,11 @@ class Writer:
         stem = "awq_trt" if ours else "model"
         weight_map: dict[str, str] = {}
         size = 0
-        for shard, header in headers.items():
-            target = shard.name if shard.name.startswith(f"{stem}-") else f"{stem}-{shard.name}"
-            shard.rename(self.directory / target)
-            weight_map |= dict.fromkeys(header, target)
-            size += sum(entry.bytes for entry in header.values())
+        targets = {s if s.name.startswith(f"{stem}-") else s.with_name(f"{stem}-{s.name}"): s for s in shards}
+        for target, shard in sorted(targets.items()):  # one order, also after a run that was killed between two renames
+            shard.rename(target)
+            weight_map |= dict.fromkeys(headers[shard], target.name)
+            size += sum(entry.bytes for entry in headers[shard].values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 

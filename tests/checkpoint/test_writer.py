@@ -67,12 +67,12 @@ def test_a_second_run_writes_what_is_missing(models: Path, tmp_path: Path) -> No
     write(resumed, ["block-00002"])
     (resumed / ".block-00000.safetensors.tmp").write_bytes(b"half a shard")
     write(resumed, ["block-00000"])
-    (resumed / "block-00002.safetensors").rename(resumed / "model-block-00002.safetensors")
-    write(resumed, list(blocks)).finish(32, False, report)
-    write(resumed, list(blocks)).finish(32, False, report)
-    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
-    for file in whole.iterdir():
-        assert file.read_bytes() == (resumed / file.name).read_bytes()
+    (resumed / "block-00000.safetensors").rename(resumed / "model-block-00000.safetensors")
+    for _ in range(2):
+        write(resumed, list(blocks)).finish(32, False, report)
+        assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
+        for file in whole.iterdir():
+            assert file.read_bytes() == (resumed / file.name).read_bytes()
     assert {p.name for p in whole.glob("*.safetensors")} == {f"model-{label}.safetensors" for label in blocks}
     assert set(stored_tensors(whole, "")) == {
         f"model.layers.{i}.{n}" for i in range(3) for n in ("norm.weight", "a.qweight", "a.qzeros", "a.scales")
