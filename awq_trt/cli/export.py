@@ -51,9 +51,6 @@ def options() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """All stages, from whatever --model is to whatever was asked for."""
-    from awq_trt.checkpoint.directory import local_path
-    from awq_trt.evaluate.html_report import write_html_report
-
     console = progress_console(args.quiet)
     is_onnx = args.model.endswith(".onnx")
     named = args.engine or args.onnx or args.awq or (args.triton_repo if is_onnx else None)
@@ -68,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
     if args.engine and onnx_path is None:
         onnx_path = args.engine.with_suffix(".onnx")
     if not is_onnx:
+        from awq_trt.checkpoint.directory import local_path
+
         original = quantize.open_model(args)
         awq_dir = local_path(args.model) if original is None else args.awq or named.with_suffix(".awq")
         if original is not None:
@@ -81,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     if args.triton_repo and onnx_path:
         triton.write(args.engine or onnx_path, args.triton_repo, console)
     if args.report:
+        from awq_trt.evaluate.html_report import write_html_report
+
         write_html_report(args.report, awq_dir=awq_dir, onnx=onnx_path, engine=args.engine, accuracy=accuracy)
         console.print(f"[bold]{args.report}[/]  for a browser", highlight=False)
 

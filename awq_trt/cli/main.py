@@ -70,7 +70,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(str(interrupt) or "interrupted; nothing half-written is left", file=sys.stderr)
         return 130
     return code or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
