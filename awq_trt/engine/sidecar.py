@@ -7,38 +7,118 @@ import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import NotRequired, Required, TypedDict
 
 from awq_trt.engine import memory
 from awq_trt.engine.plugin import library_version
 from awq_trt.errors import AwqTrtError
+from awq_trt.export.facts import FusedLayers, ModelFacts, QuantizedLayer, Verification
 from awq_trt.export.metadata import GraphFacts, Profile, Tensor
 from awq_trt.files import package_version, sha256
+from awq_trt.schema import Bytes, Name, Size, check, read_json
 
 SCHEMA, READ = 2, (1, 2)
 """Raised when a key changes its meaning or goes away; new keys do not raise it. Schema 1 also had launch lines."""
 
-KEYS: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "created": str,
-    "versions": dict,
-    "gpu_architectures": list,
-    "model": dict,
-    "profiles": list,
-    "inputs": list,
-    "outputs": list,
-    "quantized": list,
-    "fused": list,
-    "left_in_float": dict,
-    "plugin": (dict, type(None)),
-    "sizes": dict,
-    "build": dict,
-    "accuracy": (dict, type(None)),
-}
-"""Every key of the file, in its order, with the JSON type of its value."""
+ADVICE = "Build the engine again."
 
 MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
 """What the exporter wrote into the ONNX file and whoever runs the plan needs."""
+
+
+class Versions(TypedDict):
+    """What made the plan."""
+
+    awq_trt: Name
+    runtime: Name
+    runtime_version: Name
+    onnx_opset: Size
+
+
+class Described(TypedDict):
+    """An input or output."""
+
+    name: Name
+    dtype: Annotated[Name, Field(pattern="^[a-z0-9]{1,16}$")]
+    shape: Annotated[list[Annotated[int, Field(ge=-1, le=2**31 - 1)]], Field(max_length=8)]  # -1 for a dynamic one
+    dims: Annotated[list[Size | Name], Field(max_length=8)]  # the same with the names of the dynamic ones
+
+
+class Shapes(TypedDict):
+    """Of an input, in an optimization profile."""
+
+    min: list[Size]
+    opt: list[Size]
+    max: list[Size]
+
+
+class DescribedProfile(TypedDict):
+    """An optimization profile."""
+
+    name: Name
+    inputs: dict[Name, Shapes]
+
+
+class Library(TypedDict):
+    """The plugin library that the plan was built with."""
+
+    file: Name
+    path: Name
+    sha256: Name
+    version: Name
+    embedded: bool
+    layers: Size
+
+
+class Sizes(TypedDict):
+    """In bytes."""
+
+    plan: Bytes
+    onnx: Bytes
+    onnx_data: Bytes
+    quantized_weights: Bytes
+    other_weights: Bytes
+    plugin: NotRequired[Bytes | None]
+    activations: NotRequired[Bytes | None]
+
+
+class Build(TypedDict):
+    """How it was built."""
+
+    seconds: float
+    peak_bytes: Bytes
+    strongly_typed: bool
+    gpu: NotRequired[Name | None]
+    warnings: NotRequired[list[str]]
+
+
+class Model(ModelFacts, total=False):
+    """The ONNX file's name, and what its metadata say."""
+
+    onnx: Required[Name]
+
+
+class Sidecar(TypedDict):
+    """The file, its keys in their order; it may have more."""
+
+    schema: int
+    created: Name
+    versions: Versions
+    gpu_architectures: list[Name]
+    model: Model
+    profiles: Annotated[list[DescribedProfile], Field(min_length=1, max_length=16)]
+    inputs: Annotated[list[Described], Field(min_length=1)]
+    outputs: Annotated[list[Described], Field(min_length=1)]
+    quantized: list[QuantizedLayer]
+    fused: list[FusedLayers]
+    left_in_float: dict[Name, Name]
+    plugin: Library | None
+    sizes: Sizes
+    build: Build
+    accuracy: Verification | None
 
 
 @dataclass(frozen=True)
@@ -136,27 +216,32 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         AwqTrtError: missing, not JSON, of another schema, a key missing or of the wrong type, or made for another plan
             than the one that lies beside it now.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise AwqTrtError(f"{path}: no such file. It is written beside the plan; keep the two together.") from error
-    except ValueError as error:
-        raise AwqTrtError(f"{path}: not JSON ({error}). Build the engine again.") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema not in READ:
-        raise AwqTrtError(f"{path}: schema {schema!r}, this version reads {SCHEMA}. Build the engine again.")
-    for key, kind in KEYS.items():
-        if key not in content:
-            raise AwqTrtError(f"{path}: key {key!r} is missing. Build the engine again.")
-        if not isinstance(content[key], kind):
-            raise AwqTrtError(f"{path}: key {key!r} holds a {type(content[key]).__name__}. Build the engine again.")
+    if not path.exists():
+        raise AwqTrtError(f"{path}: no such file. It is written beside the plan; keep the two together.")
+    content: dict[str, Any] = read_json(path, dict[str, Any], ADVICE)
+    if (schema := content.get("schema")) not in READ:
+        raise AwqTrtError(f"{path}: schema {schema!r}, this version reads {SCHEMA}. {ADVICE}")
+    check(content, Sidecar, str(path), ADVICE)
+    _check_shapes(content, path)
     plan = path.with_name(path.name.removesuffix(".json"))
-    if plan.is_file() and plan.stat().st_size != content["sizes"].get("plan"):
+    if plan.is_file() and plan.stat().st_size != content["sizes"]["plan"]:
         raise AwqTrtError(
-            f"{path}: describes a plan of {content['sizes'].get('plan')} bytes, but {plan.name} has "
+            f"{path}: describes a plan of {content['sizes']['plan']} bytes, but {plan.name} has "
             f"{plan.stat().st_size}. The two are not from the same build; build the engine again."
         )
     return content
+
+
+def _check_shapes(content: dict[str, Any], path: Path) -> None:
+    """Every profile has shapes for every input, with as many sizes as the input has dimensions."""
+    for tensor in (*content["inputs"], *content["outputs"]):
+        if len(tensor["shape"]) != len(tensor["dims"]) or (tensor["name"] == "input_ids" and len(tensor["dims"]) != 2):
+            raise AwqTrtError(f"{path}: tensor {tensor['name']!r} has the shape {tensor['shape']}. {ADVICE}")
+    ranks = {tensor["name"]: len(tensor["dims"]) for tensor in content["inputs"]}
+    for profile in content["profiles"]:
+        found = {name: {len(sizes) for sizes in shapes.values()} for name, shapes in profile["inputs"].items()}
+        if found != {name: {rank} for name, rank in ranks.items()}:
+            raise AwqTrtError(f"{path}: profile {profile['name']!r} does not fit the inputs. {ADVICE}")
 
 
 def _pretty(value: Any, indent: str = "") -> str:

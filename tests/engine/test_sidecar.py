@@ -40,7 +40,7 @@ def plan(tmp_path: Path) -> Path:
 
 def test_content(plan: Path) -> None:
     content = sidecar.read_sidecar(sidecar.path_of(plan))
-    assert list(content) == list(sidecar.KEYS)
+    assert list(content) == list(sidecar.Sidecar.__annotations__)
     assert content["versions"] == {
         "awq_trt": "0.1.0",
         "runtime": "tensorrt",
@@ -98,7 +98,7 @@ def test_the_first_schema_is_still_read(plan: Path) -> None:
     assert sidecar.read_sidecar(path)["model"] == content["model"]
 
 
-@pytest.mark.parametrize("key", [k for k in sidecar.KEYS if k != "schema"])
+@pytest.mark.parametrize("key", [k for k in sidecar.Sidecar.__annotations__ if k != "schema"])
 def test_a_missing_key_or_a_wrong_type(plan: Path, key: str) -> None:
     path = sidecar.path_of(plan)
     content = sidecar.read_sidecar(path)
@@ -112,10 +112,49 @@ def test_a_missing_key_or_a_wrong_type(plan: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        ("versions.runtime", 7, "'versions.runtime' holds a int, 7"),
+        ("sizes.plan", True, "'sizes.plan' holds a bool, True"),
+        ("sizes.onnx", -1, "'sizes.onnx' holds a int, -1"),
+        ("sizes.onnx_data", 10**400, "'sizes.onnx_data' holds a int"),
+        ("sizes.quantized_weights", None, "'sizes.quantized_weights' holds a NoneType"),
+        ("plugin.embedded", "yes", "'plugin.embedded' holds a str, 'yes'"),
+        ("plugin.path", "/x\0", "'plugin.path' holds a str"),
+        ("gpu_architectures", [8.6], "'gpu_architectures[0]' holds a float, 8.6"),
+        ("profiles", [], "'profiles' holds a list, []"),
+        ("profiles.0.inputs.x.max", [1, "2", 3], "'profiles[0].inputs.x.max[1]' holds a str, '2'"),
+        ("profiles.0.inputs.x.max", [1, 2], "profile 'default' does not fit the inputs"),
+        ("profiles.0.inputs", {}, "profile 'default' does not fit the inputs"),
+        ("inputs.0.dims", [1, 2], "tensor 'x' has the shape [-1, -1, 256]"),
+        ("inputs.0.dtype", "9" * 50, "'inputs[0].dtype' holds a str"),
+        ("outputs.0.dims", [{}], "'outputs[0].dims[0]' holds a dict"),
+        ("model.kv_cache", {"kind": "fixed", "capacity": 2}, "'model.kv_cache.prefill_chunk' is missing"),
+        ("model.kv_cache", [], "'model.kv_cache' holds a list"),
+        ("model.generation", {"eos_token_id": 2}, "'model.generation.eos_token_id' holds a int, 2"),
+        ("left_in_float", {"lm_head": 1}, "'left_in_float.lm_head' holds a int, 1"),
+        ("accuracy", {"held_out": {"float": {"top1": "1"}}}, "'accuracy.held_out.float.perplexity' is missing"),
+    ],
+)
+def test_wrong_types_inside_are_named(plan: Path, at: str, value: object, words: str) -> None:
+    path = sidecar.path_of(plan)
+    content = json.loads(path.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in at.split(".")]
+    place = content
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(AwqTrtError, match=rf"out\.plan\.json: .*{re.escape(words)}"):
+        sidecar.read_sidecar(path)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("{", "not JSON"),
-        ("[]", "schema None"),
+        ("[]", "it holds a list, []; it should be a JSON object"),
+        ("{}", "schema None"),
         ('{"schema": 99}', "schema 99, this version reads 2"),
         ("\xff", "not JSON"),
     ],

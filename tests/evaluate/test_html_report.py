@@ -205,7 +205,7 @@ def test_hostile_names_are_text_even_drawn(tmp_path: Path) -> None:
     """Names come from checkpoints: none of them may become a tag, an attribute, or end the page."""
     rows = [layer(f"{HOSTILE}.{i}.up", folded_into=HOSTILE, error=0.1 * i) for i in range(1, 3)]
     rows += [layer(f"x.1.{HOSTILE}")]
-    calibration = {"source": HOSTILE, "windows": HOSTILE, "length": HOSTILE}
+    calibration = {"source": HOSTILE, "windows": 8, "length": 512}
     changes = {"source": HOSTILE, "layers": rows, "left_in_float": {HOSTILE: HOSTILE}, "method": HOSTILE}
     folder = awq_dir_of(tmp_path / "a<b>&'\".awq", HOSTILE, calibration=calibration, **changes)
     accuracy = {
@@ -217,7 +217,7 @@ def test_hostile_names_are_text_even_drawn(tmp_path: Path) -> None:
     content = json.loads(sidecar.path_of(engine).read_text())
     profiles = [content["profiles"][0] | {"name": HOSTILE}]
     plugin = {"version": HOSTILE, "path": HOSTILE, "embedded": False}
-    model = {"onnx": HOSTILE, "kv_cache": CACHE | {"dtype": HOSTILE, "capacity": HOSTILE}}
+    model = {"onnx": HOSTILE, "kv_cache": CACHE | {"dtype": HOSTILE}}
     edit_sidecar(engine, build={"warnings": [HOSTILE]}, profiles=profiles, plugin=plugin, model=model, created=HOSTILE)
     (tmp_path / "<r>.json").write_text(json.dumps([{"count": 1}, {"name": HOSTILE, "averageMs": 1.0, "medianMs": 1.0}]))
     page = page_of(tmp_path, awq_dir=folder, engine=engine, accuracy=accuracy, records=[tmp_path / "<r>.json"])

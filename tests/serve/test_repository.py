@@ -18,7 +18,6 @@ from stand_ins import plan_of
 from awq_trt.engine import sidecar
 from awq_trt.engine.build import build_engine
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import Profile
 from awq_trt.serve.triton.model import FIELDS, OUTPUTS
 from awq_trt.serve.triton.repository import PARAMETERS, write_triton_repo
 
@@ -140,7 +139,7 @@ def test_no_plan_no_sidecar_no_such_type_no_name(tmp_path: Path) -> None:
     engine.write_bytes(b"plan")
     with pytest.raises(AwqTrtError, match="keep the two together"):
         write_triton_repo(engine, tmp_path / "repo")
-    plan_of(tiny_onnx.decoder(tmp_path / "d.onnx"), profiles=(Profile("decode", {"input_ids": ((1, 1),) * 3}),))
+    plan_of(tiny_onnx.decoder(tmp_path / "d.onnx"))
     content = sidecar.read_sidecar(sidecar.path_of(engine))
     content["inputs"][0]["dtype"] = "int4"
     sidecar.write(sidecar.path_of(engine), content)

@@ -249,7 +249,7 @@ def _launch(runtime: str, version: str, options: list[str], repository: str) -> 
     serve = shlex.join(["tritonserver", "--model-repository=/models", *options])
     if runtime:  # numpy stays below 2: the Python backend of Triton before 24.12 or so crashes on strings with a newer
         wheel = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}.get(runtime, runtime)
-        packages = ["numpy<2", "onnx", "torch", "transformers", wheel + (f"=={version}" if version else "")]
+        packages = ["numpy<2", "onnx", "pydantic", "torch", "transformers", wheel + (f"=={version}" if version else "")]
         serve = f"pip install {shlex.join(packages)} && {serve}"
     gpus = [] if runtime == "onnxruntime" else ["--gpus", "all"]
     ports = [word for port in (8000, 8001, 8002) for word in ("-p", f"{port}:{port}")]
