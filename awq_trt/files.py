@@ -81,3 +81,26 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def inside(folder: Path, name: object, source: str) -> Path:
+    """Where the file is that another file names, as an ONNX file and an index of shards do: in the folder of that file.
+
+    A link that lies there may lead anywhere: the hub's cache is made of links.
+
+    Args:
+        name: as it was read. source: for messages: the file that names it.
+
+    Raises:
+        AwqTrtError: no path, an absolute one, or one that leaves the folder.
+    """
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise AwqTrtError(
+            f"{source}: names the file {name!r}, which is not in its folder. Such a file is not read, because it may "
+            "be anything on this machine. Get the model from where it was made, all files in one folder."
+        )
+    if Path(name) == Path():
+        raise AwqTrtError(
+            f"{source}: names the file {name!r}, which is none. Get the file again from where it was made."
+        )
+    return folder / name

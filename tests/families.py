@@ -13,9 +13,8 @@ import torch
 import transformers as t
 
 from awq_trt.checkpoint.experts import Part, parts_of
-from awq_trt.checkpoint.model import empty_model, persistent_buffers
+from awq_trt.checkpoint.model import empty_model, model_class, persistent_buffers
 from awq_trt.checkpoint.quantized import open_quantized
-from awq_trt.checkpoint.submodels import model_class
 
 WINDOW = 16
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}

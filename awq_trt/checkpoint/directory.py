@@ -10,13 +10,29 @@ import transformers
 
 from awq_trt.checkpoint.safetensors import SafetensorsReader, open_safetensors
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import inside
 
 GENERATION = "generation_config.json"
 """Beside config.json: how transformers generates with the model, and which tokens end a text."""
 
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside an adapter. transformers applies the adapter where it finds this file and PEFT is there."""
 
-def local_path(model: str | Path) -> Path:
-    """Where a checkpoint is; of a hub id the parts that are needed (safetensors, configuration, tokenizer) are fetched.
+VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
+                "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken")  # fmt: skip
+"""Files of a tokenizer, one of which transformers needs to load it."""
+
+TOKENIZER = (*VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+             "additional_chat_templates/*.jinja")  # fmt: skip
+"""All files of a tokenizer."""
+
+
+def local_path(model: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Where a checkpoint is. Of a hub id the parts that are needed are fetched: configuration, tokenizer, and those
+    safetensors that `stored_tensors` reads.
+
+    Args:
+        trust_remote_code: fetch Python code, too.
 
     Raises:
         AwqTrtError: there is no such path, nor such a repository.
@@ -28,8 +44,15 @@ def local_path(model: str | Path) -> Path:
     model_id = str(model)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or model_id.endswith(".gguf"):
         raise AwqTrtError(f"{model_id}: no such file or directory.")
+    patterns = ["*.json", "*.txt", *TOKENIZER, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]))
+        path = Path(snapshot_download(model_id, allow_patterns=patterns))
+        named = [name for stem in STEMS for name in weight_names(path, model_id, stem)[1]]
+        return Path(
+            snapshot_download(model_id, allow_patterns=[*patterns, *named, *(f"{s}.safetensors" for s in STEMS)])
+        )
+    except AwqTrtError:
+        raise
     except Exception as error:
         raise AwqTrtError(
             f"{model_id}: no such directory here, and the Hugging Face hub did not give it: "
@@ -53,46 +76,157 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(path: Path, source: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """What config.json says, as transformers understands it.
+
+    Raises:
+        AwqTrtError: an unknown architecture, or one that brings code and `trust_remote_code` is False.
+    """
+    raw = read_json(path / "config.json")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        kind = f"model_type {raw.get('model_type')!r}"
+        if not trust_remote_code and "AutoConfig" in (raw.get("auto_map") or ()):
+            raise AwqTrtError(f"{source}: the model ({kind}) brings Python code of its own, {UNTRUSTED}") from error
+        raise AwqTrtError(
+            f"{source}: transformers {transformers.__version__} does not know this architecture ({kind}): "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
+
+
+def refuse_adapter(path: Path, source: str) -> None:
+    """A model with an adapter is another model than without it, so that it has to be merged first.
+
+    Raises:
+        AwqTrtError: an adapter of PEFT lies in the directory.
+    """
+    if not (path / ADAPTER).is_file():
+        return
+    adapter = read_json(path / ADAPTER)
+    kind, base = adapter.get("peft_type", "PEFT"), adapter.get("base_model_name_or_path")
+    merge = (
+        'Merge it into its model first:\n  python -c "from peft import AutoPeftModelForCausalLM as A; '
+        f"A.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\"\n"
+        f"and take {path}-merged, with the tokenizer's files beside it"
+    )
+    if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+        raise AwqTrtError(
+            f"{source}: an adapter ({kind}) lies beside the model ({ADAPTER}), and transformers applies it where "
+            f"PEFT is installed. {merge}; or, to have the model without it, move {ADAPTER} elsewhere."
+        )
+    raise AwqTrtError(f"{source}: this is an adapter ({kind}) of {base}, not a model. {merge}.")
+
+
+STEMS = ("model", "awq_trt")
+"""How the names of files with weights begin: in checkpoints that transformers reads, and in those that only this
+package does (writer.py)."""
+
+
+def weight_names(path: Path, source: str, stem: str = "model") -> tuple[str | None, list[str]]:
+    """The files of a directory that hold the weights, as transformers' `from_pretrained` chooses them: the one that
+    config.json names as `transformers_weights`, else <stem>.safetensors, else the shards that
+    <stem>.safetensors.index.json names. Nothing else that lies there is opened.
+
+    Returns:
+        The index, None where there is none; the files, in the order in which transformers reads them.
+
+    Raises:
+        AwqTrtError: an index without a table of files, or with a file outside of the directory.
+    """
+    config = read_json(path / "config.json") if stem == "model" and (path / "config.json").is_file() else {}
+    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    if (chosen := config.get("transformers_weights")) is not None:
+        inside(path, chosen, str(path / "config.json"))
+        names = [chosen]
+    found = next((name for name in names if (path / name).is_file()), None)
+    if found is None or not found.endswith(".index.json"):
+        return None, [] if found is None else [found]
+    weight_map = _weight_map(path / found)
+    return found, sorted(set(weight_map.values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, of an index of shards."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AwqTrtError(f"{index}: has no weight_map, which says where the tensors are; download it again.")
+    for name in weight_map.values():
+        inside(index.parent, name, str(index))
+    return weight_map
+
+
 def stored_tensors(path: Path, source: str, stem: str = "model") -> dict[str, SafetensorsReader]:
-    """Tensor name -> what reads it, for <stem>.safetensors or its shards.
+    """Tensor name -> what reads it, in the files that `weight_names` says.
 
     Raises:
         AwqTrtError: no safetensors (pickles are refused), a shard missing or truncated, a tensor missing in its shard.
     """
-    index = path / f"{stem}.safetensors.index.json"
-    if index.exists():
-        weight_map: dict[str, str] = read_json(index).get("weight_map", {})
-        files = {name: path / name for name in sorted(set(weight_map.values()))}
-    else:
-        weight_map, files = {}, {f.name: f for f in sorted(path.glob("*.safetensors"))}
-    if not files:
-        if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
-            raise AwqTrtError(
-                f"{source}: only pickled weights (.bin) here, which can run code when opened, so they are not read. "
-                "Convert them where you trust them:\n  python -c \"import transformers as t; m='"
-                f"{path}'; t.AutoModel.from_pretrained(m).save_pretrained(m + '-safetensors')\""
-            )
-        raise AwqTrtError(f"{source}: no .safetensors file here; download the checkpoint again.")
+    index, names = weight_names(path, source, stem)
+    if not names:
+        raise AwqTrtError(_no_weights(path, source, stem))
     found: dict[str, SafetensorsReader] = {}
-    for name, file in files.items():
+    for name in names:
+        file = path / name
         if not file.exists():
-            raise AwqTrtError(f"{source}: shard {name} is missing (named in {index.name}); download it again.")
+            raise AwqTrtError(f"{source}: shard {name} is missing (named in {index}); download it again.")
         found |= sorted(open_safetensors(file, source).items())
+    weight_map = {} if index is None else _weight_map(path / index)
     if missing := sorted(set(weight_map) - set(found)):
         raise AwqTrtError(f"{source}: tensor {missing[0]} is not in shard {weight_map[missing[0]]}; download it again.")
     return found
 
 
-def load_tokenizer(path: Path, **kwargs: Any) -> Any:
-    """The tokenizer beside a checkpoint, or None where there is none."""
-    if not kwargs and not any(
-        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-    ):
+def _no_weights(path: Path, source: str, stem: str) -> str:
+    """What to say of a directory without <stem>.safetensors and without an index."""
+    wanted = f"{stem}.safetensors or the shards of {stem}.safetensors.index.json"
+    others, ggufs = (sorted(f.name for f in path.glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+    if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
+        stray = f" Of {', '.join(others[:3])} transformers would read nothing, either." if others else ""
+        return (
+            f"{source}: only pickled weights (.bin) here, which can run code when opened, so they are not read.{stray} "
+            "Convert them where you trust them:\n  python -c \"import transformers as t; m='"
+            f"{path}'; c=t.AutoConfig.from_pretrained(m); getattr(t, c.architectures[0])"
+            ".from_pretrained(m, dtype='auto').save_pretrained(m + '-safetensors')\"\n"
+            "and copy the tokenizer's files there."
+        )
+    if any(name.startswith(f"{stem}-") and "-of-" in name for name in others):
+        return (
+            f"{source}: there are shards ({others[0]}), but no {stem}.safetensors.index.json, which says what belongs "
+            "to the model; download it, too."
+        )
+    if others:
+        return (
+            f"{source}: the weights are looked for in {wanted}, as transformers does, and there is only "
+            f"{', '.join(others[:3])}. If that is the whole model, with the names that transformers gives its tensors, "
+            f"rename it to {stem}.safetensors; else download the model's other files."
+        )
+    if ggufs:
+        return f"{source}: no .safetensors file here; to take {ggufs[0]}, pass the path of that file."
+    return f"{source}: no .safetensors file here; download the checkpoint again ({wanted})."
+
+
+def load_tokenizer(
+    path: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False, required: bool = False
+) -> Any:
+    """The tokenizer beside a checkpoint; None where there is none and it is not required.
+
+    Raises:
+        AwqTrtError: there is none, or it cannot be loaded, or it brings code and `trust_remote_code` is False.
+    """
+    there = gguf_file is not None or any(True for pattern in VOCABULARIES for _ in path.glob(pattern))
+    if not there and not required:
         return None
+    file = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, **kwargs)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **file)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise AwqTrtError(f"{path}: the tokenizer brings Python code of its own, {UNTRUSTED}") from error
         raise AwqTrtError(f"{path}: the tokenizer could not be loaded: {error}") from error
+
+
+UNTRUSTED = "which is not run unless you trust it and say so with trust_remote_code=True."
 
 
 def special_tokens(path: Path, config: transformers.PretrainedConfig, tokenizer: Any) -> dict[str, Any]:

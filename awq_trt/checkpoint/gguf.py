@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from awq_trt.checkpoint.directory import load_tokenizer
+from awq_trt.checkpoint.match import match_names
 from awq_trt.checkpoint.model import empty_model
-from awq_trt.checkpoint.names import match_names
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.submodels import Submodel
 from awq_trt.errors import AwqTrtError
@@ -97,4 +97,4 @@ def open_gguf(path: Path) -> Checkpoint:
 
     known = [t for t in reader.tensors if t.name in names]
     readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
-    return match_names(str(path), path, Submodel(config), readers, tokenizer, (path,))
+    return match_names(str(path), path, Submodel(config, config), readers, tokenizer, (path,))

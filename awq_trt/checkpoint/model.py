@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from awq_trt.checkpoint.experts import split_experts
-from awq_trt.checkpoint.submodels import model_class
 from awq_trt.errors import AwqTrtError
 
 OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
@@ -22,6 +22,53 @@ OUTPUTS = ("logits", "text_embeds", "image_embeds", "last_hidden_state")
 
 class TransposedLinear(nn.Linear):
     """A layer whose weight a file holds as [in, out]: a Conv1D of transformers (GPT-2)."""
+
+
+def model_class(config: transformers.PretrainedConfig) -> Any:
+    """The transformers class of a configuration's architecture; it need not be one of those that transformers lists.
+
+    Raises:
+        AwqTrtError: there is none, or the configuration names none.
+    """
+    if not config.architectures:
+        raise AwqTrtError(
+            f'config.json does not say which model it is of: add "architectures": [the name of its class in '
+            f"transformers]{_classes(config)}."
+        )
+    name = config.architectures[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        module = type(config).__module__.replace("configuration_", "modeling_")
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            found = None
+    if found is None:
+        raise AwqTrtError(
+            f"architecture {name!r} (model_type {config.model_type!r}) is not one that transformers "
+            f"{transformers.__version__} has; update transformers, or convert the model to a known architecture."
+        )
+    return found
+
+
+TASKS = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING,
+         transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING)  # fmt: skip
+"""Kinds of models -> the class of a family; the last holds every family, without a head."""
+
+
+def name_architecture(config: transformers.PretrainedConfig) -> None:
+    """Say in a configuration without `architectures` which class it is of, where only one can be meant: the causal
+    language model of a family that has no other kind of head for text."""
+    classes = [getattr(mapping.get(type(config), None), "__name__", None) for mapping in TASKS[:3]]
+    if not config.architectures and classes[0] is not None and classes[1:] == [None, None]:
+        config.architectures = [classes[0]]
+
+
+def _classes(config: transformers.PretrainedConfig) -> str:
+    """ ", such as X or Y", of the family's."""
+    found = (getattr(mapping.get(type(config), None), "__name__", None) for mapping in TASKS)
+    names = list(dict.fromkeys(name for name in found if name is not None))
+    return f", such as {' or '.join(names)}" if names else ""
 
 
 @contextmanager

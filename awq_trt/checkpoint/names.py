@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from awq_trt.checkpoint.experts import Part, parts_of
 from awq_trt.checkpoint.model import empty_model, persistent_buffers, transposed_weights
-from awq_trt.checkpoint.reader import Checkpoint, Reader
+from awq_trt.checkpoint.reader import Reader
 from awq_trt.checkpoint.safetensors import SafetensorsReader
 from awq_trt.checkpoint.submodels import Submodel
 from awq_trt.errors import AwqTrtError
-from awq_trt.layout import DTYPES
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """A fused parameter of experts -> the layers that are stacked in it, in the order of a conversion's sources."""
 
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What the weights of a model in float are stored as."""
 
 Place = tuple[str, Part | None]
 """Where a parameter is: the tensor of that name, whole or a part of it."""
@@ -38,7 +46,9 @@ class StoredNames:
     """Both directions, for one model, or one of several that a file holds."""
 
     def __init__(self, model: transformers.PreTrainedModel, submodel: Submodel | None = None) -> None:
-        self._submodel = submodel or Submodel(model.config)
+        self._submodel = submodel or Submodel(model.config, model.config)
+        self.whole = StoredNames(empty_model(self._submodel.whole)) if self._submodel.prefixes else self
+        self.model = model
         self._prefix = f"{model.base_model_prefix}."
         self.names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         self.names |= {n for n, _ in model.named_buffers()}
@@ -46,6 +56,7 @@ class StoredNames:
         self._fused: dict[str, dict[str, Part]] = {}
         for name, part in self._parts.items():
             self._fused.setdefault(part.fused, {})[name] = part
+        self._known = dict.fromkeys((*self.names, *self._fused), True)
         conversions = get_model_conversion_mapping(model)
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -60,13 +71,19 @@ class StoredNames:
         Args:
             loaded: the keys are names in transformers' own model, where experts are fused and nothing else is renamed.
         """
+        if self.whole is not self:
+            found_in_whole = self.whole.find(keys, loaded)
+            own = {self._submodel.name(name): place for name, place in found_in_whole.items()}
+            return {name: place for name, place in own.items() if name in self.names and name is not None}
         found: dict[str, Place] = {}
-        for key in keys:
-            own = key if loaded else self._submodel.name(key)
-            for name, part in () if own is None else self._exact(own) if loaded else self._places(own):
-                if name not in found or name == own:
-                    found[name] = (key, part)
+        for key in sorted(keys, key=dot_natural_key):  # transformers' order: the first of two is the one that counts
+            for name, part in self._exact(key) if loaded else self._places(key):
+                found.setdefault(name, (key, part))
         return found
+
+    def renamed(self, key: str) -> str:
+        """What transformers makes of a key before it looks for it in its model."""
+        return self._renamed(key, self._renamings, self._converters)[0]
 
     def parameter(self, key: str) -> str | None:
         """The parameter that a tensor called `key` is as a whole; None where it is none."""
@@ -88,14 +105,17 @@ class StoredNames:
 
     def _places(self, key: str) -> list[tuple[str, Part | None]]:
         """The parameters that a tensor is, or has parts of."""
-        renamed = apply_renamings(key, self._renamings)
-        for converter in self._converters:
-            fused, pattern = converter.rename_source_key(renamed)
-            if pattern is not None:
-                name = self._expert_layer(renamed, fused, converter, pattern)
-                return [] if name is None else [(name, None)]
-        names = dict.fromkeys((key, *self._with_and_without_prefix(renamed)))
-        return next((places for name in names if (places := self._exact(name))), [])
+        renamed, pattern = self._renamed(key, self._renamings, self._converters)
+        if pattern is not None and renamed in self._fused:
+            converter = next(c for c in self._converters if pattern in c.source_patterns)
+            name = self._expert_layer(apply_renamings(key, self._renamings), renamed, converter, pattern)
+            return [] if name is None else [(name, None)]
+        return self._exact(renamed) or self._exact(self._renamed(key, [], [])[0])
+
+    def _renamed(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        """transformers' own: the name in its model, the base model's prefix added or removed, and which pattern of a
+        conversion it matched."""
+        return rename_source_key(key, renamings, converters, self._prefix[:-1], self._known)
 
     def _exact(self, name: str) -> list[tuple[str, Part | None]]:
         """The parameters that have this name, or have parts of the fused one that has it."""
@@ -133,7 +153,7 @@ def parameter_readers(
     experts one part. Those that are not in `found` are left out.
 
     Raises:
-        AwqTrtError: a tensor has not the shape that the configuration says.
+        AwqTrtError: a tensor has not the shape that the configuration says, or holds integers or 8-bit floats.
     """
     parameters, transposed = dict(model.named_parameters()), transposed_weights(model)
     readers: dict[str, Reader] = {}
@@ -142,6 +162,8 @@ def parameter_readers(
             continue
         key, part = found[name]
         read = stored[key]
+        if name in parameters:
+            check_dtype(source, key, read)
         if name in parameters and isinstance(read, SafetensorsReader):
             expected = tuple(parameters[name].shape if part is None else part.shape)
             expected = expected[::-1] if name in transposed else expected
@@ -154,54 +176,21 @@ def parameter_readers(
     return readers
 
 
+def check_dtype(source: str, key: str, read: Reader) -> None:
+    """A weight is stored in 16, 32 or 64 bits; what is stored in 8 has scales beside it.
+
+    Raises:
+        AwqTrtError: it is not.
+    """
+    if isinstance(read, SafetensorsReader) and read.dtype not in FLOATS:
+        raise AwqTrtError(
+            f"{source}: tensor {key} is {str(read.dtype).removeprefix('torch.')}: the weights are quantized, and "
+            "config.json has no quantization_config that says how (merging or saving again may have dropped it). Get "
+            "the config.json that belongs to these files, or start from the checkpoint before quantization."
+        )
+
+
 def _reader(read: Reader, part: Part | None, transposed: bool) -> Reader:
     if part is not None:
         return lambda: part.of(read()[part.expert])
     return (lambda: read().t().contiguous()) if transposed else read
-
-
-def match_names(
-    source: str, path: Path, submodel: Submodel, stored: Mapping[str, Reader], tokenizer: Any, files: tuple[Path, ...]
-) -> Checkpoint:
-    """Match the names in the file with the model's parameters.
-
-    Raises:
-        AwqTrtError: a tensor is missing, or has not the shape that the configuration says.
-    """
-    model = empty_model(submodel.config)
-    parameters = [n for n, _ in model.named_parameters()]
-    names = StoredNames(model, submodel)
-    found = names.find(stored)
-    if missing := [n for n in parameters if n not in found]:
-        stored = _converted_by_transformers(source, path, type(model), missing[0])
-        found = names.find(stored, loaded=True)
-    if missing := [n for n in parameters if n not in found]:
-        raise AwqTrtError(f"{source}: the tensor {missing[0]} is not in the checkpoint; download it again.")
-    first = stored[found[parameters[0]][0]]
-    dtype = getattr(first, "dtype", None) or first().dtype  # of GGUF fp32, and reading it would dequantize it
-    return Checkpoint(
-        source,
-        submodel.config,
-        dtype if dtype in DTYPES.values() else torch.float16,
-        parameter_readers(source, model, found, stored),
-        tokenizer if model.main_input_name == "input_ids" else None,  # else it is of another part, or of the outputs
-        transposed_weights(model),
-        files,
-        {name: key for name in sorted(names.names) if (key := names.key(name)) != name},
-        submodel.note,
-    )
-
-
-def _converted_by_transformers(source: str, path: Path, cls: Any, first_missing: str) -> dict[str, Reader]:
-    """Readers for a checkpoint that transformers computes something of while loading (transposes, say): in memory."""
-    trouble = f"{source}: the tensor {first_missing} is not in the checkpoint; download it again"
-    if not path.is_dir():
-        raise AwqTrtError(f"{trouble}.")
-    try:
-        model, info = cls.from_pretrained(path, dtype="auto", output_loading_info=True)
-    except Exception as error:
-        raise AwqTrtError(f"{trouble} (transformers could not load it either: {error}).") from error
-    if info["missing_keys"]:
-        raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
-    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    return {name: tensor.detach for name, tensor in parameters.items()}

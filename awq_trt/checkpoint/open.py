@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import transformers
-
-from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, stored_tensors
+from awq_trt.checkpoint.directory import (
+    load_tokenizer,
+    local_path,
+    read_config,
+    refuse_adapter,
+    stored_tensors,
+)
 from awq_trt.checkpoint.gguf import open_gguf
-from awq_trt.checkpoint.names import match_names
+from awq_trt.checkpoint.match import match_names
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.schemes import find_quantization
 from awq_trt.checkpoint.submodels import choose
@@ -26,7 +30,8 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
     Raises:
         AwqTrtError: not a checkpoint, pickled weights, a missing or truncated shard, an unknown architecture or part.
     """
-    path = local_path(model)
+    path, source = local_path(model, trust_remote_code=trust_remote_code), str(model)
+    refuse_adapter(path, source)
     if path.is_dir() and not (path / "config.json").exists():
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
@@ -38,21 +43,14 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
         raise AwqTrtError(f"{model}: a GGUF file is one model, without a part {part!r}.")
     if path.is_file():
         return open_gguf(path)
-    source, raw = str(model), read_json(path / "config.json")
     if quantization := find_quantization(path):
         method = quantization.get("quant_method", "unknown")
         raise AwqTrtError(
             f"{source}: already quantized (quant_method {method!r}), so there is nothing to quantize; export it as it "
             "is, or pass the original checkpoint."
         )
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise AwqTrtError(
-            f"{source}: transformers {transformers.__version__} does not know this architecture "
-            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0]} "
-            "If it ships its own code and you trust it, pass trust_remote_code=True."
-        ) from error
+    config = read_config(path, source, trust_remote_code)
     stored = stored_tensors(path, source)
     files = (*sorted({reader.file for reader in stored.values()}), path / "config.json")
-    return match_names(source, path, choose(config, source, part), stored, load_tokenizer(path), files)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return match_names(source, path, choose(config, source, part), stored, tokenizer, files)

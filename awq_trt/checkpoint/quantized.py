@@ -11,13 +11,22 @@ from typing import Any
 import torch
 import transformers
 
-from awq_trt.checkpoint.directory import load_tokenizer, local_path, read_json, special_tokens, stored_tensors
+from awq_trt.checkpoint.directory import (
+    load_tokenizer,
+    local_path,
+    read_config,
+    read_json,
+    refuse_adapter,
+    special_tokens,
+    stored_tensors,
+)
 from awq_trt.checkpoint.formats import FORMATS, from_parts
-from awq_trt.checkpoint.model import empty_model, transposed_weights
-from awq_trt.checkpoint.names import StoredNames, parameter_readers
+from awq_trt.checkpoint.match import Match, check_tokenizer, match, refuse_unexpected
+from awq_trt.checkpoint.model import transposed_weights
+from awq_trt.checkpoint.names import parameter_readers
 from awq_trt.checkpoint.reader import Reader
 from awq_trt.checkpoint.schemes import START_AGAIN, Scheme, find_quantization, read_scheme
-from awq_trt.checkpoint.submodels import Submodel, choose
+from awq_trt.checkpoint.submodels import choose
 from awq_trt.errors import AwqTrtError
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
@@ -104,6 +113,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
             tensors that the model of the configuration has no place for.
     """
     path, source = local_path(directory), str(directory)
+    refuse_adapter(path, source)
     quantization = find_quantization(path)
     if quantization is None:
         raise AwqTrtError(f"{source}: config.json does not say how it is quantized.")
@@ -111,13 +121,13 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
         scheme = read_scheme(quantization)
     except AwqTrtError as error:
         raise AwqTrtError(f"{source}: {error}") from error
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = read_config(path, source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    submodel = choose(config, source)
     stored = stored_tensors(path, source, "awq_trt" if scheme.method == "awq_trt" else "model")
-    model = empty_model(submodel.config)
-    layers, readers = _match(model, submodel, stored, scheme.format, source)
+    matched = match(source, choose(config, source), stored)
+    model, submodel = matched.model, matched.submodel
+    layers, readers = _layers(matched, stored, scheme.format, source)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
@@ -125,6 +135,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     dtypes: tuple[Any, ...] = (stored[f"{next(iter(layers.values()))}.{scales}"].dtype, submodel.config.dtype)
     dtype = next((t for t in dtypes if t in DTYPES.values()), torch.float16)
     tokenizer = load_tokenizer(path)
+    check_tokenizer(source, model, tokenizer)
     return QuantizedCheckpoint(
         source,
         submodel.config,
@@ -141,26 +152,29 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     )
 
 
-def _match(
-    model: transformers.PreTrainedModel, submodel: Submodel, stored: Mapping[str, Reader], format: str, source: str
+def _layers(
+    match: Match, stored: Mapping[str, Reader], format: str, source: str
 ) -> tuple[dict[str, str], dict[str, Reader]]:
-    """What the tensors in the file are; none that belongs to a quantized layer is passed over.
+    """What the tensors in the file are; none of them is passed over.
 
     Returns:
         Quantized layer of the model -> its name in the file; parameter or buffer in float -> what reads it.
     """
-    names, marker = StoredNames(model, submodel), FORMATS[format].parts[0]
-    keys = [key for key in stored if submodel.name(key) is not None]
+    model, names, marker = match.model, match.names, FORMATS[format].parts[0]
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     layers: dict[str, str] = {}
-    for name in (key.removesuffix(f".{marker}") for key in keys if key.endswith(f".{marker}")):
+    others: set[str] = set()  # quantized layers of the whole model that are not of the part that is taken
+    for name in (key.removesuffix(f".{marker}") for key in stored if key.endswith(f".{marker}")):
         found = (names.parameter(f"{name}.weight") or "").removesuffix(".weight")
-        if found not in linears:
+        if found in linears:
+            layers[found] = name
+        elif not found and names.whole is not names and names.whole.parameter(f"{name}.weight"):
+            others.add(name)
+        else:
             raise AwqTrtError(
                 f"{source}: the quantized layer {name} is no linear layer of {type(model).__name__} as transformers "
                 f"{transformers.__version__} builds it (fused projections or experts, or another model). {START_AGAIN}"
             )
-        layers[found] = name
     if not layers:
         raise AwqTrtError(f"{source}: says it is quantized, but no tensor is called *.{marker}; download it again.")
     weights = {f"{layer}.weight" for layer in layers}
@@ -174,21 +188,18 @@ def _match(
                 'holds both, set "tie_word_embeddings": false in its config.json; else start from the checkpoint '
                 "before quantization."
             )
-    parts, files = {*FORMATS[format].parts, *FORMATS[format].optional}, set(layers.values())
-    for key in keys:  # no input_scale is lost
+    parts, files = {*FORMATS[format].parts, *FORMATS[format].optional}, {*layers.values(), *others}
+    rest = []  # what is no part of a quantized layer
+    for key in stored:
         layer, _, part = key.rpartition(".")
         if layer in files and part not in parts | {"bias"}:
             raise AwqTrtError(f"{source}: tensor {key} has no meaning in {format}. {START_AGAIN}")
         if layer not in files and part in parts - {"weight"}:
             raise AwqTrtError(f"{source}: tensor {key} belongs to no quantized linear layer. {START_AGAIN}")
-    floats = {name: place for name, place in names.find(stored).items() if name not in weights}
+        if layer not in files or (part == "bias" and bool(stored[key]().any())):  # AutoGPTQ writes a bias of zeros
+            rest.append(key)
+    floats = {name: place for name, place in match.found.items() if name not in weights}
     if missing := [n for n, _ in model.named_parameters() if n not in weights and n not in floats]:
         raise AwqTrtError(f"{source}: the tensor {missing[0]} is missing; download the checkpoint again.")
-    for layer, name in layers.items():  # AutoGPTQ writes a bias of zeros for every layer
-        bias = f"{name}.bias"
-        if bias in stored and f"{layer}.bias" not in floats and bool(stored[bias]().any()):
-            raise AwqTrtError(
-                f"{source}: tensor {bias} is not zero, and {type(model).__name__} has no bias there: config.json and "
-                "the weights belong to different models."
-            )
+    refuse_unexpected(source, match, stored, rest)
     return layers, parameter_readers(source, model, floats, stored)

@@ -1,37 +1,39 @@
 """One model of a checkpoint that holds several: a tower of CLIP, the encoder of Whisper, the language model of a
 vision-language model. Each is quantized and exported for itself, as the transformers class that it is.
+
+Its tensors are found by way of the whole: transformers' own class of the whole model says which tensor of the file is
+which parameter of it (names.py), and which of its modules the part is.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
+from torch import nn
 
+from awq_trt.checkpoint.model import empty_model, model_class, name_architecture
 from awq_trt.errors import AwqTrtError
 
 Prefixes = tuple[tuple[str, str], ...]
 
 PARTS: dict[str, dict[str, tuple[str, Prefixes]]] = {
     "CLIPModel": {
-        "text": ("CLIPTextModelWithProjection", ()),
-        "vision": ("CLIPVisionModelWithProjection", ()),
+        "text": (
+            "CLIPTextModelWithProjection",
+            (("text_model.", "text_model."), ("text_projection.", "text_projection.")),
+        ),
+        "vision": (
+            "CLIPVisionModelWithProjection",
+            (("vision_model.", "vision_model."), ("visual_projection.", "visual_projection.")),
+        ),
     },
     "WhisperForConditionalGeneration": {"encoder": ("WhisperEncoder", (("model.encoder.", ""),))},
-    "WhisperModel": {"encoder": ("WhisperEncoder", (("encoder.", ""), ("model.encoder.", "")))},
+    "WhisperModel": {"encoder": ("WhisperEncoder", (("encoder.", ""),))},
 }
-"""Architecture -> part -> its transformers class, and what stands before its names in the file (see `Submodel`)."""
-
-LANGUAGE: Prefixes = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("lm_head.", "lm_head."),
-)
-"""Where the files of vision-language models have the names of their language model."""
+"""Architecture -> part -> its transformers class, and how its names begin in the whole model and in the part."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,15 @@ class Submodel:
     """What is taken of a checkpoint."""
 
     config: transformers.PretrainedConfig  # of the part, or of the whole
-    prefixes: Prefixes = ()  # how names begin in the file, and in the part; () where they are the same
+    whole: transformers.PretrainedConfig  # what config.json says, of the whole model
+    prefixes: Prefixes = ()  # how names begin in the whole model, and in the part; () where they are the same
     note: str = ""  # what was left out, for people
 
-    def name(self, key: str) -> str | None:
-        """A name of the file as the part has it; None for what is not of the part."""
+    def name(self, whole: str) -> str | None:
+        """The part's name of a parameter of the whole model; None for what is not of the part."""
         if not self.prefixes:
-            return key
-        return next((new + key.removeprefix(old) for old, new in self.prefixes if key.startswith(old)), None)
-
-
-def model_class(config: transformers.PretrainedConfig) -> Any:
-    """The transformers class of a configuration's architecture; it need not be one of those that transformers lists.
-
-    Raises:
-        AwqTrtError: there is none.
-    """
-    name = config.architectures[0] if config.architectures else None
-    found = getattr(transformers, name or "", None)
-    if found is None and name is not None:
-        module = type(config).__module__.replace("configuration_", "modeling_")
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            found = None
-    if found is None:
-        raise AwqTrtError(
-            f"architecture {name!r} (model_type {config.model_type!r}) is not one that transformers "
-            f"{transformers.__version__} has; update transformers, or convert the model to a known architecture."
-        )
-    return found
+            return whole
+        return next((new + whole.removeprefix(old) for old, new in self.prefixes if whole.startswith(old)), None)
 
 
 def choose(config: transformers.PretrainedConfig, source: str, part: str | None = None) -> Submodel:
@@ -81,6 +62,7 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     Raises:
         AwqTrtError: there is a choice and none was made; no such part; no class for the part.
     """
+    name_architecture(config)
     name = config.architectures[0] if config.architectures else ""
     parts = PARTS.get(name, {})
     text = getattr(config, "text_config", None)
@@ -92,7 +74,7 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
                 f"{source}: {name} is more than one model, and transformers {transformers.__version__} has no class "
                 "for its language model alone, which is what could be exported."
             )
-        parts = {"text": (cls.__name__, LANGUAGE)}
+        parts = {"text": (cls.__name__, ())}
     if part is None and len(parts) > 1:
         raise AwqTrtError(
             f"{source}: {name} is several models, and an engine is made of one: choose with "
@@ -101,11 +83,43 @@ def choose(config: transformers.PretrainedConfig, source: str, part: str | None 
     if part is not None and part not in parts:
         raise AwqTrtError(f"{source}: {name} has no part {part!r}{': it has ' if parts else ''}{', '.join(parts)}.")
     if not parts:
-        return Submodel(_own(config, name) if name else config)
+        return Submodel(_own(config, name) if name else config, config)
     chosen = part or next(iter(parts))
     architecture, prefixes = parts[chosen]
     own = _own(config, architecture)
-    return Submodel(own, prefixes, f"the {chosen} part of {name}, as {architecture}; the rest is left out")
+    note = f"the {chosen} part of {name}, as {architecture}; the rest is left out"
+    return Submodel(own, config, prefixes or _language_model(config, own, source), note)
+
+
+def _language_model(whole: transformers.PretrainedConfig, text: transformers.PretrainedConfig, source: str) -> Prefixes:
+    """How the names of a vision-language model's language model begin in the whole, and in its own class.
+
+    The whole has the language model's base (LlamaModel) or all of it (LlamaForCausalLM) as a module of the same class,
+    somewhere, and a head.
+
+    Raises:
+        AwqTrtError: transformers cannot build the whole, or there is not just one such module.
+    """
+    part = empty_model(text)
+    try:
+        model = empty_model(whole)
+    except Exception as error:  # a vision tower that another package has
+        raise AwqTrtError(
+            f"{source}: transformers cannot build {(whole.architectures or ['the model'])[0]}: {error}"
+        ) from error
+    name = part.base_model_prefix
+    bases = [n for n, m in model.named_modules() if type(m) is type(getattr(part, name, None))]
+    heads = [_path(model, model.get_output_embeddings()), _path(part, part.get_output_embeddings())]
+    if len(bases) != 1 or None in heads:
+        raise AwqTrtError(
+            f"{source}: {type(model).__name__} has {len(bases)} modules that could be the language model "
+            f"{type(part).__name__} alone, which is what could be exported."
+        )
+    return ((f"{bases[0]}.", f"{name}."), (f"{heads[0]}.", f"{heads[1]}."))
+
+
+def _path(model: nn.Module, module: Any) -> str | None:
+    return next((n for n, m in model.named_modules() if m is module and n), None)
 
 
 def _own(config: transformers.PretrainedConfig, architecture: str) -> transformers.PretrainedConfig:

@@ -120,4 +120,4 @@ def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any
     """
     from awq_trt.checkpoint.directory import load_tokenizer
 
-    return load_tokenizer(tokenizer_folder(decoder.path, decoder.facts, directory), trust_remote_code=False)
+    return load_tokenizer(tokenizer_folder(decoder.path, decoder.facts, directory), required=True)

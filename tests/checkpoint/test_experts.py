@@ -21,7 +21,7 @@ from awq_trt.awq.blocks import BlockStream, fill
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.report import warnings
-from awq_trt.checkpoint import names
+from awq_trt.checkpoint import match
 from awq_trt.checkpoint.experts import ROUTER, UNSPLITTABLE, Expert, SplitExperts, left_alone, split_experts
 from awq_trt.checkpoint.model import empty_model, find_blocks
 from awq_trt.checkpoint.names import StoredNames
@@ -73,7 +73,7 @@ def filled(directory: Path) -> t.PreTrainedModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_function_is_that_of_transformers(saved: Saved, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading one expert at a time, and both ways of computing: experts of their tokens, and all of all tokens."""
-    monkeypatch.setattr(names, "_converted_by_transformers", None)
+    monkeypatch.setattr(match, "_converted_by_transformers", None)
     theirs = t.AutoModelForCausalLM.from_pretrained(saved(name), dtype=torch.float32)
     ours = filled(saved(name))
     assert sum(isinstance(m, Expert) for m in ours.modules()) == 4

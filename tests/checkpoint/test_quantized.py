@@ -272,7 +272,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
         ),
         (
             lambda t: t.update({f"{Q_PROJ}.bias": torch.ones(64)}),
-            f"{Q_PROJ}.bias is not zero, and Llama.* no bias",
+            f"1 of the stored tensors .* Llama.* no place .*: {Q_PROJ}.bias",
         ),
         (
             lambda t: rename(t, Q_PROJ, "lm_head"),
