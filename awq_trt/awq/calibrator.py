@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.distributed import Ranks
 from awq_trt.awq.estimate import StageTimer
 from awq_trt.awq.hessian import Group, Observer
+from awq_trt.awq.ranges import Ranges
 from awq_trt.awq.resume import States
 
 
@@ -24,6 +26,7 @@ class BlockCalibrator:
     windows: range  # of this rank, numbered over all ranks; the stream's inputs are these
     ranks: Ranks
     timer: StageTimer
+    ranges: Ranges = field(default_factory=Ranges)  # of what this rank's windows made of the block
 
     @property
     def is_head(self) -> bool:
@@ -55,7 +58,7 @@ class BlockCalibrator:
         ranks, device = self.ranks, self.stream.device
         with ranks.fail_together(), self.timer.stage("observe"), Observer(module, self.name, device) as observer:
             for window in self.windows:
-                with observer.window():
+                with observer.window(), self._watching(module):
                     self._run(window)
         groups = ranks.all_reduce(module, observer.groups, device)
         return groups if ranks.rank == 0 else []
@@ -65,4 +68,9 @@ class BlockCalibrator:
         self.ranks.share_weights(block)
         with self.ranks.fail_together(), self.timer.stage("advance"):
             for window in self.windows:
-                following.put(window, self._run(window))
+                with self._watching(block):
+                    output = self._run(window)
+                following.put(window, output)
+
+    def _watching(self, module: nn.Module) -> AbstractContextManager[None]:
+        return self.ranges.watching(module, f"{self.name}." if self.name else "")

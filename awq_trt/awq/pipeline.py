@@ -19,6 +19,7 @@ from awq_trt.awq.estimate import Budget, StageTimer, Usage, resident_bytes, trim
 from awq_trt.awq.fold import Fold
 from awq_trt.awq.head import quantize_head, sampled_head
 from awq_trt.awq.hessian import Group
+from awq_trt.awq.ranges import Ranges
 from awq_trt.awq.resume import States, WorkDirectory, read_json_or_none, write_json
 from awq_trt.awq.search import LayerReport, quantize_block
 from awq_trt.awq.task import QuantizeTask
@@ -79,6 +80,8 @@ def quantize_blocks(run: Run) -> Usage | None:
             if done == 0:
                 states.put(window, hidden)
     with ranks.fail_together():
+        if ranks.rank == 0 and done == 0 and windows:
+            run_in_float(run, stream, states)
         if ranks.rank == 0 and done < task.steps:
             expected = dry_run(run, stream, done, states)
             announce(run, expected, done)
@@ -130,13 +133,19 @@ def process(
             module = stack.enter_context(loaded(task, calibrator))
         groups = calibrator.observe(module)
         with ranks.fail_together():
+            calibrator.ranges.refuse_float16(task.checkpoint.source, task.checkpoint.dtype)
             if ranks.rank == 0 and calibrator.is_head:
                 report = process_head(task, calibrator, groups, writer, head_rows)
             elif ranks.rank == 0:
                 report = process_block(task, calibrator, module, groups, writer, folds)
         if following is not None:
             calibrator.advance(module, following)
+            with ranks.fail_together():
+                calibrator.ranges.refuse_float16(task.checkpoint.source, task.checkpoint.dtype)
     trim_heap()
+    largest = max(ranks.all_gather((calibrator.ranges.largest, calibrator.ranges.module)))
+    if report is not None:
+        report["largest_value"] = largest
     return report
 
 
@@ -220,6 +229,21 @@ def write_outside(run: Run) -> None:
             writer.add_block(label, "", {name: tensor})
     if small and not writer.has("outside"):
         writer.add_block("outside", "", small)
+
+
+def run_in_float(run: Run, stream: BlockStream, states: States) -> None:
+    """Run the blocks on the first window before any of them is searched, where the engine is to compute in float16.
+
+    Raises:
+        AwqTrtError: what they compute does not fit float16.
+    """
+    checkpoint, hidden, ranges = run.task.checkpoint, states[0], Ranges()
+    for i in range(run.task.blocks) if checkpoint.dtype == torch.float16 else ():
+        block = stream.load(i, checkpoint)
+        with ranges.watching(block, f"{stream.prefix}.{i}."):
+            hidden = stream.run(i, hidden, 0)
+        stream.unload(i)
+        ranges.refuse_float16(checkpoint.source, checkpoint.dtype)
 
 
 def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:

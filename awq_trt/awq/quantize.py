@@ -32,6 +32,7 @@ class QuantizeReport:
     layers: tuple[LayerReport, ...]  # what the search found, for each layer that saw calibration inputs
     left_in_float: dict[str, str]  # layer -> reason
     pre_scales: int  # how many layers carry a pre-scale
+    largest_value: tuple[float, str]  # |x| of all that layers and norms read and gave, and the module; 0 without inputs
     seconds: float  # of this run
     estimate: Usage | None  # as printed before the first block; None where an earlier run had finished all of them
     actual: Usage  # as measured at the end
@@ -85,7 +86,12 @@ def quantize(
                 expected = quantize_blocks(run)
             steps = work.block_reports()
             layers = [row for step in steps for row in step["layers"]]
-            found = {"layers": layers, "pre_scales": sum(step["pre_scales"] for step in steps)}
+            largest = max(((0.0, ""), *(tuple(step["largest_value"]) for step in steps)))
+            found = {
+                "layers": layers,
+                "pre_scales": sum(step["pre_scales"] for step in steps),
+                "largest_value": largest,
+            }
             report = ranks.broadcast(task.report | found)
             with ranks.fail_together():
                 if ranks.rank == 0:
@@ -104,6 +110,7 @@ def quantize(
         layers=tuple(LayerReport(**row) for row in report["layers"]),
         left_in_float=task.left,
         pre_scales=report["pre_scales"],
+        largest_value=tuple(report["largest_value"]),
         seconds=used.seconds,
         estimate=expected,
         actual=used,

@@ -14,13 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
+from awq_trt.awq.ranges import LARGEST_FLOAT16, NEAR
 from awq_trt.errors import AwqTrtError
 
 Layer = Mapping[str, Any]
 
-LARGEST_FLOAT16 = 65504.0
-NEAR = 0.5
-"""Part of the float16 range from which on an activation is near its end: other texts than this one reach further."""
 FEW = 1 / 16
 """A layer (an expert) was calibrated on too little if it saw fewer than this part of the most that any layer saw ..."""
 FEW_TOKENS = 256
@@ -53,19 +51,23 @@ def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     return kinds
 
 
-def warnings(layers: Sequence[Layer], quantized: Collection[str], dtype: str) -> list[str]:
+def warnings(
+    layers: Sequence[Layer], quantized: Collection[str], dtype: str, largest: tuple[float, str] = (0.0, "")
+) -> list[str]:
     """What a user should know before trusting the result.
 
     Args:
         layers: rows of the report. quantized: names of all layers that are INT4 now. dtype: of the activations.
+        largest: value that any module gave or read, and which one (`Ranges`).
     """
     found = []
-    large = [x for x in layers if x["largest_activation"] > NEAR * LARGEST_FLOAT16]
+    large = [(x["largest_activation"], x["name"]) for x in layers]
+    large = [x for x in dict.fromkeys([tuple(largest), *large]) if x[0] > NEAR * LARGEST_FLOAT16]
     if large and dtype == "float16":
-        top = max(x["largest_activation"] for x in large)
+        top = max(value for value, _ in large)
         found.append(
             f"activations reach {top:.0f}, and float16 ends at {LARGEST_FLOAT16:.0f}: the engine may overflow to NaN "
-            f'in {listed([x["name"] for x in large])}. Use dtype="bfloat16".'
+            f'in {listed([name for _, name in large])}. Use dtype="bfloat16".'
         )
     unseen = sorted(set(quantized) - {x["name"] for x in layers}) if layers else []
     if unseen:

@@ -185,5 +185,6 @@ def quantize_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint, output
             "--save-format compressed-tensors avoids it."
         )
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    for warning in warnings([dataclasses.asdict(layer) for layer in report.layers], report.quantized, dtype):
+    layers = [dataclasses.asdict(layer) for layer in report.layers]
+    for warning in warnings(layers, report.quantized, dtype, report.largest_value):
         console.print(f"[yellow]warning:[/] {with_flags(warning, args.options)}", highlight=False)

@@ -76,7 +76,8 @@ def show(directory: Path, full: bool, plot: Path | None) -> None:
         console.print(report.table(layers, full=full))
     else:
         console.print(f"{len(checkpoint.linears)} layers were rounded to nearest: there was no search to report on.")
-    for warning in report.warnings(layers, list(checkpoint.linears), dtype):
+    largest = checkpoint.report.get("largest_value", (0.0, ""))
+    for warning in report.warnings(layers, list(checkpoint.linears), dtype, largest):
         console.print(f"[yellow]warning:[/] {with_flags(warning, export.options())}", highlight=False)
     if plot:
         report.plot(layers, plot, directory.resolve().name, dtype)

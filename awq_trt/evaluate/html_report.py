@@ -79,7 +79,7 @@ def write_html_report(
         "dtype": dtype,
         "directory": awq_dir and (awq_dir.name, sum(f.stat().st_size for f in awq_dir.rglob("*") if f.is_file())),
         "onnx": graph and (graph.path.name, graph.onnx_bytes + graph.data_bytes),
-        "warnings": report.warnings(layers, [], dtype),
+        "warnings": report.warnings(layers, [], dtype, quantized.get("largest_value", (0.0, ""))),
         "int4_layers": len(layers) or len(sidecar.get("quantized", [])),
         "left_in_float": sidecar.get("left_in_float") or quantized.get("left_in_float") or {},
         "records": [read_record(file) for file in records],

@@ -1,0 +1,70 @@
+"""How large the values of a model become, because float16 ends at 65504 and bfloat16 does not.
+
+The calibration computes in fp32 and notices nothing; ONNX Runtime computes a float16 graph in fp32 on a CPU and notices
+nothing either; TensorRT gives NaN. So what every layer and norm reads and gives is looked at: sums of a residual stream
+are what norms read and blocks give, products of a gate are what the next layer reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq_trt.errors import AwqTrtError
+
+LARGEST_FLOAT16 = 65504.0
+NEAR = 0.25
+"""Part of the float16 range from which on a value is near its end: other texts than this one reach further."""
+
+
+@dataclass
+class Ranges:
+    """The largest |value| seen so far, and where."""
+
+    largest: float = 0.0  # Inf where NaN was seen
+    module: str = ""  # that read it or gave it
+
+    @contextmanager
+    def watching(self, root: nn.Module, prefix: str = "") -> Iterator[None]:
+        """Inside, `root` and every module in it that has parameters of its own are looked at when they are called.
+
+        Args:
+            prefix: what stands before the names of its modules, "model.layers.3." say.
+        """
+        modules = {f"{prefix}{name}".rstrip("."): m for name, m in root.named_modules() if m is root or m._parameters}
+        hooks = [module.register_forward_hook(partial(self._look, name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, value: float, module: str) -> None:
+        """Take a |value| into account; NaN counts as Inf."""
+        value = value if value == value else float("inf")
+        if value > self.largest:
+            self.largest, self.module = value, module
+
+    def refuse_float16(self, source: str, dtype: torch.dtype | str) -> None:
+        """Where the activations of the engine are float16 and a value is beyond its end, say so.
+
+        Raises:
+            AwqTrtError: it is.
+        """
+        if str(dtype).removeprefix("torch.") == "float16" and self.largest > LARGEST_FLOAT16:
+            raise AwqTrtError(
+                f"{source}: activations reach {self.largest:.4g} in {self.module}, and float16 ends at "
+                f'{LARGEST_FLOAT16:.0f}: the engine would give NaN. Use dtype="bfloat16".'
+            )
+
+    def _look(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The forward hook: of several values a module reads or gives, the first is the hidden states."""
+        for value in (*args[:1], output[0] if isinstance(output, tuple) else output):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and not value.is_meta:
+                self.add(max(abs(float(bound)) for bound in value.detach().aminmax()), name)
