@@ -2,137 +2,31 @@
 
 Transformers are a list of like blocks between an embedding and a head. `BlockStream` finds that list, records once
 what every block is called with (masks, rotary tables), and then runs block i on the hidden states that block i-1
-left. What a model is called does not matter; that it has such a list does.
+left. What a model is called does not matter; that it has such a list does, and that each block is called once, on what
+the block before it returned. A block may return more than hidden states, and a later one may read that (T5's position
+bias): then it is carried from block to block with them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
+from awq_trt.awq.outside import Outside, Weights, fill
+from awq_trt.awq.recording import HIDDEN, Call, EnoughError, Form, Output, Recording, UnknownError, check_order, kind
 from awq_trt.checkpoint.model import empty_model, find_blocks, main_output
 from awq_trt.errors import AwqTrtError
 
 Inputs = dict[str, torch.Tensor]
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments
-COMPARED = 4
-"""Tensors of a shape that those of further windows are compared with; where each window has its own, none is equal."""
-
-
-class Weights(Protocol):
-    """Whatever parameters can be read from: a `Checkpoint`, or a quantized one (then dequantized).
-
-    It may also have `rows(name, index)`, see `Checkpoint.rows`.
-    """
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def config(self) -> transformers.PretrainedConfig: ...
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-
-def read_parameter(
-    weights: Weights,
-    name: str,
-    like: torch.Tensor,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> nn.Parameter:
-    """A parameter in memory of its own, never the file's (whose alignment could change the bits of a product).
-
-    Raises:
-        AwqTrtError: its shape is not that of `like`.
-    """
-    value = weights.tensor(name)
-    if value.shape != like.shape:
-        raise AwqTrtError(
-            f"{weights.source}: tensor {name} has shape {list(value.shape)}, its configuration says {list(like.shape)}."
-        )
-    return nn.Parameter(value.to(device, dtype, copy=True), requires_grad=False)
-
-
-def fill(
-    module: nn.Module,
-    prefix: str,
-    weights: Weights,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Give the meta parameters of `module` their values. Tied ones stay tied."""
-    filled: dict[int, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():  # a tied parameter appears once, under its first name
-        if parameter.is_meta:
-            filled[id(parameter)] = read_parameter(weights, prefix + name, parameter, dtype, device)
-    for child in module.modules():
-        for name, old in child._parameters.items():
-            if old is not None and id(old) in filled:
-                child._parameters[name] = filled[id(old)]
-
-
-class Outside(TorchFunctionMode):
-    """The model around its blocks, on the CPU in fp32: active as a context manager around a forward of the model.
-
-    A module's weights are read when it is called, embeddings row by row, nothing else: a large vocabulary makes
-    embedding and head larger than any block, and recording what blocks are called with needs neither.
-    """
-
-    def __init__(self, model: nn.Module, blocks: nn.Module, weights: Weights) -> None:
-        super().__init__()
-        self._weights = weights
-        inside = {id(p) for p in blocks.parameters()}
-        self._places = [
-            (module, place, parameter)
-            for module in model.modules()
-            for place, parameter in module._parameters.items()
-            if parameter is not None and parameter.is_meta and id(parameter) not in inside
-        ]
-        self._names = {id(p): n for n, p in model.named_parameters()}  # a tied one under its first name
-        self._modules = {module for module, _, _ in self._places}
-        for module in self._modules:
-            if not isinstance(module, nn.Embedding):
-                module.register_forward_pre_hook(self._fill)
-
-    def _fill(self, module: nn.Module, _: Any = None) -> None:
-        for place, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                module._parameters[place] = read_parameter(self._weights, self._names[id(parameter)], parameter)
-
-    def fill_all(self) -> None:
-        """Fill every module: for models that use a module's weight without calling the module."""
-        for module in self._modules:
-            self._fill(module)
-
-    def empty(self) -> None:
-        """Back to the meta device: the memory is free again."""
-        for module, place, parameter in self._places:
-            module._parameters[place] = parameter
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Look embeddings up in the file: [...] -> [..., H], fp32."""
-        named = kwargs or {}
-        if func is nn.functional.embedding:
-            ids = args[0] if args else named["input"]
-            weight = args[1] if len(args) > 1 else named["weight"]
-            if weight.is_meta and id(weight) in self._names:
-                name, weights = self._names[id(weight)], self._weights
-                unique, inverse = ids.unique(return_inverse=True)
-                rows = weights.rows(name, unique) if hasattr(weights, "rows") else weights.tensor(name)[unique]
-                return rows.float()[inverse]
-        return func(*args, **named)
-
-
-class _CalledError(Exception):
-    """Ends a forward at a block's call; carries its arguments."""
+State = tuple[torch.Tensor, ...]
+"""What goes into a block: hidden states, then what earlier blocks returned besides and it or a later one reads."""
 
 
 class BlockStream:
@@ -148,25 +42,67 @@ class BlockStream:
     ) -> None:
         self.model = empty_model(weights.config)
         self.prefix, self.blocks = find_blocks(self.model)  # the module list and its name ("model.layers")
+        self._where = f"{type(self.model).__name__}: its forward"
+        self._names = [f"{self.prefix}.{i}" for i in range(len(self.blocks))]
+        self._block_kinds = [kind(block) for block in self.blocks]
         self.inputs = inputs
         self.dtype, self.device = dtype, torch.device(device)  # of a block that is loaded, and of what it computes
         self.outside = Outside(self.model, self.blocks, weights)  # fp32 on the CPU, only while a forward runs
         self._weights = weights
-        self._calls: list[list[Call]] = [[] for _ in self.blocks]  # per block and input, without the hidden states
-        self._tuples = False  # whether blocks return the hidden states first in a tuple, or alone
+        self._calls: list[list[Call]] = []  # per input and block
+        self._forms: list[list[Form]] = []  # what these calls return
+        self._fills_all = False  # the model uses a weight without calling its module
 
-    def record(self) -> Iterator[torch.Tensor]:
-        """Note what the blocks are called with for each input, and yield the hidden states that go into block 0.
+    def record(self) -> Iterator[State]:
+        """Note what the blocks are called with for each input, and yield what goes into block 0.
 
         Raises:
-            AwqTrtError: the model cannot be run on these inputs.
+            AwqTrtError: the model cannot be run on these inputs, or not block by block.
         """
         known: dict[Any, list[torch.Tensor]] = {}
-        for number, sample in enumerate(self.inputs):
-            if number == 0:
-                self._tuples = self._returns_tuple(sample)
-            yield self._record(sample, known).to(self.dtype)
+        forms: dict[str, Form] = {}
+        for sample in self.inputs:
+            recording = self._record(sample, forms, known)
+            self._calls.append(recording.calls)
+            self._forms.append(recording.forms)
+            yield (recording.start.to(self.dtype),)
         self.outside.empty()
+
+    def _record(self, sample: Inputs, forms: dict[str, Form], known: dict[Any, list[torch.Tensor]]) -> Recording:
+        """One input's calls. A kind of call not met before ends the forward, is tried, and the forward begins anew."""
+        while True:
+            recording = Recording(self._names, self._block_kinds, self._where, forms, known)
+            handle = register_module_forward_pre_hook(partial(self._end, recording))
+            try:
+                self._forward(sample, recording.stub)
+            except EnoughError:
+                return recording
+            except UnknownError as call:
+                forms[call.kind] = self._form(call.block, call.args_, call.kwargs)
+            except AwqTrtError:
+                raise
+            except Exception as error:
+                if recording.complete:
+                    return recording  # what follows the blocks is not to be run
+                if self._fills_all:
+                    shapes = {n: list(t.shape) for n, t in sample.items()}
+                    raise AwqTrtError(
+                        f"{type(self.model).__name__}: the model could not be run on the calibration inputs {shapes}: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+                self._fills_all = True
+                self.outside.fill_all()
+            else:
+                if recording.complete:
+                    return recording
+                raise AwqTrtError(f"{self._where} never calls {self._names[len(recording.calls)]}.")
+            finally:
+                handle.remove()
+
+    def _end(self, recording: Recording, module: nn.Module, _: Any) -> None:
+        """A hook before every module: ends a forward that is past its blocks."""
+        if recording.complete and all(module is not block for block in self.blocks):
+            raise EnoughError
 
     def _forward(self, sample: Inputs, stub: Callable[[int], Callable[..., Any]]) -> Any:
         """The model's forward with every block i replaced by stub(i)."""
@@ -182,68 +118,24 @@ class BlockStream:
             for block in self.blocks:
                 del block.forward
 
-    def _returns_tuple(self, sample: Inputs) -> bool:
-        """Whether blocks return a tuple: run block 0 once to see, on the meta device where that works."""
-        try:
-            call = self._first_call(sample)
-            usable = not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(call))
-        except AwqTrtError:
-            raise
-        except Exception:
-            usable = False
-        if not usable:  # a weight is used without its module: fill all of them, and try again
-            self.outside.fill_all()
-            try:
-                call = self._first_call(sample)
-            except Exception as error:
-                raise AwqTrtError(
-                    f"{type(self.model).__name__}: the model could not be run on the calibration inputs "
-                    f"{ {n: list(t.shape) for n, t in sample.items()} }: {type(error).__name__}: {error}"
-                ) from error
-        if call is None:
-            raise AwqTrtError(f"{type(self.model).__name__}: its forward never calls {self.prefix}.0.")
-        (args, kwargs), block = call, self.blocks[0]
+    def _form(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+        """What block i returns when it is called so: tried on a copy on the meta device, or, where that fails because
+        its shapes depend on values, in earnest. A copy, because some blocks keep what they compute (GPT-J)."""
         with torch.no_grad():
             try:
-                output = block(*_to(args, device="meta"), **_to(kwargs, device="meta"))
-            except Exception:  # its buffers are on the CPU, or its shapes depend on values: run it in earnest
-                fill(block, f"{self.prefix}.0.", self._weights)
-                output = block(*args, **kwargs)
-                self.unload(0)
-        return isinstance(output, tuple)
-
-    def _first_call(self, sample: Inputs) -> Call | None:
-        """The arguments of the first call of a block; None where there is none."""
-
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _CalledError(args, kwargs)
-
-        try:
-            self._forward(sample, lambda i: stop)
-        except _CalledError as called:
-            args, kwargs = called.args
-            return args, kwargs
-        return None
-
-    def _record(self, sample: Inputs, known: dict[Any, list[torch.Tensor]]) -> torch.Tensor:
-        """Note what the blocks are called with for one input; returns the states that go into block 0."""
-        same: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        start: list[torch.Tensor] = []
-
-        def stub(i: int) -> Callable[..., Any]:
-            def record(*args: Any, **kwargs: Any) -> Any:
-                hidden, rest, named = _split(args, kwargs)
-                start.append(hidden)
-                self._calls[i].append(tree_map(lambda t: _deduplicated(t, known, same), (rest, named)))
-                if i == len(self.blocks) - 1:
-                    raise _CalledError  # the head is not needed, and with a large vocabulary it costs the most
-                return (hidden,) if self._tuples else hidden
-
-            return record
-
-        with suppress(_CalledError):
-            self._forward(sample, stub)
-        return start[0]
+                empty = copy.deepcopy(self.blocks[i]).to("meta")
+                return Form.of(empty(*_to(args, device="meta"), **_to(kwargs, device="meta")))
+            except Exception:
+                block = copy.deepcopy(self.blocks[i])
+                fill(block, f"{self.prefix}.{i}.", self._weights)
+            args, kwargs = tree_map(_ordinary, (args, kwargs))
+            try:
+                return Form.of(block(*args, **kwargs))
+            except Exception as error:
+                raise AwqTrtError(
+                    f"{type(self.model).__name__}: {self.prefix}.{i} could not be run on what its forward gives it: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def load(self, i: int, weights: Weights) -> nn.Module:
         """Fill block i."""
@@ -257,34 +149,60 @@ class BlockStream:
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def run(self, i: int, hidden: torch.Tensor, sample: int) -> torch.Tensor:
-        """Block i on `hidden`, called as for input number `sample`, floats in the dtype of the block's parameters."""
-        dtype = next((p.dtype for p in self.blocks[i].parameters()), self.dtype)
-        hidden, rest, named = _to((hidden, *self._calls[i][sample]), dtype, self.device)
-        with torch.no_grad():
-            output = self.blocks[i](hidden, *rest, **named)
-        return output[0] if self._tuples else output
+    def carried(self, i: int, sample: int) -> list[Output]:
+        """What earlier blocks return, besides hidden states, that block i or a later one reads: the rest of a `State`
+        that goes into block i."""
+        leaves = tree_leaves(self._calls[sample][i:])
+        return sorted({leaf for leaf in leaves if isinstance(leaf, Output) and 0 <= leaf.block < i})
 
-    def head(self, hidden: torch.Tensor, sample: int) -> torch.Tensor:
-        """What the model makes of the last block's output: its logits, or else embeddings or the last hidden state."""
+    def run(self, i: int, state: State, sample: int) -> State:
+        """Block i on `state`, called as for input number `sample`, floats in the dtype of the block's parameters."""
+        values = {HIDDEN: state[0], **dict(zip(self.carried(i, sample), state[1:], strict=False))}
+
+        def value(leaf: Any) -> Any:
+            if not isinstance(leaf, Output):
+                return leaf
+            if leaf in values:
+                return values[leaf]
+            made = self._forms[sample][leaf.block].leaves[leaf.leaf]
+            return torch.zeros_like(made, device="cpu")  # a dry run of this block, which comes without
+
+        dtype = next((p.dtype for p in self.blocks[i].parameters()), self.dtype)
+        args, kwargs = _to(tree_map(value, self._calls[sample][i]), dtype, self.device)
+        with torch.no_grad():
+            leaves = tree_leaves(self.blocks[i](*args, **kwargs))
+        values |= {Output(i, j): leaf for j, leaf in enumerate(leaves)}
+        hidden = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return (hidden, *(values[output] for output in self.carried(i + 1, sample)))
+
+    def head(self, state: State, sample: int) -> torch.Tensor:
+        """What the model makes of the last block's output: its logits, or else embeddings or the last hidden state.
+
+        Raises:
+            AwqTrtError: it reads what other blocks return, too.
+        """
+        hidden = state[0].to("cpu", torch.float32)
+        last = len(self.blocks) - 1
+        called: list[int] = []
 
         def stub(i: int) -> Callable[..., Any]:
             def give(*args: Any, **kwargs: Any) -> Any:
-                value = hidden if i == len(self.blocks) - 1 else _split(args, kwargs)[0]
-                return (value,) if self._tuples else value
+                check_order(self._where, self._names, i, len(called))
+                called.append(i)
+                return self._forms[sample][i].filled(hidden if i == last else None)
 
             return give
 
+        if self._fills_all:
+            self.outside.fill_all()
         output = self._forward(self.inputs[sample], stub)
         result: torch.Tensor = output[main_output(output)]
+        if result.isnan().any() and not hidden.isnan().any():
+            raise AwqTrtError(
+                f"{type(self.model).__name__}: its output is computed from more than what {self.prefix}.{last} "
+                "returns, so that it cannot be run block by block."
+            )
         return result
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """(hidden states, other positional arguments, other named arguments) of a block's call."""
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
 def _to(value: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
@@ -296,20 +214,7 @@ def _to(value: Any, dtype: torch.dtype | None = None, device: torch.device | str
     return tree_map(moved, value)
 
 
-def _deduplicated(
-    value: Any, known: dict[Any, list[torch.Tensor]], same: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> Any:
-    """A tensor, replaced by an earlier one that equals it: masks and rotary tables are those of other windows.
-
-    Args:
-        known: (shape, dtype) -> the tensors kept so far. same: id of a tensor of this window -> it, the one kept.
-    """
-    if not isinstance(value, torch.Tensor):
-        return value
-    if id(value) not in same:
-        kept = known.setdefault((value.shape, value.dtype), [])
-        found = next((t for t in kept if torch.equal(t, value)), None)
-        if found is None and len(kept) < COMPARED:
-            kept.append(value)
-        same[id(value)] = (value, value if found is None else found)
-    return same[id(value)][1]
+def _ordinary(leaf: Any) -> Any:
+    """A tensor without the NaN of `Form.filled`."""
+    is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.nan_to_num() if is_float else leaf

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream
+from awq_trt.awq.blocks import BlockStream, State
 from awq_trt.awq.distributed import Ranks
 from awq_trt.awq.estimate import StageTimer
 from awq_trt.awq.hessian import Group, Observer
@@ -41,12 +41,12 @@ class BlockCalibrator:
     def first_output(self) -> torch.Tensor:
         """The block's output for the first window, on rank 0."""
         with self.timer.stage("prove"):
-            return self._run(0)
+            return self._run(0)[0]
 
-    def _run(self, window: int) -> torch.Tensor:
+    def _run(self, window: int) -> State:
         number = window - self.windows.start
         if self.is_head:
-            return self.stream.head(self.states[window].to("cpu", torch.float32), number)
+            return (self.stream.head(self.states[window], number),)
         return self.stream.run(self.i, self.states[window], number)
 
     def observe(self, module: nn.Module) -> list[Group]:

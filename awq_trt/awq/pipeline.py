@@ -76,9 +76,9 @@ def quantize_blocks(run: Run) -> Usage | None:
         inputs = [task.inputs[window] for window in windows]
         stream = BlockStream(task.checkpoint, inputs, dtype=task.config.compute_dtype, device=task.device)
         states = work.states(done)
-        for window, hidden in zip(windows, stream.record(), strict=True):
+        for window, state in zip(windows, stream.record(), strict=True):
             if done == 0:
-                states.put(window, hidden)
+                states.put(window, state)
     with ranks.fail_together():
         if ranks.rank == 0 and done == 0 and windows:
             run_in_float(run, stream, states)

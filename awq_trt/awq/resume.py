@@ -3,7 +3,8 @@
     .NAME.partial/                 beside the output NAME; locked while a run works in it
         key.json                   what the result depends on; another key makes the directory worthless
         result/                    the shards that are finished
-        states/00007/00012.safetensors    hidden states of calibration window 12 that go into block 7
+        states/00007/00012.safetensors    hidden states, and what is carried with them, of calibration window 12 that
+                                          go into block 7
         blocks/00006.json          report of block 6, written last: block 6 is finished
         dry_run.json               what the dry run measured
         finished.json              the result is complete, and about to replace the output
@@ -77,21 +78,21 @@ def read_json_or_none(path: Path) -> Any:
 
 
 class States:
-    """Hidden states between two blocks, a file for each calibration window; with `keep`, in memory too."""
+    """What goes into a block (`blocks.State`), a file for each calibration window; with `keep`, in memory too."""
 
     def __init__(self, folder: Path, *, keep: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._keep = folder, keep
-        self._kept: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
 
-    def put(self, window: int, states: torch.Tensor) -> None:
-        """Write the states of one window, any shape."""
-        value, file = states.detach().contiguous(), self._file(window)
+    def put(self, window: int, state: tuple[torch.Tensor, ...]) -> None:
+        """Write the state of one window: tensors of any shape."""
+        values, file = tuple(part.detach().contiguous() for part in state), self._file(window)
         temporary = file.with_suffix(".tmp")
-        temporary.write_bytes(save({"states": value.cpu()}))
+        temporary.write_bytes(save({f"{i:05}": value.cpu() for i, value in enumerate(values)}))
         temporary.replace(file)
         if self._keep:
-            self._kept[window] = value
+            self._kept[window] = values
 
     def __contains__(self, window: int) -> bool:
         try:
@@ -100,13 +101,12 @@ class States:
         except (OSError, SafetensorError):
             return False
 
-    def __getitem__(self, window: int) -> torch.Tensor:
-        """The states of one window, in memory of their own (the bits of a product may depend on alignment)."""
+    def __getitem__(self, window: int) -> tuple[torch.Tensor, ...]:
+        """The state of one window, in memory of its own (the bits of a product may depend on alignment)."""
         if window in self._kept:
             return self._kept[window]
         with safe_open(str(self._file(window)), framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor("states")
-        return tensor.clone()
+            return tuple(handle.get_tensor(name).clone() for name in sorted(handle.keys()))
 
     @property
     def bytes(self) -> int:

@@ -16,6 +16,7 @@ Where 1/s goes is decided in fold.py; clipping and error compensation are in rou
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -131,7 +132,6 @@ def search(
     Args:
         linears: name -> layer. statistics: of their input; the Hessian is taken from it. dtype: of the scales.
         constrain: see `Constrain`; None where the group may have no scale at all, then s = 1.
-        but: layers of the group that stay in float.
     """
     hessian, group_size = statistics.take(), config.group(len(statistics.total_abs))
     rows = {name: sampled_rows(linear.weight) for name, linear in linears.items()}
@@ -148,7 +148,7 @@ def search(
         return Candidate(s, alpha, with_weights, errors)
 
     plain = best = attempt(torch.ones_like(statistics.total_abs))
-    if constrain is not None and linears:
+    if constrain is not None:
         mean_abs = statistics.total_abs / max(statistics.tokens, 1)
         scaled = find_scale(mean_abs, relative_weights(linears, config), constrain, attempt)
         best = min((plain, scaled), key=lambda c: c.error)
@@ -253,7 +253,7 @@ def quantize_block(
     first_output: Callable[[], torch.Tensor],
     folds: dict[str, Fold | None],
     *,
-    names: Collection[str],
+    names: AbstractSet[str],
     config: QuantizeConfig,
     dtype: torch.dtype,
 ) -> tuple[dict[str, QuantizedLinear], list[LayerReport]]:
@@ -273,11 +273,13 @@ def quantize_block(
     quantized: dict[str, QuantizedLinear] = {}
     reports: dict[str, LayerReport] = {}
     for group in reversed(groups):
+        if not names & group.linears.keys():
+            continue  # all of it stays in float: there may be no group size that divides its width
         fold = find_known_fold(block, group, groups, first_output, folds)
         found = quantize_group(block, group, fold, names=names, config=config, dtype=dtype)
         quantized |= {name: replace(layer, pre_scale=found.pre_scale) for name, layer in found.layers.items()}
         reports |= found.reports
-    unseen = round_block(block, set(names) - quantized.keys(), config, dtype)  # experts no token chose
+    unseen = round_block(block, names - quantized.keys(), config, dtype)  # experts no token chose
     return quantized | unseen, [reports[n] for group in groups for n in group.names if n in reports]
 
 

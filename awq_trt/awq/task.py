@@ -202,6 +202,8 @@ def reasons_for_float(model: nn.Module, config: QuantizeConfig, dtype: torch.dty
 
 
 def default_group_size(linears: list[nn.Linear]) -> int:
-    """The largest of 128, 64, 32 that divides the input features of every layer; 32 where none does."""
-    fitting = (g for g in GROUP_SIZES if all(linear.in_features % g == 0 for linear in linears))
-    return max(fitting, default=min(GROUP_SIZES))
+    """The largest of 128, 64, 32 that divides the input features of every layer that can be INT4 at all; 32 if none."""
+    smallest = min(GROUP_SIZES)
+    widths = [linear.in_features for linear in linears if linear.in_features % smallest == 0]
+    fitting = (g for g in GROUP_SIZES if widths and all(width % g == 0 for width in widths))
+    return max(fitting, default=smallest)

@@ -13,8 +13,9 @@ import torch
 import transformers
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, Inputs, Weights
+from awq_trt.awq.blocks import BlockStream, Inputs
 from awq_trt.awq.config import QuantizeConfig
+from awq_trt.awq.outside import Weights
 from awq_trt.awq.task import head_of, reasons_for_float, untied
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint
@@ -133,6 +134,6 @@ def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.
     states = list(stream.record())
     for i in range(len(stream.blocks)):
         stream.load(i, weights)
-        states = [stream.run(i, hidden, j) for j, hidden in enumerate(states)]
+        states = [stream.run(i, state, j) for j, state in enumerate(states)]
         stream.unload(i)
-    return (stream.head(hidden, j) for j, hidden in enumerate(states))
+    return (stream.head(state, j) for j, state in enumerate(states))

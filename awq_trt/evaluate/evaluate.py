@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from awq_trt.awq.blocks import Weights
 from awq_trt.awq.calibration import HELD_OUT_TEXT, calibration_inputs
+from awq_trt.awq.outside import Weights
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, is_quantized, open_quantized
 from awq_trt.checkpoint.reader import Checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from awq_trt.awq.blocks import Weights, fill
+from awq_trt.awq.outside import Weights, fill
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.errors import AwqTrtError
 

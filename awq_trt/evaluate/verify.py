@@ -20,8 +20,9 @@ import onnx
 import onnxruntime
 import torch
 
-from awq_trt.awq.blocks import Inputs, Weights
+from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import HELD_OUT_TEXT, arrays, windows
+from awq_trt.awq.outside import Weights
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError

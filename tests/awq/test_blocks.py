@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from awq_trt.awq.blocks import BlockStream, Inputs
+from awq_trt.awq.blocks import BlockStream, Inputs, State
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.open import open_checkpoint
@@ -23,11 +23,11 @@ def inputs_of(name: str, count: int = 3) -> list[Inputs]:
     return [{"input_ids": torch.randint(0, 384, (1, 24))} for _ in range(count)]
 
 
-def last_states(stream: BlockStream, checkpoint: Checkpoint) -> list[torch.Tensor]:
+def last_states(stream: BlockStream, checkpoint: Checkpoint) -> list[State]:
     states = list(stream.record())
     for i in range(len(stream.blocks)):
         stream.load(i, checkpoint)
-        states = [stream.run(i, hidden, j) for j, hidden in enumerate(states)]
+        states = [stream.run(i, state, j) for j, state in enumerate(states)]
         stream.unload(i)
     return states
 
@@ -76,7 +76,7 @@ def test_a_weight_used_without_calling_its_module_is_filled(models: Path, monkey
     expected = list(BlockStream(checkpoint, inputs).record())
     monkeypatch.setattr(nn.Embedding, "forward", lambda self, ids: self.weight[ids])
     stream = BlockStream(checkpoint, inputs)
-    for a, b in zip(stream.record(), expected, strict=True):
+    for (a,), (b,) in zip(stream.record(), expected, strict=True):
         assert torch.equal(a, b)
     assert memory_in_use(stream.model) == set()
 
@@ -101,7 +101,7 @@ def test_embedding_rows_are_read_in_the_dtype_of_the_file_and_computed_in_fp32(m
     model = transformers.AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
     (sample,) = inputs_of("llama", 1)
-    (hidden,) = BlockStream(open_checkpoint(tmp_path / "bf16"), [sample]).record()
+    ((hidden,),) = BlockStream(open_checkpoint(tmp_path / "bf16"), [sample]).record()
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, model.model.embed_tokens.weight.float()[sample["input_ids"]])
 

@@ -23,6 +23,7 @@ from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.errors import AwqTrtError
+from awq_trt.evaluate.accuracy import eager_outputs
 from awq_trt.linear import quantize_weight
 
 SHORT = {"calibration_samples": 2, "calibration_length": 128}
@@ -167,6 +168,45 @@ def test_same_input_same_bits(models: Path, tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize(("widths", "expected"), [((576, 1536), 64), ((4096, 14336), 128), ((96,), 32), ((100,), 32)])
+@pytest.mark.parametrize(
+    ("changes", "group_size", "left"),
+    [
+        ({"intermediate_size": 200}, None, {"mlp.down_proj": "in_features 200 is not a multiple of 32"}),
+        (
+            {"hidden_size": 288, "head_dim": 64, "intermediate_size": 256},
+            128,
+            dict.fromkeys(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+                "group size 128 does not divide in_features 288",
+            ),
+        ),
+        (  # two of three layers that read the same tensor
+            {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 12},
+            None,
+            dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), "out_features 12 is not a multiple of 8"),
+        ),
+    ],
+)
+def test_what_cannot_be_int4_stays_in_float(
+    tmp_path: Path, changes: dict[str, int], group_size: int | None, left: dict[str, str]
+) -> None:
+    """Layers of the same block are searched as ever; the float ones are the checkpoint's, but for a folded scale."""
+    tiny_models.llama(tmp_path / "m", **changes)
+    report = quantize(tmp_path / "m", tmp_path / "out", QuantizeConfig(group_size=group_size, **SHORT))  # type: ignore[arg-type]
+    found = {n.removeprefix("model.layers.1."): why for n, why in report.left_in_float.items() if ".layers.1." in n}
+    assert found.keys() == left.keys()
+    assert all(found[name].startswith(why) for name, why in left.items())
+    assert len(report.layers) == len(report.quantized) == 14 - 2 * len(left)
+    assert report.group_size == (group_size or (64 if "intermediate_size" in changes else 32))
+    model, rounded = open_checkpoint(tmp_path / "m"), open_quantized(tmp_path / "out")
+    ids = {"input_ids": torch.randint(0, 384, (1, 64), generator=torch.Generator().manual_seed(0))}
+    (exact,), (near,) = eager_outputs(model, [ids]), eager_outputs(rounded, [ids])
+    assert float((near - exact).norm() / exact.norm()) < 0.35
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [((576, 1536), 64), ((4096, 14336), 128), ((96,), 32), ((100,), 32), ((4096, 200), 128)],
+)
 def test_default_group_size(widths: tuple[int, ...], expected: int) -> None:
     assert default_group_size([nn.Linear(k, 8, device="meta") for k in widths]) == expected

@@ -279,9 +279,12 @@ def test_states_come_back_whole_or_not_at_all(tmp_path: Path, dtype: torch.dtype
     values = {3: torch.randn(1, 5, 8).to(dtype), 7: torch.randn(1, 9, 8).to(dtype)}
     states = States(tmp_path)
     for window, value in values.items():
-        states.put(window, value)
+        states.put(window, (value, value[:, :2] + 1))
     assert 3 in states
     assert 4 not in states
-    assert all(torch.equal(states[window], value) for window, value in values.items())
+    for window, value in values.items():
+        hidden, carried = states[window]
+        assert torch.equal(hidden, value)
+        assert torch.equal(carried, value[:, :2] + 1)
     (tmp_path / "00003.safetensors").write_bytes(b"\x10")
     assert 3 not in States(tmp_path)

@@ -17,8 +17,9 @@ from quantized_models import edited
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from awq_trt.awq.blocks import BlockStream, fill
+from awq_trt.awq.blocks import BlockStream
 from awq_trt.awq.config import QuantizeConfig
+from awq_trt.awq.outside import fill
 from awq_trt.awq.quantize import quantize
 from awq_trt.awq.report import warnings
 from awq_trt.checkpoint import match

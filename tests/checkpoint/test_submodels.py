@@ -14,8 +14,8 @@ import transformers as t
 from quantized_models import edited, rounded
 from safetensors.torch import load_file, save_file
 
-from awq_trt.awq.blocks import fill
 from awq_trt.awq.config import QuantizeConfig
+from awq_trt.awq.outside import fill
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint

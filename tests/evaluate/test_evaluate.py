@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 
-from awq_trt.awq.blocks import fill
 from awq_trt.awq.calibration import HELD_OUT_TEXT, windows
 from awq_trt.awq.config import QuantizeConfig
+from awq_trt.awq.outside import fill
 from awq_trt.awq.quantize import quantize
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint

@@ -9,7 +9,7 @@ import families
 import torch
 import transformers as t
 
-from awq_trt.awq.blocks import fill
+from awq_trt.awq.outside import fill
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.export.rope import freeze, resolve_longrope
