@@ -129,7 +129,7 @@ def unexpected(match: Match, stored: Mapping[str, Reader], keys: Iterable[str]) 
     """
     whole = match.names.whole
     used = {key for key, _ in whole.find(stored).values()}
-    rest = [key for key in keys if key not in used]
+    rest = sorted(key for key in keys if key not in used)
     ignored = set(whole.model._keys_to_ignore_on_load_unexpected or ())
     ignored |= set(match.model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in whole.model.named_buffers()]
@@ -138,9 +138,10 @@ def unexpected(match: Match, stored: Mapping[str, Reader], keys: Iterable[str]) 
     if any(name.endswith("position_ids") for name in buffers):
         ignored.add(r"(^|\.)position_ids$")
     rest = [k for k in rest if not any(re.search(p, whole.renamed(k)) for p in ignored) and not _is_mask(k, stored[k])]
+    once = [key for key in rest if not whole.find([key])]  # not a second tensor for a parameter
     elsewhere: set[str] = set()
-    for names in _relatives(match.submodel.whole, type(whole.model)) if rest else ():
-        elsewhere |= {key for key, _ in names.find(rest).values()}
+    for names in _relatives(match.submodel.whole, type(whole.model)) if once else ():
+        elsewhere |= {key for key, _ in names.find(once).values()}
     return [key for key in rest if key not in elsewhere], sorted(elsewhere)
 
 

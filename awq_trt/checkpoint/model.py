@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,7 @@ def empty_model(
     """
     cls = model_class(config)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config = copy.deepcopy(config)  # its dtype becomes that of the model
     with _parameters_on_meta():
         model = cls._from_config(config, dtype=torch.float32, **options)
         for parent in list(model.modules()):
