@@ -157,8 +157,8 @@ class Generator:
                 return True
         for row in self._rows:
             if row.request is not None and row.request.id == id:
-                self._events.append(Event(id, text=row.request.text.finish(), finish_reason="cancelled"))
-                row.request = None
+                text, row.request = row.request.text, None
+                self._events.append(Event(id, text=text.finish(), finish_reason="cancelled"))
                 return True
         return False
 
@@ -239,24 +239,31 @@ class Generator:
         return time.monotonic() - started
 
     def _sample(self, i: int, logits: np.ndarray) -> None:
-        """Choose a row's next token and report it; where it was the last, the row is free."""
+        """Choose a row's next token and report it; where it was the last, the row is free.
+
+        Whatever goes wrong with a request ends it alone: the others of this step go on.
+        """
         row, request = self._rows[i], self._rows[i].request
         assert request is not None
-        if not np.isfinite(logits.max()):
-            self.decoder.clear(i)
+        try:
+            token = request.sampler(logits)
+            request.ids.append(token)
+            text = "" if token in request.ends else request.text.push(token)
+            generated, reason = len(request.ids) - request.prompt, None
+            if token in request.ends or request.text.stopped:
+                reason = "stop"
+            elif generated == request.sampling.max_tokens or len(row.cached) == self.decoder.capacity:
+                reason = "length"
+            if reason is not None:
+                text += request.text.finish()
+                reason = "stop" if request.text.stopped else reason
+                row.request = None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in the library tokenizers is no Exception
+            self.decoder.clear(i)  # of NaN, which would outlive the request
             row.cached, row.request = [], None
-            why = 'the output is NaN or Inf: activations left the range of float16; export with dtype="bfloat16".'
-            self._events.append(Event(request.id, text=request.text.finish(), finish_reason="error", error=why))
-            return
-        token = request.sampler(logits)
-        request.ids.append(token)
-        text = "" if token in request.ends else request.text.push(token)
-        generated, reason = len(request.ids) - request.prompt, None
-        if token in request.ends or request.text.stopped:
-            reason = "stop"
-        elif generated == request.sampling.max_tokens or len(row.cached) == self.decoder.capacity:
-            reason = "length"
-        if reason is not None:
-            text += request.text.finish()
-            row.request = None
-        self._events.append(Event(request.id, (token,), text, reason))
+            why = str(error) if isinstance(error, AwqTrtError) else f"{type(error).__name__}: {error}"
+            self._events.append(Event(request.id, finish_reason="error", error=why))
+        else:
+            self._events.append(Event(request.id, (token,), text, reason))

@@ -6,14 +6,22 @@ on what else is in the batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral, Real
 
 import numpy as np
 
 from awq_trt.errors import AwqTrtError
+
+MOST_STOPS, LONGEST_STOP = 64, 1024
+"""Stop strings of a request, and characters of one. Every new token is compared with all of them."""
+
+LARGEST = (1 << 31) - 1
+"""Of a count: an INT32, as Triton's fields have it."""
+
+NOT_FINITE = 'the output is NaN or Inf: activations left the range of float16; export with dtype="bfloat16".'
 
 
 @dataclass(frozen=True)
@@ -21,44 +29,59 @@ class Sampling:
     """How to continue one request.
 
     Raises:
-        AwqTrtError: a value out of its range.
+        AwqTrtError: a value out of its range, which is beside each field.
     """
 
-    max_tokens: int | None = 256  # most tokens to generate; None as many as the cache has room for
-    temperature: float = 0.0  # logits are divided by it; 0 always takes the most likely token (greedy)
-    top_k: int = 0  # only the k most likely tokens (and those as likely as the last of them); 0 for all
-    top_p: float = 1.0  # only the most likely tokens with this sum of probabilities (nucleus, Holtzman et al. 2020)
-    # positive logits of tokens that occurred, in the prompt too, are divided by it, negative ones multiplied (CTRL,
-    # Keskar et al. 2019)
+    max_tokens: int | None = 256  # 1 to 2^31 - 1, most tokens to generate; None as many as the cache has room for
+    temperature: float = 0.0  # 0 to 100, logits are divided by it; 0 always takes the most likely token (greedy)
+    top_k: int = 0  # 0 to 2^31 - 1, only the k most likely tokens (and those as likely as the last); 0 for all
+    top_p: float = 1.0  # above 0, to 1, only the most likely tokens with this sum (nucleus, Holtzman et al. 2020)
+    # 0.01 to 100, positive logits of tokens that occurred, in the prompt too, are divided by it, negative ones
+    # multiplied (CTRL, Keskar et al. 2019)
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()  # strings that end the text, not part of it; or special tokens of the tokenizer
-    seed: int | None = None  # of the random numbers; None for others every time
+    stop: tuple[str, ...] = ()  # up to 64 of 1 to 1024 characters that end the text, not part of it; or special tokens
+    seed: int | None = None  # 0 to 2^64 - 1, of the random numbers; None for others every time
     ignore_eos: bool = False  # go on after an end-of-sequence token
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, Iterable) else stop)
-        most, penalty = self.max_tokens, self.repetition_penalty
-        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        stop = tuple(islice(stop, MOST_STOPS + 1)) if isinstance(stop, Iterable) else stop
+        object.__setattr__(self, "stop", stop)
+        strings = isinstance(stop, tuple) and all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stop)
         for name, valid, wanted in (
-            ("max_tokens", most is None or _whole(most, 1), "a whole number from 1, or None"),
-            ("temperature", _real(self.temperature) and self.temperature >= 0, "a number from 0 (greedy)"),
-            ("top_k", _whole(self.top_k, 0), "a whole number from 0 (all tokens)"),
-            ("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", _real(penalty) and penalty > 0, "above 0"),
-            ("stop", strings, "strings of at least one character"),
-            ("seed", self.seed is None or _whole(self.seed, 0), "a whole number from 0, or None"),
+            ("max_tokens", _whole(self.max_tokens, 1, LARGEST, none=True), f"a whole number, 1 to {LARGEST}, or None"),
+            ("temperature", _real(self.temperature, 0, 100), "a number from 0 (greedy) to 100"),
+            ("top_k", _whole(self.top_k, 0, LARGEST), f"a whole number from 0 (all tokens) to {LARGEST}"),
+            ("top_p", _real(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1"),
+            ("repetition_penalty", _real(self.repetition_penalty, 0.01, 100), "a number from 0.01 to 100"),
+            ("stop", strings, f"strings of 1 to {LONGEST_STOP} characters"),
+            ("stop", strings and len(stop) <= MOST_STOPS, f"at most {MOST_STOPS} strings"),
+            ("seed", _whole(self.seed, 0, (1 << 64) - 1, none=True), "a whole number, 0 to 2^64 - 1, or None"),
+            ("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False"),
         ):
             if not valid:
-                raise AwqTrtError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+                raise AwqTrtError(f"{name} is {_shown(getattr(self, name))}; it must be {wanted}.")
+        for name, plain in (("temperature", float), ("top_k", int), ("top_p", float), ("repetition_penalty", float)):
+            object.__setattr__(self, name, plain(getattr(self, name)))  # not numpy's, nor a Fraction
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def _whole(value: object, least: int, most: int, none: bool = False) -> bool:
+    if value is None:
+        return none
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
-def _real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _real(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most  # NaN is in no range
+
+
+def _shown(value: object) -> str:
+    """A value for a message, which may be that of a hostile client."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 class Sampler:
@@ -75,32 +98,42 @@ class Sampler:
         self._seen[list(prompt)] = True
 
     def __call__(self, logits: np.ndarray) -> int:
-        """The next token. logits: float32 [vocab]."""
+        """The next token. logits: float32 [vocab].
+
+        Raises:
+            AwqTrtError: NaN or Inf among the logits, or no finite one. Others always give a token.
+        """
+        if not np.isfinite(logits.max()):  # a few of -Inf are tokens that cannot be
+            raise AwqTrtError(NOT_FINITE)
         scores = penalized(logits, self._seen, self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:
             ids, probabilities = candidates(scores, self.sampling)
             edges = probabilities.cumsum()
-            token = int(ids[np.searchsorted(edges, self._random.random() * edges[-1], side="right")])
+            at = np.searchsorted(edges, self._random.random() * edges[-1], side="right")
+            token = int(ids[min(at, len(ids) - 1)])  # the product may be rounded up to the last edge
         self._seen[token] = True
         return token
 
 
 def penalized(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Logits [vocab] with the repetition penalty on those where seen, bool [vocab]."""
+    """Logits [vocab] with the repetition penalty on those where seen, bool [vocab]; what leaves float32 is clipped."""
     if penalty == 1:
         return logits
-    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    most = np.finfo(np.float32).max
+    with np.errstate(over="ignore"):
+        changed = np.where(logits < 0, logits * penalty, logits / penalty)
+    return np.where(seen & np.isfinite(logits), np.clip(changed, -most, most), logits)
 
 
 def candidates(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that temperature, top-k and top-p leave, in order of their ids, and their probabilities.
+    """The tokens that temperature, top-k and top-p leave, at least one, in order of their ids, and their probabilities.
 
     In the order of ids, not of probabilities: there a last bit of a logit cannot exchange two tokens.
 
     Args:
-        scores: float32 [vocab].
+        scores: float32 [vocab], the largest of them finite.
 
     Returns:
         int64 [n], float64 [n] with sum 1.
@@ -110,13 +143,16 @@ def candidates(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     if 0 < k < len(scores):
         ids = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
     exponents = scores[ids].astype(np.float64)
-    weights = np.exp((exponents - exponents.max()) / sampling.temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature: -Inf, and 0 for the largest
+        weights = np.exp((exponents - exponents.max()) / float(sampling.temperature))
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
         # all tokens below this sum up to less than 1 - top_p: they go in any case, and only the others are sorted
-        likely = np.flatnonzero(probabilities > (1 - sampling.top_p) / len(ids))
+        least = min((1 - sampling.top_p) / len(ids), probabilities.max())
+        likely = np.flatnonzero(probabilities >= least)
         order = likely[np.argsort(-probabilities[likely], kind="stable")]
         before = probabilities[order].cumsum() - probabilities[order]
+        before[0] = 0  # the most likely one always stays
         kept = np.sort(order[before < sampling.top_p])
         ids, probabilities = ids[kept], probabilities[kept] / probabilities[kept].sum()
     return ids, probabilities

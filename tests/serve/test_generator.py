@@ -270,6 +270,34 @@ def test_a_row_of_nan_ends_alone_and_is_cleaned() -> None:
         check(decoder, found[i], prompt_of(5, i), sampling)
 
 
+class Panic(BaseException):
+    """As the library `tokenizers` raises, which is written in Rust."""
+
+
+@pytest.mark.parametrize("part", ["sampler", "text"])
+@pytest.mark.parametrize("error", [IndexError("out of range"), RecursionError("too deep"), Panic("a bug")])
+def test_an_error_in_one_request_ends_it_alone(part: str, error: BaseException) -> None:
+    decoder, sampling = FakeDecoder(max_batch=3), Sampling(max_tokens=8, ignore_eos=True)
+    generator = Generator(decoder, TOKENIZER)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    for i in range(4):
+        generator.add(prompt_of(5, i), sampling)
+    request = generator._queue[1]
+    if part == "sampler":
+        request.sampler = fail  # type: ignore[assignment]
+    else:
+        request.text.push = fail  # type: ignore[assignment,method-assign]
+    found = drain(generator)
+    assert [(e.finish_reason, e.error) for e in found[1]] == [("error", f"{type(error).__name__}: {error}")]
+    for i in (0, 2, 3):
+        check(decoder, found[i], prompt_of(5, i), sampling)
+    assert (generator.active, generator.waiting) == (0, 0)
+    check_all(generator, [prompt_of(5, 1)], sampling)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_next_turn_goes_on_from_the_cache(window: int | None) -> None:
     """Not where a layer has a window, whose ring has lost the tokens before."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from awq_trt.errors import AwqTrtError
@@ -128,30 +135,99 @@ def test_extreme_logits() -> None:
     assert Sampler(Sampling(temperature=100.0, top_k=3), [], VOCABULARY)(logits) == 4
 
 
+extreme = st.sampled_from([0.0, -0.0, 1.0, 1e-45, 1e-39, 3.4e38, -3.4e38, -math.inf]) | st.floats(
+    width=32, allow_nan=False
+)
+
+
+@given(
+    logits=st.lists(extreme, min_size=1, max_size=40),
+    temperature=st.sampled_from([0.0, 5e-324, 1e-44, 1e-7, 100.0]) | st.floats(0, 100),
+    top_k=st.integers(0, 50) | st.just((1 << 31) - 1),
+    top_p=st.sampled_from([5e-324, 1e-20, 1.0]) | st.floats(0, 1, exclude_min=True),
+    penalty=st.sampled_from([0.01, 1.0, 100.0]) | st.floats(0.01, 100),
+    seen=st.lists(st.integers(0, 39), max_size=40),
+    seed=st.integers(0, (1 << 64) - 1),
+)
+@example([0.0] * 5, 100.0, 0, 1e-20, 1.0, [], 0)
+@example([3e38, -3e38], 1.0, 0, 1.0, 0.01, [0, 1], 0)
+@example([-3e38, -3e38], 1.0, 0, 1.0, 100.0, [0, 1], 0)
+@settings(max_examples=200, deadline=None)
+def test_every_setting_and_every_logit_give_a_token(
+    logits: list[float], temperature: float, top_k: int, top_p: float, penalty: float, seen: list[int], seed: int
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=seed)
+    sampler = Sampler(sampling, [i for i in seen if i < len(logits)], len(logits))
+    row = np.array(logits, np.float32)
+    if not np.isfinite(row.max()):
+        with pytest.raises(AwqTrtError, match="NaN or Inf"):
+            sampler(row)
+        return
+    for _ in range(3):
+        assert np.isfinite(row[sampler(row)])  # -Inf is a token that cannot be
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers(bad: float) -> None:
+    logits = random_logits(0)
+    logits[7] = bad
+    for temperature in (0.0, 1.0):
+        with pytest.raises(AwqTrtError, match="NaN or Inf: .*bfloat16"):
+            Sampler(Sampling(temperature=temperature), [], VOCABULARY)(logits)
+    with pytest.raises(AwqTrtError, match="NaN or Inf"):
+        Sampler(Sampling(), [], VOCABULARY)(np.full(VOCABULARY, -np.inf, np.float32))
+
+
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("setting", "value", "wanted"),
     [
-        ("max_tokens", 0),
-        ("max_tokens", 1.5),
-        ("max_tokens", True),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", "hot"),
-        ("top_k", -1),
-        ("top_k", 2.0),
-        ("top_p", 0.0),
-        ("top_p", 1.01),
-        ("repetition_penalty", 0),
-        ("repetition_penalty", float("inf")),
-        ("stop", ("",)),
-        ("stop", (3,)),
-        ("stop", 3),
-        ("seed", -1),
-        ("seed", "x"),
+        ("max_tokens", 0, "1 to 2147483647"),
+        ("max_tokens", 1 << 31, "1 to 2147483647"),
+        ("max_tokens", 1.5, "whole number"),
+        ("max_tokens", True, "whole number"),
+        ("temperature", -0.1, "0 .greedy. to 100"),
+        ("temperature", 1e30, "0 .greedy. to 100"),
+        ("temperature", float("nan"), "to 100"),
+        ("temperature", float("inf"), "to 100"),
+        ("temperature", 10**400, "to 100"),
+        pytest.param("temperature", 10**5000, "is a huge int; .* to 100", id="huge"),
+        ("temperature", "hot", "a number"),
+        ("temperature", True, "a number"),
+        ("temperature", None, "a number"),
+        ("top_k", -1, "from 0"),
+        ("top_k", 2.0, "whole number"),
+        ("top_k", 1 << 31, "to 2147483647"),
+        ("top_p", 0.0, "above 0"),
+        ("top_p", 1.01, "at most 1"),
+        ("top_p", float("nan"), "above 0"),
+        ("repetition_penalty", 0, "0.01 to 100"),
+        ("repetition_penalty", 1e-44, "0.01 to 100"),
+        ("repetition_penalty", 101, "0.01 to 100"),
+        ("repetition_penalty", float("inf"), "0.01 to 100"),
+        ("stop", ("",), "1 to 1024 characters"),
+        ("stop", ("x" * 1025,), "^stop is .{100}…; it must be strings of 1 to 1024 characters.$"),
+        ("stop", ("x",) * 65, "at most 64"),
+        ("stop", itertools.repeat("x"), "at most 64"),
+        ("stop", (3,), "strings"),
+        ("stop", b"x", "strings"),
+        ("stop", 3, "strings"),
+        ("seed", -1, "0 to 2.64 - 1"),
+        ("seed", 1 << 64, "0 to 2.64 - 1"),
+        ("seed", "x", "whole number"),
+        ("ignore_eos", "no", "True or False"),
     ],
 )
-def test_values_out_of_range(setting: str, value: object) -> None:
-    with pytest.raises(AwqTrtError, match=f"{setting} is .*; it must be"):
-        Sampling(**{setting: value})  # type: ignore[arg-type]
+def test_values_out_of_range(setting: str, value: Any, wanted: str) -> None:
+    with pytest.raises(AwqTrtError, match=wanted) as caught:
+        Sampling(**{setting: value})
+    assert str(caught.value).startswith(f"{setting} is ")
+    assert len(str(caught.value)) < 250
+
+
+def test_values_of_other_types() -> None:
     assert Sampling(stop="abc").stop == ("abc",)  # type: ignore[arg-type]
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert len(Sampling(stop=("x" * 1024,) * 64).stop) == 64
+    one = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=Fraction(1, 2))  # type: ignore[arg-type]
+    assert (one.temperature, one.top_k, one.top_p) == (0.5, 3, 0.5)
+    assert json.dumps(dataclasses.asdict(one))
