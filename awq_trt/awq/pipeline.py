@@ -25,8 +25,8 @@ from awq_trt.awq.search import LayerReport, quantize_block
 from awq_trt.awq.task import QuantizeTask
 from awq_trt.checkpoint.experts import expert_of
 from awq_trt.checkpoint.writer import Writer
-from awq_trt.files import remove
 from awq_trt.linear import CHUNK, QuantizedLinear, row_chunks
+from awq_trt.publishing import remove
 
 LARGE = 1 << 24
 """Bytes of a tensor outside the blocks that gets a shard of its own, so that no two are in memory together."""

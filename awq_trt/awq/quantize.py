@@ -18,7 +18,8 @@ from awq_trt.awq.search import LayerReport
 from awq_trt.awq.task import make_task
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.reader import Checkpoint
-from awq_trt.files import remove
+from awq_trt.outputs import Output
+from awq_trt.publishing import check_outputs
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def quantize(
 
     Args:
         model: a directory, .gguf file, hub id, or an open Checkpoint.
-        output: directory, replaced as a whole at the end. Until then the work is in `.<name>.partial` beside it, from
-            which a run that was killed goes on.
+        output: directory; one that an earlier run wrote is replaced as a whole at the end. Until then the work is in
+            `.<name>.partial` beside it, from which a run that was killed goes on.
         config: see QuantizeConfig; None is all defaults.
         memory: bytes that this process may take, None for no limit. States stay in memory where it has room for them.
         resume: go on with the work of a killed run, if checkpoint, settings and calibration inputs are the same.
@@ -62,18 +63,24 @@ def quantize(
 
     Raises:
         AwqTrtError: a value of `config` that is not allowed, bad weights or calibration inputs, no layer that the
-            kernels can run, no head, too little memory.
+            kernels can run, no head, too little memory; something would be lost at `output`, or another run writes
+            there.
     """
     config = config or QuantizeConfig()
     budget = Budget.begin(memory)
     ranks = join_ranks(config.device)
     console = console if ranks.rank == 0 else None
     with ranks.fail_together():
+        if ranks.rank == 0:
+            check_outputs([Output(output, directory=True)], [] if isinstance(model, Checkpoint) else [Path(model)])
         config = config.resolved()
         task = make_task(model if isinstance(model, Checkpoint) else open_checkpoint(model), config)
+    files = task.checkpoint.files
+    sources = [*files, *(file.parent for file in files if file.name == "config.json")]
     with ExitStack() as stack:
         with ranks.fail_together():
-            work = WorkDirectory(output, task.key() if ranks.rank == 0 else {}, resume=resume, console=console)
+            key = task.key() if ranks.rank == 0 else {}
+            work = WorkDirectory(output, key, sources=sources, resume=resume, console=console)
             if ranks.rank == 0:
                 stack.enter_context(work)
         with ranks.fail_together():
@@ -99,8 +106,8 @@ def quantize(
         with ranks.fail_together():
             if ranks.rank == 0:
                 work.publish(report)
-    if ranks.rank and not (work.path / "key.json").exists():
-        remove(work.path)  # of a machine whose disk rank 0 does not see
+    if ranks.rank:
+        work.leave()
     used = budget.used()
     return QuantizeReport(
         directory=output,

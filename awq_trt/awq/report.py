@@ -6,6 +6,7 @@ made at any time from a quantized directory.
 
 from __future__ import annotations
 
+import io
 import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,8 @@ from rich.table import Table
 
 from awq_trt.awq.ranges import LARGEST_FLOAT16, NEAR
 from awq_trt.errors import AwqTrtError
+from awq_trt.outputs import Output
+from awq_trt.publishing import check_outputs, publishing
 
 Layer = Mapping[str, Any]
 
@@ -142,12 +145,39 @@ PANELS = (
 )
 
 
+MARK = "awq_trt report"
+"""In the metadata of every plot."""
+METADATA = {"svg": {"Creator": MARK, "Date": None}, "pdf": {"Creator": MARK}, "png": {"Software": MARK}}
+
+
+def output(path: Path) -> Output:
+    """A plot to write."""
+    return Output(path, mark=MARK.encode())
+
+
 def plot(layers: Sequence[Layer], path: Path, title: str, dtype: str) -> None:
-    """Draw error, alpha, clipping and largest activation over the blocks; the suffix of `path` says which format.
+    """Draw the layers into a file, whose suffix says in which format.
 
     Raises:
-        AwqTrtError: nothing to draw, or matplotlib is not there or cannot write such a file.
+        AwqTrtError: see `drawn`; something would be lost at `path`, or another run writes there.
     """
+    check_outputs([output(path)])
+    drawing = drawn(layers, path.suffix.removeprefix("."), title, dtype)
+    with publishing(output(path)) as (file,):
+        file.write_bytes(drawing)
+
+
+def drawn(layers: Sequence[Layer], format: str, title: str, dtype: str) -> bytes:
+    """Error, alpha, clipping and largest activation over the blocks.
+
+    Args:
+        format: "svg", "png" or "pdf".
+
+    Raises:
+        AwqTrtError: nothing to draw, another format, or matplotlib is not there.
+    """
+    if format not in METADATA:
+        raise AwqTrtError(f"a plot cannot be a {format or 'file without a suffix'}: write {', '.join(METADATA)}.")
     if not layers:
         raise AwqTrtError("nothing to plot: the layers were rounded without a search, so nothing is known of them.")
     try:
@@ -169,10 +199,9 @@ def plot(layers: Sequence[Layer], path: Path, title: str, dtype: str) -> None:
         axes.set(title=label, xlabel="block", yscale=scale)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise AwqTrtError(f"{path}: the plot could not be written: {error}") from error
+    file = io.BytesIO()
+    figure.savefig(file, format=format, metadata=METADATA[format])
+    return file.getvalue()
 
 
 def curve(layers: Sequence[Layer], field: str, behind: int = 0) -> tuple[list[int], list[float]]:

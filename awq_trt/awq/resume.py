@@ -1,13 +1,13 @@
 """The work directory of a quantization: whatever instant a run is killed at, the next one goes on from there.
 
-    .NAME.partial/                 beside the output NAME; locked while a run works in it
+    .NAME.partial/                 beside the output NAME; locked while a run works in it (../publishing.py)
         key.json                   what the result depends on; another key makes the directory worthless
-        result/                    the shards that are finished
+        new/NAME/                  the shards that are finished
         states/00007/00012.safetensors    hidden states, and what is carried with them, of calibration window 12 that
                                           go into block 7
         blocks/00006.json          report of block 6, written last: block 6 is finished
         dry_run.json               what the dry run measured
-        finished.json              the result is complete, and about to replace the output
+        finished.json              key and report of a result that is complete, and replaces the output; deleted last
         scratch/                   what the dry run writes
 
 Every file is written under a temporary name and renamed, in the order states, shard, report.
@@ -15,12 +15,12 @@ Every file is written under a temporary name and renamed, in the order states, s
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +30,10 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from awq_trt.errors import AwqTrtError
-from awq_trt.files import PACKAGE, package_version, remove, sha256
+from awq_trt.errors import AwqTrtError, TerminatedError
+from awq_trt.files import PACKAGE, package_version, sha256
+from awq_trt.outputs import Output, sign
+from awq_trt.publishing import check_outputs, clear, lock, locked, publish, remove
 
 Key = dict[str, Any]
 
@@ -122,52 +124,43 @@ class KeepError(AwqTrtError):
 
 
 class WorkDirectory:
-    """A context manager for the one process that writes; see the head of this file."""
+    """A context manager for the one process that writes; see the head of this file.
 
-    def __init__(self, output: Path, key: Key, *, resume: bool = True, console: Console | None = None) -> None:
-        self.output = output
-        self.path = output.with_name(f".{output.name}.partial")
-        self.result, self.scratch = self.path / "result", self.path / "scratch"
-        self._blocks = self.path / "blocks"
-        self._done = output.with_name(f".{output.name}.done")
+    Args:
+        output: the directory to replace. sources: what must not be lost with it.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        key: Key,
+        *,
+        sources: Sequence[Path] = (),
+        resume: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self.output, self._target, self._sources = output, Output(output, directory=True), sources
+        self.path = self._target.work
+        self.result, self.scratch = self.path / "new" / self._target.real.path.name, self.path / "scratch"
+        self._blocks, self._finished = self.path / "blocks", self.path / "finished.json"
         self._key, self._resume, self._console = key, resume, console
+        self._lock = ExitStack()
 
     def __enter__(self) -> WorkDirectory:
+        check_outputs([self._target], self._sources)
+        self._lock.enter_context(locked(self._target))
         try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
-        except OSError as error:
-            raise AwqTrtError(f"could not write {self.path}: {error.strerror or error}.") from error
-        try:
-            remove(self._done)
             self._open()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
-    def _locked(self) -> int:
-        while True:
-            self.path.mkdir(exist_ok=True)
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(handle), self.path.stat()):
-                    return handle
-            except FileNotFoundError:
-                pass  # the run before has just finished and removed it
-            except BlockingIOError as error:
-                os.close(handle)
-                raise AwqTrtError(
-                    f"{self.path}: another run is quantizing to {self.output} right now. Wait for it, or name another "
-                    "output."
-                ) from error
-            os.close(handle)
-
     def _open(self) -> None:
-        known = read_json_or_none(self.path / "key.json")
+        finished = read_json_or_none(self._finished)
+        known = finished["key"] if finished else read_json_or_none(self.path / "key.json")
         if known == self._key and self._resume:
-            for leftover in (self.scratch, *self.path.rglob("*.tmp")):
+            for leftover in (self.scratch, self.path / "old", *self.path.rglob("*.tmp")):
                 remove(leftover)
         else:
             if known is not None and self._console:
@@ -179,9 +172,9 @@ class WorkDirectory:
 
     def restart(self) -> None:
         """Throw away what is finished, the key first, so that no instant leaves a wrong one."""
-        (self.path / "key.json").unlink(missing_ok=True)
-        for entry in self.path.iterdir():
-            remove(entry)
+        for file in (self._finished, self.path / "key.json"):
+            file.unlink(missing_ok=True)
+        clear(self.path)
         write_json(self.path / "key.json", self._key)
         self.make_folders()
 
@@ -198,19 +191,21 @@ class WorkDirectory:
             kept = self.finished
             same_again = isinstance(error, AwqTrtError) and not isinstance(error, KeepError)
             if (not kept or same_again) and self.report() is None:
-                remove(self.path)
+                clear(self.path)
                 note = "nothing half-written is left"
             else:
                 note = f"{kept} finished blocks are kept in {self.path}: the same command goes on from there"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted; {note}") from None
+            if isinstance(error, TerminatedError):
+                raise TerminatedError(error.status, f"terminated; {note}") from None
             if isinstance(error, OSError):
                 raise AwqTrtError(
                     f"could not write {self.output}: {error.strerror or error}. What was there before is unchanged; "
                     f"free some space or choose another place, then run again ({note})."
                 ) from error
         finally:
-            os.close(self._lock)
+            self._lock.close()
 
     def states(self, block: int, *, keep: bool = False) -> States:
         """What goes into a block."""
@@ -240,20 +235,28 @@ class WorkDirectory:
 
     def report(self) -> dict[str, Any] | None:
         """What an earlier run that was killed while it replaced the output has to say; None where there is none."""
-        found: dict[str, Any] | None = read_json_or_none(self.path / "finished.json")
-        return found
+        finished: dict[str, Any] = read_json_or_none(self._finished) or {}
+        return finished.get("report")
 
     def publish(self, report: dict[str, Any]) -> None:
-        """Replace the output as a whole by the result, then remove the directory. Goes on where a killed run ended."""
-        write_json(self.path / "finished.json", report)
+        """Replace the output as a whole by the result, then empty the directory. Goes on where a killed run ended.
+
+        Raises:
+            AwqTrtError: the output holds what awq_trt did not write: it came while the run was at work.
+        """
+        write_json(self._finished, {"key": self._key, "report": report})
         if self.result.exists():
-            replaced = self.path / "replaced"
-            remove(replaced)
-            if self.output.is_dir() and not self.output.is_symlink():
-                self.output.rename(replaced)
-            self.result.rename(self.output)
+            check_outputs([self._target], self._sources)
+            sign(self.result)
+            publish(self._target)
         for entry in self.path.iterdir():
-            if entry.name not in ("key.json", "finished.json"):
+            if entry != self._finished:
                 remove(entry)
-        self.path.rename(self._done)
-        remove(self._done)
+        self._finished.unlink()
+
+    def leave(self) -> None:
+        """Delete what is left on the disk of a rank that rank 0 does not see; on one that it sees it holds the lock."""
+        with suppress(OSError):
+            if (handle := lock(self.path)) is not None:
+                remove(self.path)
+                os.close(handle)

@@ -18,6 +18,11 @@ from rich.table import Table
 
 from awq_trt.cli.console import progress_console, table_console
 from awq_trt.errors import AwqTrtError
+from awq_trt.outputs import Output
+from awq_trt.publishing import claimed, publishing
+
+WRITTEN_BY = "awq_trt eval"
+"""In every record."""
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -41,26 +46,30 @@ def run(args: argparse.Namespace) -> None:
     if args.windows < 1 or args.length < 2:
         raise AwqTrtError(f"--windows {args.windows} --length {args.length}: at least 1 and 2, please.")
     tasks = [t.strip() for t in (args.lm_eval or "").split(",") if t.strip()]
-    with progress_console().status("Evaluating"):
-        rows = evaluate(
-            args.models,
-            float_model=args.float_model,
-            text=args.text,
-            samples=args.windows,
-            length=args.length,
-            tasks=tasks,
-            task_options={"limit": args.lm_eval_limit, "include": args.lm_eval_include},
-        )
-    show(rows)
-    if args.output:
+    outputs = [Output(args.output, mark=f'"written_by": "{WRITTEN_BY}"'.encode())] if args.output else []
+    with claimed(outputs, map(Path, args.models)):
+        with progress_console().status("Evaluating"):
+            rows = evaluate(
+                args.models,
+                float_model=args.float_model,
+                text=args.text,
+                samples=args.windows,
+                length=args.length,
+                tasks=tasks,
+                task_options={"limit": args.lm_eval_limit, "include": args.lm_eval_include},
+            )
+        show(rows)
         record = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "written_by": WRITTEN_BY,
             "text": args.text or "package default",
             "windows": args.windows,
             "length": args.length,
             "rows": rows,
         }
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        for output in outputs:
+            with publishing(output) as (file,):
+                file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:

@@ -13,11 +13,16 @@ writes  out.awq/              the quantized checkpoint, a Hugging Face directory
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+
+from rich.console import Console
 
 from awq_trt.cli import engine, onnx, quantize, triton
 from awq_trt.cli.console import first_rank, progress_console
 from awq_trt.errors import AwqTrtError
+from awq_trt.outputs import Output, file_name
+from awq_trt.publishing import claimed
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -60,16 +65,47 @@ def run(args: argparse.Namespace) -> None:
         raise AwqTrtError("--triton-repo serves a plan or an ONNX file: give --engine or --onnx too.")
     if args.engine:
         check_engine(args)
-    awq_dir, accuracy = None, None
     onnx_path: Path | None = Path(args.model) if is_onnx else args.onnx
     if args.engine and onnx_path is None:
-        onnx_path = args.engine.with_suffix(".onnx")
-    if not is_onnx:
+        onnx_path = file_name(args.engine).with_suffix(".onnx")
+    awq_dir = None if is_onnx else args.awq or file_name(named).with_suffix(".awq")
+    outputs = [*places(args, None if is_onnx else onnx_path, awq_dir)]
+    claim = claimed(outputs, [Path(args.model)])
+    with claim if is_onnx else quantize.claimed_by_first_rank(args.device, outputs, args.model):
+        run_stages(args, awq_dir, onnx_path, console)
+
+
+def places(args: argparse.Namespace, onnx_path: Path | None, awq_dir: Path | None) -> Iterator[Output]:
+    """All outputs; None where there is no such stage."""
+    from awq_trt.checkpoint.quantized import is_quantized
+    from awq_trt.engine import sidecar
+    from awq_trt.export import metadata
+
+    if awq_dir and not (Path(args.model).exists() and is_quantized(args.model)):
+        yield Output(awq_dir, directory=True)
+    if onnx_path:
+        yield metadata.output(onnx_path)
+    if args.engine:
+        yield sidecar.output(args.engine)
+    if args.triton_repo:
+        served = args.engine or onnx_path or Path(args.model)
+        yield Output(args.triton_repo / served.stem, directory=True)
+    if args.report:
+        from awq_trt.evaluate import html_report
+
+        yield html_report.output(args.report)
+
+
+def run_stages(args: argparse.Namespace, awq_dir: Path | None, onnx_path: Path | None, console: Console) -> None:
+    """From whatever --model is to whatever was asked for."""
+    accuracy = None
+    if awq_dir:
         from awq_trt.checkpoint.directory import local_path
 
         original = quantize.open_model(args)
-        awq_dir = local_path(args.model) if original is None else args.awq or named.with_suffix(".awq")
-        if original is not None:
+        if original is None:
+            awq_dir = local_path(args.model)
+        else:
             quantize.quantize_checkpoint(args, original, awq_dir, console)
         if not first_rank():
             return

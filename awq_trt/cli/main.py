@@ -6,11 +6,15 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from awq_trt.cli.messages import with_flags
-from awq_trt.errors import AwqTrtError, OtherRankError
+from awq_trt.errors import AwqTrtError, OtherRankError, TerminatedError
 from awq_trt.files import package_version
 
 COMMANDS = {
@@ -53,14 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0: done; `check`: nothing will fail. 1: `check` found something that will. 2: an error that the user can mend, said
-    in one message on standard error. 130: Ctrl-C.
+    in one message on standard error. 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser(words[0] if words else None).parse_args(words)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code: int | None = args.run(args)
+        with clean_end():
+            code: int | None = args.run(args)
     except AwqTrtError as error:
         print(f"error: {with_flags(str(error), args.options)}", file=sys.stderr)
         return 2
@@ -69,4 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; nothing half-written is left", file=sys.stderr)
         return 130
+    except TerminatedError as end:
+        print(end.text or "terminated; nothing half-written is left", file=sys.stderr)
+        return end.status
     return code or 0
+
+
+@contextmanager
+def clean_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise, as Ctrl-C does, so that files are put in order and child processes are ended."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise TerminatedError(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from awq_trt.cli.console import progress_console
+from awq_trt.publishing import claimed
 
 if TYPE_CHECKING:
     from awq_trt.checkpoint.reader import Checkpoint
@@ -75,8 +76,10 @@ def add_onnx_options(out: argparse._ActionsContainer) -> None:
 def run(args: argparse.Namespace) -> None:
     """`awq-trt onnx`."""
     from awq_trt.checkpoint.directory import local_path
+    from awq_trt.export.metadata import output
 
-    export_checkpoint(args, None, local_path(args.model), args.output, progress_console(args.quiet))
+    with claimed([output(args.output)], [Path(args.model)]):
+        export_checkpoint(args, None, local_path(args.model), args.output, progress_console(args.quiet))
 
 
 def export_checkpoint(

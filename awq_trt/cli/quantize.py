@@ -13,14 +13,18 @@ import argparse
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from awq_trt.cli.console import progress_console
+from awq_trt.cli.console import first_rank, progress_console
 from awq_trt.cli.messages import with_flags
 from awq_trt.errors import AwqTrtError
+from awq_trt.outputs import Output
+from awq_trt.publishing import claimed
 
 if TYPE_CHECKING:
     from awq_trt.checkpoint.reader import Checkpoint
@@ -135,10 +139,25 @@ def parse_bytes(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """`awq-trt quantize`."""
-    checkpoint = open_model(args)
-    if checkpoint is None:
-        raise AwqTrtError(f"{args.model}: quantized already, so there is nothing to quantize; `awq-trt onnx` takes it.")
-    quantize_checkpoint(args, checkpoint, args.output, progress_console(args.quiet))
+    with claimed_by_first_rank(args.device, [Output(args.output, directory=True)], args.model):
+        checkpoint = open_model(args)
+        if checkpoint is None:
+            raise AwqTrtError(
+                f"{args.model}: quantized already, so there is nothing to quantize; `awq-trt onnx` takes it."
+            )
+        quantize_checkpoint(args, checkpoint, args.output, progress_console(args.quiet))
+
+
+@contextmanager
+def claimed_by_first_rank(device: str, outputs: Sequence[Output], model: str) -> Iterator[None]:
+    """`claimed`, of several processes by the first one; where it is refused, all of them end."""
+    from awq_trt.awq.distributed import join_ranks
+
+    with ExitStack() as stack:
+        with join_ranks(device).fail_together():
+            if first_rank():
+                stack.enter_context(claimed(outputs, [Path(model)]))
+        yield
 
 
 def open_model(args: argparse.Namespace) -> Checkpoint | None:

@@ -20,7 +20,8 @@ from awq_trt.cli import export
 from awq_trt.cli.console import table_console
 from awq_trt.cli.messages import with_flags
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluate.html_report import write_html_report
+from awq_trt.evaluate import html_report
+from awq_trt.publishing import claimed
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -43,13 +44,16 @@ def run(args: argparse.Namespace) -> None:
     directory, engine = sort_out(args.inputs)
     if args.record and not args.html:
         raise AwqTrtError("--record is for the page: give --html FILE too.")
-    if directory is not None:
-        show(directory, args.full, args.plot)
-    elif not args.html or args.full or args.plot:
+    if directory is None and (not args.html or args.full or args.plot):
         raise AwqTrtError(f"{engine}: a plan alone has no layers to show: give --html FILE, or the directory too.")
-    if args.html:
-        write_html_report(args.html, awq_dir=directory, engine=engine, records=args.record)
-        print(args.html)
+    outputs = [report.output(args.plot)] if args.plot else []
+    outputs += [html_report.output(args.html)] if args.html else []
+    with claimed(outputs, [*args.inputs, *args.record]):
+        if directory is not None:
+            show(directory, args.full, args.plot)
+        if args.html:
+            html_report.write_html_report(args.html, awq_dir=directory, engine=engine, records=args.record)
+            print(args.html)
 
 
 def sort_out(inputs: Sequence[Path]) -> tuple[Path | None, Path | None]:

@@ -1,12 +1,13 @@
 """ONNX file in, TensorRT plan and its sidecar out. One code path for `tensorrt` and `tensorrt_rtx`.
 
-The build runs in a child process (build_process.py). The plan, `<plan>.json`, the script that times it and the inputs
-of that script (trtexec.py) appear together at the end, or none does.
+The build runs in a child process (build_process.py). The plan, the script that times it, the inputs of that script
+(trtexec.py) and, last, `<plan>.json` appear together at the end, or none does.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from awq_trt.engine.plugin import library_path
 from awq_trt.engine.runtimes import RTX_ARCHITECTURES, choose_runtime
 from awq_trt.engine.sidecar import EngineReport
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import optimization_profiles, read_graph
+from awq_trt.export.metadata import external_files, optimization_profiles, read_graph
 from awq_trt.export.operator import OP_TYPE
-from awq_trt.files import replacing
+from awq_trt.outputs import Output
+from awq_trt.publishing import check_outputs, publishing
 
 ERRORS = ("ERROR", "INTERNAL_ERROR")
 NOISE = ("Int64 binding", "Thread context has not been set", "catchCudaError", "Attribute splits not found")
@@ -62,11 +64,13 @@ def build_engine(
         quiet: no progress bar. on_event: is called with every event of the child (see build_process.py).
 
     Raises:
-        AwqTrtError: bad input, no TensorRT, or a failed build with TensorRT's own messages. Nothing is written then.
+        AwqTrtError: bad input, no TensorRT, or a failed build with TensorRT's own messages; or something would be lost
+            at `engine_path`, or another run writes there. Nothing is written then.
     """
-    if engine_path.is_dir():
-        raise AwqTrtError(f"{engine_path} is a folder; give the name of a file to write.")
     graph = read_graph(onnx_path)
+    sources = [onnx_path, *external_files(onnx_path)]
+    outputs = [sidecar.output(engine_path), *([Output(timing_cache)] if timing_cache else [])]
+    check_outputs(outputs, sources)
     profiles = optimization_profiles(graph, max_batch, max_seq)
     runtime = choose_runtime(runtime)
     plugin = library_path() if graph.plugin_nodes else None
@@ -79,14 +83,8 @@ def build_engine(
     elif architectures:
         raise AwqTrtError("architectures can be chosen for tensorrt_rtx only; tensorrt builds for the GPU it runs on.")
 
-    # the plan last: none is ever without the others
-    targets = [
-        sidecar.path_of(engine_path),
-        *(trtexec.path_of(engine_path, kind) for kind in ("sh", "bin")),
-        engine_path,
-    ]
-    targets[:0] = [] if timing_cache is None else [timing_cache]
-    with replacing(*targets) as (*cache_file, sidecar_file, script_file, inputs_file, plan_file):
+    with publishing(outputs[0], sources) as (sidecar_file, plan_file, script_file, inputs_file):
+        new_cache = plan_file.parent.with_name("timing.cache")
         job = {
             "runtime": runtime,
             "onnx": str(onnx_path.resolve()),
@@ -97,7 +95,7 @@ def build_engine(
             "profiles": [p.shapes for p in profiles],
             "architectures": list(architectures or ()),
             "timing_cache": str(timing_cache.resolve()) if timing_cache else None,
-            "timing_cache_out": str(cache_file[0].resolve()) if cache_file else None,
+            "timing_cache_out": str(new_cache.resolve()),
         }
         done, warnings = _run(job, quiet, on_event)
         report = EngineReport(
@@ -112,6 +110,9 @@ def build_engine(
         )
         sidecar.write(sidecar_file, sidecar.describe(report, graph, plugin, accuracy))
         trtexec.write(script_file, inputs_file, report, graph, plugin)
+        if timing_cache is not None:
+            with publishing(outputs[1]) as (file,):
+                shutil.copyfile(new_cache, file)
     return report
 
 

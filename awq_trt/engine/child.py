@@ -22,6 +22,7 @@ from typing import Any
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import PACKAGE
+from awq_trt.publishing import scratch
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -36,9 +37,9 @@ def run_child(module: str, job: dict[str, Any], on_event: Send | None = None) ->
         what it sent last, {} if it died before; its exit status; what was printed.
     """
     read_end, write_end = os.pipe()
-    with tempfile.TemporaryDirectory() as links, tempfile.TemporaryFile("w+", errors="replace") as printed:
-        _link_unversioned(job["runtime"], Path(links))
-        first = {"LD_LIBRARY_PATH": links, "PYTHONPATH": str(PACKAGE.parent)}
+    with scratch() as links, tempfile.TemporaryFile("w+", errors="replace") as printed:
+        _link_unversioned(job["runtime"], links)
+        first = {"LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(PACKAGE.parent)}
         paths = {name: ":".join(filter(None, [place, os.environ.get(name)])) for name, place in first.items()}
         process = subprocess.Popen(
             [sys.executable, "-m", f"awq_trt.engine.{module}", str(write_end), str(os.getpid())],

@@ -18,12 +18,16 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.export.facts import FusedLayers, ModelFacts, QuantizedLayer, Verification
 from awq_trt.export.metadata import GraphFacts, Profile, Tensor
 from awq_trt.files import package_version, sha256
+from awq_trt.outputs import Output, file_name
 from awq_trt.schema import Bytes, Name, Size, check, read_json
 
 SCHEMA, READ = 2, (1, 2)
 """Raised when a key changes its meaning or goes away; new keys do not raise it. Schema 1 also had launch lines."""
 
 ADVICE = "Build the engine again."
+
+MARK = b'"gpu_architectures": ['
+"""In every sidecar."""
 
 MODEL_FACTS = ("model_type", "format", "dtype", "kv_cache", "logits", "vocab_size", "generation", "tokenizer")
 """What the exporter wrote into the ONNX file and whoever runs the plan needs."""
@@ -143,6 +147,12 @@ class EngineReport:
 def path_of(engine_path: Path) -> Path:
     """Where the sidecar of a plan lies."""
     return engine_path.with_name(engine_path.name + ".json")
+
+
+def output(engine_path: Path) -> Output:
+    """A plan to write, with the sidecar, which names it, the script that times it and the inputs of that script."""
+    scripts = (file_name(engine_path).with_suffix(f".trtexec.{kind}") for kind in ("sh", "bin"))
+    return Output(path_of(engine_path), (engine_path, *scripts), MARK)
 
 
 def describe(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,18 @@ from awq_trt.engine.sidecar import path_of, read_sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.records import Table, read_record
 from awq_trt.export.metadata import read_graph
-from awq_trt.files import PACKAGE, replacing
+from awq_trt.files import PACKAGE
+from awq_trt.outputs import Output
+from awq_trt.publishing import check_outputs, publishing
 from awq_trt.serve.triton.repository import launch_plan
+
+MARK = b'name="generator" content="awq_trt report"'
+"""In the template."""
+
+
+def output(path: Path) -> Output:
+    """A page to write."""
+    return Output(path, mark=MARK)
 
 
 def write_html_report(
@@ -46,8 +55,11 @@ def write_html_report(
             records.py.
 
     Raises:
-        AwqTrtError: a missing or damaged file, or a directory without awq_trt.json.
+        AwqTrtError: a missing or damaged file, or a directory without awq_trt.json; something would be lost at `path`,
+            or another run writes there.
     """
+    sources = [source for source in (awq_dir, onnx, engine, *records) if source is not None]
+    check_outputs([output(path)], sources)
     sidecar: dict[str, Any] = {}
     quantized: dict[str, Any] = {}
     if engine is not None:
@@ -97,20 +109,18 @@ def write_html_report(
         facts["launch"] |= {"serve with Triton": served.command, "serve with Triton in a container": served.docker}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((PACKAGE / "data" / "report.html.j2").read_text())
-    with replacing(path) as (temporary,):
+    with publishing(output(path), sources) as (temporary,):
         temporary.write_text(template.render(facts), encoding="utf-8")
 
 
 def _layers(layers: Sequence[report.Layer], title: str, dtype: str) -> dict[str, Any]:
     """The plot as SVG in base64, or why there is none; the table of kinds and worst layers, and that of all layers."""
     found: dict[str, Any] = {"layer_tables": []}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            report.plot(layers, Path(folder) / "layers.svg", title, dtype)
-            svg = base64.b64encode((Path(folder) / "layers.svg").read_bytes()).decode()
-            found["chart"] = f"data:image/svg+xml;base64,{svg}"
-        except AwqTrtError as error:
-            found["no_chart"] = str(error)
+    try:
+        svg = base64.b64encode(report.drawn(layers, "svg", title, dtype)).decode()
+        found["chart"] = f"data:image/svg+xml;base64,{svg}"
+    except AwqTrtError as error:
+        found["no_chart"] = str(error)
     for caption, full in (("Error of outputs: kinds of layers, then the worst layers", False), ("All layers", True)):
         columns = report.table(layers, full=full).columns
         rows = list(zip(*(map(str, column.cells) for column in columns), strict=True))

@@ -8,7 +8,6 @@ fp32, block by block, so that verifying needs no more memory than quantizing.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from awq_trt.export.fp32 import float32_copy
 from awq_trt.export.kv_cache import give_all_logits
 from awq_trt.export.metadata import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
 from awq_trt.export.rope import resolve_longrope
+from awq_trt.publishing import scratch
 
 WINDOW = 512  # tokens of a window of held-out text, where the model has as many positions
 AGREEMENT_TOKENS = 128  # tokens of held-out text whose every logit is compared
@@ -73,8 +73,7 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
         with ExitStack() as stack:
             model = onnx.load(str(path), load_external_data=False)
             if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=".float32."))
-                source = Path(folder) / path.name
+                source = stack.enter_context(scratch(path.parent)) / path.name
                 float32_copy(path, source)
                 model = onnx.load(str(source), load_external_data=False)
             if all_logits and graph_metadata(model, path).get("logits") == "last":

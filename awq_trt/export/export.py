@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +25,13 @@ from awq_trt.errors import AwqTrtError
 from awq_trt.export.external_data import TORCH_DTYPES, DataFile, Read, values
 from awq_trt.export.interface import DecoderOptions
 from awq_trt.export.kv_cache import KvCache
-from awq_trt.export.metadata import METADATA_KEY
+from awq_trt.export.metadata import METADATA_KEY, PRODUCER, data_path, output
 from awq_trt.export.rewrite import FusedNode, QuantizedNode, rewrite
 from awq_trt.export.rope import resolve_longrope
 from awq_trt.export.trace import Trace, trace
-from awq_trt.files import replacing
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
+from awq_trt.publishing import check_outputs, publishing
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -74,8 +74,8 @@ def export_onnx(
         progress: called now and then.
 
     Raises:
-        AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full. Then nothing is
-            written.
+        AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full; or something
+            would be lost at `onnx_path`, or another run writes there. Then nothing is written.
     """
     source = open_quantized(quantized_dir)
     tokenizer = None if source.tokenizer is None else local_path(quantized_dir)
@@ -87,6 +87,7 @@ def export_onnx(
         fuse=fuse,
         decoder=decoder,
         tokenizer=tokenizer,
+        sources=(Path(quantized_dir),),
         progress=progress,
     )
 
@@ -100,11 +101,16 @@ def export_quantized(
     fuse: bool = True,
     decoder: DecoderOptions | None = None,
     tokenizer: Path | None = None,
+    sources: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> OnnxReport:
-    """`export_onnx` of an open checkpoint; `tokenizer` is the directory to note for those who run the file."""
+    """`export_onnx` of an open checkpoint.
+
+    Args:
+        tokenizer: directory to note for those who run the file. sources: what must not be lost, see outputs.py.
+    """
     path, options = Path(onnx_path), decoder or DecoderOptions()
-    data_path = path.with_name(path.name + ".data")
+    check_outputs([output(path)], sources)
     progress = progress or (lambda what, done, total: None)
     if dtype is None:
         first = next(iter(source.linears.values()), None)
@@ -118,9 +124,9 @@ def export_quantized(
     progress("Tracing the model", 1, 1)
     layers, unused = _layers_of(source, traced, model)
     left = {**source.left_in_float, **unused}
-    with replacing(data_path, path) as (data_tmp, path_tmp):
+    with publishing(output(path), sources) as (path_tmp, data_tmp):
         with data_tmp.open("wb") as file:
-            data = DataFile(file, data_path.name)
+            data = DataFile(file, data_path(path).name)
             linears = _Linears(source.linears, layers, DTYPES[dtype], progress)
             read = _reader(source, traced)
             proto, quantized, fused = rewrite(
@@ -143,10 +149,10 @@ def export_quantized(
             "left_in_float": left,
         }
         proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
-        proto.producer_name, proto.producer_version = "awq_trt", facts["version"]
+        proto.producer_name, proto.producer_version = PRODUCER, facts["version"]
         path_tmp.write_bytes(proto.SerializeToString())
         sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
-    return OnnxReport(path, data_path, format, dtype, tuple(quantized), tuple(fused), left, *sizes, traced.cache)
+    return OnnxReport(path, data_path(path), format, dtype, tuple(quantized), tuple(fused), left, *sizes, traced.cache)
 
 
 class _Linears(Mapping[str, QuantizedLinear]):

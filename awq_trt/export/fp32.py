@@ -12,8 +12,8 @@ import onnx
 
 from awq_trt.export.external_data import DataFile, inline, stored_bytes, stored_values
 from awq_trt.export.matmul_nbits import matmul_nbits
+from awq_trt.export.metadata import data_path
 from awq_trt.export.operator import OP_TYPE
-from awq_trt.files import replacing
 
 NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 FLOAT = onnx.TensorProto.FLOAT
@@ -23,18 +23,19 @@ def float32_copy(onnx_path: str | Path, copy_path: str | Path, *, nbits: bool = 
     """Write a copy of an ONNX file whose inputs, outputs and activations are fp32 instead of fp16 or bf16.
 
     Args:
-        onnx_path: a file of export_onnx. copy_path: file to write; its weights go to `<copy_path>.data`.
+        onnx_path: a file of export_onnx. copy_path: file to write, in a folder of the caller's own; its weights go to
+            `<copy_path>.data`.
         nbits: with quantized layers as MatMulNBits (matmul_nbits.py), to be run many times.
 
     Raises:
-        AwqTrtError: the file or its data cannot be read, or the disk is full.
+        AwqTrtError: the file or its data cannot be read.
+        OSError: the disk is full.
     """
     source, target = Path(onnx_path), Path(copy_path)
     model = onnx.load(str(source), load_external_data=False)
     graph, folder = model.graph, source.parent
-    data_path = target.with_name(target.name + ".data")
-    with replacing(data_path, target) as (data_tmp, tmp), data_tmp.open("wb") as file:
-        data = DataFile(file, data_path.name)
+    with data_path(target).open("wb") as file:
+        data = DataFile(file, data_path(target).name)
         new = matmul_nbits(model, folder, data.store) if nbits else []
         scales = {node.input[2] for node in graph.node if node.op_type == OP_TYPE}
         for node in graph.node:
@@ -52,4 +53,4 @@ def float32_copy(onnx_path: str | Path, copy_path: str | Path, *, nbits: bool = 
             elif tensor.data_location == onnx.TensorProto.EXTERNAL:
                 data.place(tensor, stored_bytes(tensor, folder))
         graph.initializer.extend(new)
-        tmp.write_bytes(model.SerializeToString())
+        target.write_bytes(model.SerializeToString())

@@ -14,8 +14,12 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.operator import OP_TYPE
+from awq_trt.outputs import Output, file_name
 
-METADATA_KEY = "awq_trt"
+METADATA_KEY = PRODUCER = "awq_trt"
+
+MARK = b"\x12\x07" + PRODUCER.encode()
+"""In the first bytes of our ONNX files: field 2, producer_name, of seven bytes."""
 
 MAX_SEQ = 2048
 """Default number of tokens, for graphs without a fixed cache."""
@@ -90,6 +94,16 @@ def read_graph(path: Path) -> GraphFacts:
         onnx_bytes=path.stat().st_size,
         data_bytes=_check_external_data(graph, path),
     )
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of an ONNX file of ours lie."""
+    return path.with_name(path.name + ".data")
+
+
+def output(path: Path) -> Output:
+    """An ONNX file to write, with its weights."""
+    return Output(file_name(path), (data_path(path),), MARK)
 
 
 def external_files(path: Path) -> list[Path]:

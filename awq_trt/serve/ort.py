@@ -10,7 +10,6 @@ copies nothing. The cache of adjacent rows is contiguous, so any of them can be 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import onnxruntime
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.fp32 import float32_copy
+from awq_trt.publishing import scratch
 from awq_trt.serve.decoder import Decoder
 
 
@@ -44,8 +44,8 @@ class OrtDecoder(Decoder):
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores are shared with a server
         try:
-            with tempfile.TemporaryDirectory(prefix="awq_trt.") as folder:
-                copy = Path(folder, "decoder.onnx")
+            with scratch() as folder:
+                copy = folder / "decoder.onnx"
                 float32_copy(path, copy, nbits=True)
                 self._session: Any = onnxruntime.InferenceSession(str(copy), options, ["CPUExecutionProvider"])
         except (OSError, AwqTrtError) as error:

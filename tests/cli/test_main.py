@@ -15,7 +15,7 @@ from awq_trt.awq.config import QuantizeConfig
 from awq_trt.cli import main as main_module
 from awq_trt.cli.main import COMMANDS, parser
 from awq_trt.cli.messages import with_flags
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, TerminatedError
 from awq_trt.files import package_version
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +94,8 @@ def test_keywords_become_options(text: str, expected: str) -> None:
         (AwqTrtError("x: too short; see calibration_length."), 2, "error: x: too short; see --calibration-length.\n"),
         (KeyboardInterrupt(), 130, "interrupted; nothing half-written is left\n"),
         (KeyboardInterrupt("interrupted; 3 blocks are kept"), 130, "interrupted; 3 blocks are kept\n"),
+        (TerminatedError(143), 143, "terminated; nothing half-written is left\n"),
+        (TerminatedError(129, "terminated; 3 blocks are kept"), 129, "terminated; 3 blocks are kept\n"),
     ],
 )
 def test_exit_codes(

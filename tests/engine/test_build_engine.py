@@ -287,20 +287,21 @@ def test_a_plugin_library_of_another_version_and_a_folder_in_the_way(
     (tmp_path / "old.so").write_bytes(b"\x7fELF AWQ_TRT_PLUGIN_VERSION=0.1.0;")
     assert "could not load the plugin library" in refusal(model)
     (tmp_path / "q.plan").mkdir()
-    assert "is a folder" in refusal(model)
+    assert "this is a directory. Name a file" in refusal(model)
 
 
 def test_a_full_disk_leaves_the_old_plan(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the full disk: the same failing write in the child process."""
     model = tiny_onnx.quantized(tmp_path / "q.onnx")
     (tmp_path / "q.plan").write_bytes(b"old plan")
+    (tmp_path / "q.plan.json").write_text('{"gpu_architectures": []}')  # an old sidecar: it is ours
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         message = refusal(model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "could not write" in message
+    assert "could not be written: File too large" in message
     assert "unchanged" in message
     assert (tmp_path / "q.plan").read_bytes() == b"old plan"
 

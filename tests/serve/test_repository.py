@@ -126,7 +126,7 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
     other = tmp_path / "repo" / "d" / "2" / "model.plan"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
-    with pytest.raises(AwqTrtError, match=r"holds something else already \(2, 2/model\.plan\)"):
+    with pytest.raises(AwqTrtError, match=r"holds 2/model\.plan, which awq_trt did not write"):
         write_triton_repo(engine, tmp_path / "repo")
     assert other.read_text() == "mine"
     assert sorted(p.name for p in (tmp_path / "repo").rglob("*")) == ["2", "d", "model.plan"]

@@ -11,7 +11,6 @@ admits a request's shapes. An embedded plugin is host code inside the plan, whic
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import shlex
@@ -26,7 +25,9 @@ from typing import Any
 from awq_trt.engine import sidecar
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.metadata import external_files, fixed_cache_facts, read_graph
-from awq_trt.files import PACKAGE, replacing
+from awq_trt.files import PACKAGE
+from awq_trt.outputs import Output, sign
+from awq_trt.publishing import check_outputs, publishing
 from awq_trt.serve.decoder import fixed_cache, tokenizer_folder
 from awq_trt.serve.triton.model import FIELDS, LIMITS, OUTPUTS
 
@@ -42,12 +43,6 @@ DATA_TYPES = {
 
 PARAMETERS = ("python", "max_batch", "threads", *LIMITS)
 """Of a generating model's config.pbtxt; see model.LIMITS and supervisor.Engine."""
-
-WRITTEN = (
-    *("config.pbtxt", "1", "1/model.plan", "1/model.plan.json", "1/*.onnx", "1/*.onnx.data"),
-    *("1/model.py", "1/awq_trt.zip", "1/__pycache__*", "1/tokenizer*", "warmup*"),
-)
-"""Patterns of what a model's folder may hold to be replaced."""
 
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Of what a tokenizer reads: text, or its model."""
@@ -96,7 +91,8 @@ def write_triton_repo(
     """Make a model repository for a plan, from its sidecar.
 
     A plan is hard-linked where possible, else copied. An ONNX file and its data are copied: onnx.load refuses data that
-    has a second link, even where it is the first that is loaded. A model of the same name is replaced whole.
+    has a second link, even where it is the first that is loaded. A model of the same name that an earlier run wrote is
+    replaced whole.
 
     Args:
         engine_path: the plan; or an ONNX decoder with a fixed cache, which then runs on the CPU in ONNX Runtime.
@@ -106,7 +102,7 @@ def write_triton_repo(
 
     Raises:
         AwqTrtError: no plan or sidecar, a bad name or parameter, a dtype Triton has not, no tokenizer, an ONNX file
-            that cannot generate, or foreign files in the model's folder.
+            that cannot generate; something would be lost in the model's folder, or another run writes there.
     """
     if not engine_path.is_file():
         raise AwqTrtError(f"{engine_path}: no such file. Build the engine first.")
@@ -119,13 +115,8 @@ def write_triton_repo(
         if key not in PARAMETERS:
             raise AwqTrtError(f"{key!r} is not a parameter of a generating model; {', '.join(PARAMETERS)} are.")
     model, repository = repo_dir / name, str(repo_dir.resolve())
-    inside = sorted(str(p.relative_to(model)) for p in model.rglob("*"))
-    foreign = [name for name in inside if not any(fnmatch.fnmatch(name, pattern) for pattern in WRITTEN)]
-    if foreign or model.is_file():
-        raise AwqTrtError(
-            f"{model} holds something else already ({', '.join(foreign[:3]) or 'it is a file'}). "
-            "Choose another model name, or remove it."
-        )
+    sources = [engine_path, *([tokenizer] if tokenizer else [])]
+    check_outputs([Output(model, directory=True)], sources)
     if engine_path.suffix == ".onnx":
         facts = read_graph(engine_path).metadata
         fixed_cache(engine_path, facts)
@@ -141,7 +132,7 @@ def write_triton_repo(
         raise AwqTrtError(f"{engine_path} does not generate text: it takes neither a tokenizer nor parameters.")
     else:
         text = _plan_config(name, content)
-    with replacing(model) as (folder,):
+    with publishing(Output(model, directory=True), sources) as (folder,):
         version = folder / "1"
         version.mkdir(parents=True)
         (folder / "config.pbtxt").write_text(text)
@@ -165,6 +156,7 @@ def write_triton_repo(
             (folder / "warmup").mkdir()
             for key, (_, data) in WARMUP.items():
                 (folder / "warmup" / key).write_bytes(data)
+        sign(folder)
     return TritonReport(launch.command, launch.docker, launch.warnings, model)
 
 
