@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side; said before torch is imported, and to every child
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,6 +34,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def float_model_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own model of a checkpoint runs in the process of the test: in a new one it takes ten seconds more,
+    to import torch."""
+    from awq_trt.evaluate import float_model
+
+    def here(module: str, job: dict[str, Any]) -> tuple[dict[str, Any], int, str]:
+        from awq_trt.evaluate.float_process import work
+
+        try:
+            return json.loads(json.dumps({"done": work(job, print)})), 0, ""
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}"}, 0, ""
+
+    monkeypatch.setattr(float_model, "run_child", here)
 
 
 @pytest.fixture(scope="session")

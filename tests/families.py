@@ -68,6 +68,10 @@ DECODERS: dict[str, Callable[[], t.PretrainedConfig]] = {
     "falcon-7b": lambda: t.FalconConfig(**falcon(), multi_query=True, parallel_attn=True),
     "falcon-40b": lambda: t.FalconConfig(**falcon(), new_decoder_architecture=True, num_kv_heads=2),
     "falcon-rw": lambda: t.FalconConfig(**falcon(), alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    "gpt-neo": lambda: t.GPTNeoConfig(
+        hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=WINDOW,
+        max_position_embeddings=256, vocab_size=tiny_models.VOCABULARY, bos_token_id=0, eos_token_id=1,
+    ),
     "gpt-neox": lambda: t.GPTNeoXConfig(**SHAPE, **TEXT, **ENDS),
     "starcoder2": lambda: t.Starcoder2Config(**GQA, sliding_window=WINDOW),
     "olmo2": lambda: t.Olmo2Config(**GQA),

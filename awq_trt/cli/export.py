@@ -103,6 +103,7 @@ def run_stages(args: argparse.Namespace, awq_dir: Path | None, onnx_path: Path |
         from awq_trt.checkpoint.directory import local_path
 
         original = quantize.open_model(args)
+        judged = onnx.judge(args, original, console)
         if original is None:
             awq_dir = local_path(args.model)
         else:
@@ -110,7 +111,7 @@ def run_stages(args: argparse.Namespace, awq_dir: Path | None, onnx_path: Path |
         if not first_rank():
             return
         if onnx_path:
-            accuracy = onnx.export_checkpoint(args, original, awq_dir, onnx_path, console)
+            accuracy = onnx.export_checkpoint(args, original, awq_dir, onnx_path, console, judged)
     if args.engine and onnx_path:
         engine.build(args, onnx_path, args.engine, accuracy, console)
     if args.triton_repo and onnx_path:

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from awq_trt.cli.console import progress_console
+from awq_trt.cli.messages import with_flags
 from awq_trt.publishing import claimed
 
 if TYPE_CHECKING:
     from awq_trt.checkpoint.reader import Checkpoint
+    from awq_trt.evaluate.float_model import FloatModel
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -82,25 +84,58 @@ def run(args: argparse.Namespace) -> None:
         export_checkpoint(args, None, local_path(args.model), args.output, progress_console(args.quiet))
 
 
+def judge(args: argparse.Namespace, original: Checkpoint | None, console: Console) -> FloatModel | None:
+    """Compare the checkpoint with transformers' own model of it, before hours of work on what was read wrong."""
+    from awq_trt.awq.distributed import join_ranks
+    from awq_trt.evaluate.verify import judge_float
+
+    if original is None or not args.verify:
+        return None
+    ranks = join_ranks(args.device)
+    with ranks.fail_together(), console.status("Comparing the checkpoint with transformers' own model of it"):
+        return judge_float(original, inputs=args.calibration, memory=args.memory) if ranks.rank == 0 else None
+
+
 def export_checkpoint(
-    args: argparse.Namespace, original: Checkpoint | None, awq_dir: Path, onnx_path: Path, console: Console
+    args: argparse.Namespace,
+    original: Checkpoint | None,
+    awq_dir: Path,
+    onnx_path: Path,
+    console: Console,
+    judged: FloatModel | None = None,
 ) -> dict[str, Any] | None:
-    """Write the ONNX file; returns what the verification says of it, the quantized model and the original, if open."""
+    """Write the ONNX file, if the verification lets it pass; returns what that says of it, of the quantized model and
+    of the original, if open. judged: what it says of the original, if that is known."""
+    from awq_trt.awq.report import warnings
     from awq_trt.evaluate.verify import verify
     from awq_trt.export.export import export_onnx
     from awq_trt.export.interface import DecoderOptions
 
     decoder = DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
-    with console.status("Exporting to ONNX"):
-        report = export_onnx(awq_dir, onnx_path, format=args.format, dtype=args.dtype, fuse=args.fuse, decoder=decoder)
+    found: dict[str, Any] = {}
+    with console.status("Exporting to ONNX") as status:
+
+        def check(path: Path) -> None:
+            status.update("Verifying: eager model against ONNX Runtime, perplexity of float, rounding and AWQ")
+            found.update(verify(path, awq_dir, original, inputs=args.calibration, judged=judged))
+
+        report = export_onnx(
+            awq_dir,
+            onnx_path,
+            format=args.format,
+            dtype=args.dtype,
+            fuse=args.fuse,
+            decoder=decoder,
+            check=check if args.verify else None,
+        )
     size = (report.onnx_bytes + report.data_bytes) / 2**20
     layers = f"{len(report.quantized)} quantized layers, {len(report.fused)} fused nodes"
     console.print(f"[bold]{onnx_path}[/]  {layers}, {size:.1f} MiB", highlight=False)
     if not args.verify:
         return None
-    with console.status("Verifying: eager model against ONNX Runtime, perplexity of float, rounding and AWQ"):
-        found = verify(onnx_path, awq_dir, original, inputs=args.calibration)
     show_accuracy(found, console)
+    for warning in warnings([], [], report.dtype, (found["onnx"]["largest"], found["onnx"]["largest_in"])):
+        console.print(f"[yellow]warning:[/] {with_flags(warning, args.options)}", highlight=False)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Runs TensorRT in a process of its own, because a failing build or load may abort the process it runs in.
+"""Runs work in a process of its own: TensorRT, because a failing build or load may abort the process it runs in.
 
 The parent starts one of the `*_process.py` modules with `run_child`; that module works in `run_job`. The job, one
 JSON object, comes on standard input. What the child sends, one JSON object a line, goes through a pipe, not through
@@ -31,18 +31,21 @@ def run_child(module: str, job: dict[str, Any], on_event: Send | None = None) ->
     """Run a job in a child, which is gone with whatever it started however this ends.
 
     Args:
-        module: of this room, "build_process" say. on_event: is called with everything that the child sends.
+        module: of this room, "build_process" say, or the whole name of another. job: what it gets; where it is to load
+            TensorRT, with the `runtime`. on_event: is called with everything that the child sends.
 
     Returns:
         what it sent last, {} if it died before; its exit status; what was printed.
     """
+    whole_name = module if "." in module else f"awq_trt.engine.{module}"
     read_end, write_end = os.pipe()
     with scratch() as links, tempfile.TemporaryFile("w+", errors="replace") as printed:
-        _link_unversioned(job["runtime"], links)
+        if "runtime" in job:
+            _link_unversioned(job["runtime"], links)
         first = {"LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(PACKAGE.parent)}
         paths = {name: ":".join(filter(None, [place, os.environ.get(name)])) for name, place in first.items()}
         process = subprocess.Popen(
-            [sys.executable, "-m", f"awq_trt.engine.{module}", str(write_end), str(os.getpid())],
+            [sys.executable, "-m", whole_name, str(write_end), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=printed,
             stderr=printed,

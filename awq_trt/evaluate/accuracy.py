@@ -6,7 +6,7 @@ Models run block by block (awq/blocks.py), so that measuring needs no more memor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from awq_trt.awq.blocks import BlockStream, Inputs
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.outside import Weights
+from awq_trt.awq.ranges import Ranges
 from awq_trt.awq.task import head_of, reasons_for_float, untied
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint
@@ -117,23 +118,30 @@ def eager_predictions(weights: Weights, inputs: Sequence[Inputs]) -> Predictions
     return predictions(eager_outputs(weights, inputs), inputs, is_causal_lm(weights.config))
 
 
-def accuracy(models: dict[str, Weights], inputs: Sequence[Inputs]) -> dict[str, Accuracy]:
+def accuracy(models: Mapping[str, Weights | Predictions], inputs: Sequence[Inputs]) -> dict[str, Accuracy]:
     """Perplexity and top-1 agreement of several weights of one architecture; the first is the reference.
 
     Args:
-        models: name -> weights. inputs: windows of held-out text ({"input_ids": [1, S]}), or other model inputs.
+        models: name -> weights, or what the model makes of the inputs.
+        inputs: windows of held-out text ({"input_ids": [1, S]}), or other model inputs.
     """
-    found = {name: eager_predictions(weights, inputs) for name, weights in models.items()}
+    found = {n: m if isinstance(m, Predictions) else eager_predictions(m, inputs) for n, m in models.items()}
     reference = next(iter(found.values()))
     return {name: one.compared(reference) for name, one in found.items()}
 
 
-def eager_outputs(weights: Weights, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]:
-    """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time."""
-    stream = BlockStream(weights, list(inputs))
-    states = list(stream.record())
-    for i in range(len(stream.blocks)):
-        stream.load(i, weights)
-        states = [stream.run(i, state, j) for j, state in enumerate(states)]
-        stream.unload(i)
-    return (stream.head(state, j) for j, state in enumerate(states))
+def eager_outputs(weights: Weights, inputs: Sequence[Inputs], ranges: Ranges | None = None) -> Iterator[torch.Tensor]:
+    """Logits (or last hidden states) of each input in turn, in fp32; one block's weights in memory at a time.
+
+    Args:
+        ranges: looks at the values on the way.
+    """
+    stream, ranges = BlockStream(weights, list(inputs)), ranges or Ranges()
+    with ranges.watching(stream.model):
+        states = list(stream.record())
+        for i in range(len(stream.blocks)):
+            stream.load(i, weights)
+            states = [stream.run(i, state, j) for j, state in enumerate(states)]
+            stream.unload(i)
+        for j, state in enumerate(states):
+            yield stream.head(state, j)

@@ -18,14 +18,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+import transformers
 
 from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.awq.outside import Weights
+from awq_trt.awq.ranges import Ranges
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
-from awq_trt.evaluate.accuracy import accuracy, eager_outputs, is_causal_lm, rounded_like
+from awq_trt.evaluate.accuracy import Predictions, accuracy, eager_outputs, is_causal_lm, rounded_like
+from awq_trt.evaluate.float_model import FloatModel, judge
 from awq_trt.export.fp32 import float32_copy
 from awq_trt.export.kv_cache import give_all_logits
 from awq_trt.export.metadata import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
@@ -36,6 +39,9 @@ WINDOW = 512  # tokens of a window of held-out text, where the model has as many
 AGREEMENT_TOKENS = 128  # tokens of held-out text whose every logit is compared
 NUMPY_TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # where a graph in memory has its weights
+RELATIVE, GAP = 0.05, 0.25
+"""A right file is no further from the eager model than this: the relative difference of all outputs (0.001 to 0.002 in
+float16), and the gap of a token that the eager model would not have chosen, in standard deviations of its logits."""
 PROMPT = "The first thing to know about the sea is that"
 
 Arrays = dict[str, np.ndarray]
@@ -53,6 +59,9 @@ class Agreement:
     tokens: int = 0  # generated
     tokens_equal: int = 0  # of them, those that the eager model would have chosen
     gap: float = 0.0  # most that a generated token's eager logit is below the best one; tiny for a tie
+    spread: float = 0.0  # standard deviation of the eager logits over the vocabulary, mean over the generated tokens
+    largest: float = 0.0  # |value| that any layer or norm of the eager model read or gave
+    largest_in: str = ""  # which module that was
 
 
 def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.InferenceSession:
@@ -147,7 +156,7 @@ def onnx_outputs(path: Path, inputs: Sequence[Inputs]) -> Iterator[torch.Tensor]
         outputs = run_onnx(session, {name: tensor.numpy() for name, tensor in sample.items()})
         output = torch.from_numpy(next(iter(outputs.values()))).float()
         if not torch.isfinite(output).all():
-            raise AwqTrtError(f"{path}: its output has NaN or Inf: float16 overflowed; export with dtype bfloat16.")
+            raise AwqTrtError(f'{path.name}: its output has NaN or Inf: float16 overflowed. Use dtype="bfloat16".')
         yield output
 
 
@@ -169,8 +178,14 @@ def agreement(
 
     The eager model reads prompt and continuation in one pass; the ONNX file made them one by one through its cache, so
     equal arg max at every position is the same as generating the same tokens.
+
+    Raises:
+        AwqTrtError: the file is float16 and the eager model computes what that cannot hold (ONNX Runtime, computing in
+            fp32 on a CPU, need not notice); outputs of other shapes.
     """
-    eager = list(eager_outputs(weights, inputs))
+    ranges = Ranges()
+    eager = list(eager_outputs(weights, inputs, ranges))
+    ranges.refuse_float16(weights.source, read_graph(onnx_path).metadata["dtype"])
     got = list(onnx_outputs(onnx_path, inputs))
     if (shapes := [list(x.shape) for x in got]) != (wanted := [list(x.shape) for x in eager]):
         raise AwqTrtError(
@@ -184,6 +199,8 @@ def agreement(
         relative=float(difference.norm() / expected.norm().clamp(min=1e-15)),
         top1=float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
         logits=logits.numel(),
+        largest=ranges.largest,
+        largest_in=ranges.module,
     )
     if tokenizer is None or not is_causal_lm(weights.config):
         return found
@@ -197,12 +214,32 @@ def agreement(
     logits = logits[0, prompt.shape[1] - 1 : -1]  # [tokens, V], each token chosen by the one before
     gap = logits.max(-1).values - logits.gather(-1, torch.from_numpy(ids)[:, None])[:, 0]
     equal = int((logits.argmax(-1).numpy() == ids).sum())
-    text = PROMPT + tokenizer.decode(ids)
-    return replace(found, generated=text, tokens=tokens, tokens_equal=equal, gap=float(gap.max()))
+    text, spread = PROMPT + tokenizer.decode(ids), float(logits.std(-1).mean())
+    return replace(found, generated=text, tokens=tokens, tokens_equal=equal, gap=float(gap.max()), spread=spread)
+
+
+def refuse_wrong(found: Agreement, onnx_path: Path) -> None:
+    """Stop where the ONNX file does not compute what the eager model does, but for 16-bit arithmetic and ties.
+
+    Raises:
+        AwqTrtError: it does not.
+    """
+    tokens = f", {found.tokens_equal} of {found.tokens} greedy tokens equal" if found.tokens else ""
+    if found.relative > RELATIVE or found.gap > GAP * found.spread:
+        raise AwqTrtError(
+            f"{onnx_path.name} does not compute what the model does, and is not kept: relative difference "
+            f"{found.relative:.1e}, same arg max {found.top1:.1%}{tokens}, the others up to {found.gap:.2g} below the "
+            f"best logit (standard deviation {found.spread:.2g}). Please report this with the model's name."
+        )
 
 
 def verify(
-    onnx_path: Path, awq_dir: Path, original: Checkpoint | None, *, inputs: str | Path | None = None
+    onnx_path: Path,
+    awq_dir: Path,
+    original: Checkpoint | None,
+    *,
+    inputs: str | Path | None = None,
+    judged: FloatModel | None = None,
 ) -> dict[str, Any]:
     """Everything that is known of an export's correctness, as plain data for the sidecar.
 
@@ -210,30 +247,54 @@ def verify(
         onnx_path, awq_dir: the export, and the quantized checkpoint it was made from. original: the checkpoint before
             quantization, None where it is not at hand (then no accuracy is measured).
         inputs: a .npz of model inputs for models without a tokenizer; text models read the held-out text.
+        judged: what `judge_float` said of the original; None asks it now.
+
+    Raises:
+        AwqTrtError: the original is read wrong, or the ONNX file computes something else than the eager model.
     """
     quantized = open_quantized(awq_dir)
     room = fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity")
-    if quantized.tokenizer is not None:
-        longest = getattr(quantized.config, "max_position_embeddings", None) or WINDOW
-        samples = windows(HELD_OUT_TEXT, quantized.tokenizer, samples=8, length=min(WINDOW, longest))
-        short = [{"input_ids": samples[0]["input_ids"][:, : min(AGREEMENT_TOKENS, room or AGREEMENT_TOKENS)]}]
-    elif inputs is not None and str(inputs).endswith(".npz"):
-        samples = arrays(inputs, 8)
-        short = samples[:2]
-    else:
-        samples, short = [], [random_inputs(onnx_path)]
+    samples, short = held_out_inputs(quantized.config, quantized.tokenizer, inputs, room)
     exported = replace(quantized, config=resolve_longrope(quantized.config, room or 0))
+    found = agreement(onnx_path, exported, short or [random_inputs(onnx_path)], quantized.tokenizer)
+    refuse_wrong(found, onnx_path)
     held_out = {}
     if original is not None and samples:
-        models: dict[str, Weights] = {"float": original}
+        judged = judged or judge_float(original, inputs=inputs)
+        models: dict[str, Weights | Predictions] = {"float": judged.predictions or original}
         if quantized.report["method"] != "rtn":
             models["rounding"] = rounded_like(quantized, original)
         held_out = accuracy(models | {str(quantized.report["method"]): quantized}, samples)
     return {
         "text": HELD_OUT_TEXT.name if quantized.tokenizer is not None else str(inputs),
+        "float": judged.judge if judged else "",
         "held_out": {name: asdict(value) for name, value in held_out.items()},
-        "onnx": asdict(agreement(onnx_path, exported, short, quantized.tokenizer)),
+        "onnx": asdict(found),
     }
+
+
+def held_out_inputs(
+    config: transformers.PretrainedConfig, tokenizer: Any, inputs: str | Path | None, room: int | None = None
+) -> tuple[list[Inputs], list[Inputs]]:
+    """What models are compared on: for perplexity and choices, and fewer where every logit is looked at; none where
+    there is neither a tokenizer nor a .npz.
+
+    Args:
+        room: tokens that the KV cache has room for, if it is known.
+    """
+    if tokenizer is not None:
+        longest = getattr(config, "max_position_embeddings", None) or WINDOW
+        samples = windows(HELD_OUT_TEXT, tokenizer, samples=8, length=min(WINDOW, longest))
+        return samples, [{"input_ids": samples[0]["input_ids"][:, : min(AGREEMENT_TOKENS, room or AGREEMENT_TOKENS)]}]
+    if inputs is not None and str(inputs).endswith(".npz"):
+        samples = arrays(inputs, 8)
+        return samples, samples[:2]
+    return [], []
+
+
+def judge_float(original: Checkpoint, *, inputs: str | Path | None = None, memory: int | None = None) -> FloatModel:
+    """`float_model.judge` on the inputs that `verify` will use."""
+    return judge(original, *held_out_inputs(original.config, original.tokenizer, inputs), memory=memory)
 
 
 def random_inputs(onnx_path: Path) -> Inputs:

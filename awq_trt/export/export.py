@@ -35,6 +35,8 @@ from awq_trt.publishing import check_outputs, publishing
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
+Check = Callable[[Path], None]
+"""Is called with the ONNX file before it is where it belongs; raises where it must not get there."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def export_onnx(
     dtype: str | None = None,
     fuse: bool = True,
     decoder: DecoderOptions | None = None,
+    check: Check | None = None,
     progress: Progress | None = None,
 ) -> OnnxReport:
     """Export a quantized checkpoint to ONNX.
@@ -71,6 +74,7 @@ def export_onnx(
             (DequantizeLinear, portable). dtype: "float16" or "bfloat16"; None takes that of the scales.
         fuse: in format "plugin", one node for quantized layers that read the same tensor (see rewrite.py).
         decoder: form and size of the KV cache, and of which tokens there are logits; None takes the defaults.
+        check: sees the file, its data beside it, before anything of an older one is replaced (`verify`).
         progress: called now and then.
 
     Raises:
@@ -88,6 +92,7 @@ def export_onnx(
         decoder=decoder,
         tokenizer=tokenizer,
         sources=(Path(quantized_dir),),
+        check=check,
         progress=progress,
     )
 
@@ -102,6 +107,7 @@ def export_quantized(
     decoder: DecoderOptions | None = None,
     tokenizer: Path | None = None,
     sources: Sequence[Path] = (),
+    check: Check | None = None,
     progress: Progress | None = None,
 ) -> OnnxReport:
     """`export_onnx` of an open checkpoint.
@@ -152,6 +158,8 @@ def export_quantized(
         proto.producer_name, proto.producer_version = PRODUCER, facts["version"]
         path_tmp.write_bytes(proto.SerializeToString())
         sizes = path_tmp.stat().st_size, data_tmp.stat().st_size
+        if check is not None:
+            check(path_tmp)
     return OnnxReport(path, data_path(path), format, dtype, tuple(quantized), tuple(fused), left, *sizes, traced.cache)
 
 

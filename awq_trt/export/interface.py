@@ -88,14 +88,15 @@ class _FixedDecoder(torch.nn.Module):
             head = self.model.get_output_embeddings()
             hook = head.register_forward_pre_hook(lambda _, x: (kv_cache.last_token(x[0], input_length),))
         try:
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-            )
+            with kv_cache.own_masks(self.model, past_length, input_ids.shape[1], self.cache):
+                output = self.model(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
         finally:
             if hook is not None:
                 hook.remove()

@@ -276,6 +276,52 @@ transformers.AttentionInterface.register("awq_trt", attention)
 transformers.AttentionMaskInterface.register("awq_trt", mask)
 
 
+class OwnMask:
+    """In place of a table [1, 1, N, N] of what a query sees, of which a model takes the last rows by the lengths of
+    queries and keys (GPT-Neo): a fixed cache is longer than what it holds, so the rows of the queries' positions.
+
+    Args:
+        table: bool [1, 1, N, N]. past_length: int64 [batch], position of each row's first new token.
+    """
+
+    def __init__(self, table: torch.Tensor, past_length: torch.Tensor, new: int) -> None:
+        positions = past_length[:, None] + torch.arange(new)[None]
+        self.rows = table[0, 0][positions.clamp(max=table.shape[-1] - 1)][:, None]  # bool [batch, 1, new, N]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        """Indexed as the table is, by (:, :, queries, keys)."""
+        return self.rows[..., index[-1]]
+
+
+@contextmanager
+def own_masks(model: torch.nn.Module, past_length: torch.Tensor, new: int, plan: KvCache) -> Iterator[None]:
+    """Inside, the tables of a model that masks by lengths give the rows of the positions.
+
+    Raises:
+        AwqTrtError: it also has layers whose cache is a ring, where a slot is not a position.
+    """
+    tables = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype == torch.bool and buffer.dim() == 4 and len({*buffer.shape[2:]}) == 1
+    ]
+    if tables and any(layer.slots < plan.capacity for layer in plan.layers):
+        raise AwqTrtError(
+            f"{type(model).__name__} masks by the lengths of queries and keys, which a fixed KV cache with a sliding "
+            'window does not give; use kv_cache="dynamic".'
+        )
+    for module, name, buffer in tables:
+        del module._buffers[name]
+        setattr(module, name, OwnMask(buffer, past_length, new))
+    try:
+        yield
+    finally:
+        for module, name, buffer in tables:
+            delattr(module, name)
+            module._buffers[name] = buffer
+
+
 @contextmanager
 def fixed_masks() -> Iterator[None]:
     """Inside, models that know no attention interface (Falcon) get their masks from the fixed cache."""
