@@ -27,7 +27,7 @@ NEAR = 0.25
 class Ranges:
     """The largest |value| seen so far, and where."""
 
-    largest: float = 0.0  # Inf where NaN was seen
+    largest: float = 0.0
     module: str = ""  # that read it or gave it
 
     @contextmanager
@@ -45,12 +45,6 @@ class Ranges:
             for hook in hooks:
                 hook.remove()
 
-    def add(self, value: float, module: str) -> None:
-        """Take a |value| into account; NaN counts as Inf."""
-        value = value if value == value else float("inf")
-        if value > self.largest:
-            self.largest, self.module = value, module
-
     def refuse_float16(self, source: str, dtype: torch.dtype | str) -> None:
         """Where the activations of the engine are float16 and a value is beyond its end, say so.
 
@@ -64,7 +58,15 @@ class Ranges:
             )
 
     def _look(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward hook: of several values a module reads or gives, the first is the hidden states."""
-        for value in (*args[:1], output[0] if isinstance(output, tuple) else output):
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and not value.is_meta:
-                self.add(max(abs(float(bound)) for bound in value.detach().aminmax()), name)
+        """The forward hook: of several values a module reads or gives, the first is the hidden states. NaN is left out:
+        what it came from was Inf."""
+        for value in (*args[:1], output[0] if isinstance(output, tuple) and output else output):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta:
+                continue
+            value = value.detach()
+            if value.isnan().any():
+                value = value[~value.isnan()]
+            if value.numel():
+                largest = max(abs(float(bound)) for bound in value.aminmax())
+                if largest > self.largest:
+                    self.largest, self.module = largest, name

@@ -61,11 +61,15 @@ def test_two_small_parts_of_a_large_sum() -> None:
     Ranges(65504.0, "x").refuse_float16("m", "float16")
 
 
-def test_nan_counts_as_infinite() -> None:
+@pytest.mark.parametrize(
+    ("values", "largest"), [([math.nan] * 2, 0.0), ([math.nan, -7.0], 7.0), ([3, -math.inf], math.inf)]
+)
+def test_nan_is_no_number(values: list[float], largest: float) -> None:
+    """Blocks that are not run give NaN; what overflows gives Inf first."""
     ranges = Ranges()
     with ranges.watching(layer := nn.Linear(2, 2)):
-        layer(torch.tensor([math.nan, 1.0]))
-    assert ranges.largest == math.inf
+        layer(torch.tensor(values))
+    assert ranges.largest == largest
 
 
 def test_a_real_block(models: Path) -> None:

@@ -17,6 +17,7 @@ import transformers as t
 from commands import command, export
 from safetensors.torch import load_file, save_file
 
+from awq_trt import publishing
 from awq_trt.awq.calibration import HELD_OUT_TEXT
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
@@ -53,10 +54,11 @@ def llama(tmp_path: Path) -> Path:
 
 def test_a_wrong_file_is_not_published(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scales of every layer come out 1.5 times too large: exit code 2, and an older file stays what it was."""
-    out = tmp_path / "out"
-    out.mkdir()
-    assert export("--model", llama, "--onnx", out / "m.onnx", "--method", "rtn", *SHORT).returncode == 0
-    old = {name: (out / name).read_bytes() for name in ("m.onnx", "m.onnx.data")}
+    quantize(llama, tmp_path / "q", QuantizeConfig(method="rtn"))
+    monkeypatch.setattr(export_module, "check_outputs", lambda *_: None)  # which refuse what we did not write
+    monkeypatch.setattr(publishing, "check", lambda *_: None)
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).write_text("old")
     right = export_module._Linears.__getitem__
 
     def wrong(self: Any, weight: str) -> Any:
@@ -64,18 +66,14 @@ def test_a_wrong_file_is_not_published(llama: Path, tmp_path: Path, monkeypatch:
         return replace(linear, scales=linear.scales * 1.5)
 
     monkeypatch.setattr(export_module._Linears, "__getitem__", wrong)
-    result = export("--model", llama, "--onnx", out / "m.onnx", "--method", "rtn", *SHORT)
+    result = command("onnx", tmp_path / "q", "--output", tmp_path / "m.onnx", "--max-seq", 96)
     assert result.returncode == 2
     assert "m.onnx does not compute what the model does, and is not kept: relative difference" in result.stderr
-    assert {name: (out / name).read_bytes() for name in ("m.onnx", "m.onnx.data")} == old
-    assert names(out) == ["m.awq", "m.onnx", "m.onnx.data"]
-    result = command("onnx", out / "m.awq", "--output", out / "new.onnx")
-    assert result.returncode == 2
-    assert names(out) == ["m.awq", "m.onnx", "m.onnx.data"]
-    assert command("onnx", out / "m.awq", "--output", out / "new.onnx", "--no-verify").returncode == 0
+    assert names(tmp_path) == ["in", "m.onnx", "m.onnx.data", "q"]
+    assert {(tmp_path / name).read_text() for name in ("m.onnx", "m.onnx.data")} == {"old"}
 
 
-@pytest.mark.parametrize("repaired", [True, False])
+@pytest.mark.parametrize("repaired", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_model_that_masks_by_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repaired: bool) -> None:
     """GPT-Neo, whose masks are rows of a table counted from the end of the keys: right, or else not published. All 128
     tokens of one call are right either way; those that come one by one are not."""
@@ -137,14 +135,13 @@ def test_overflow_of_float16(llama: Path, tmp_path: Path, method: str) -> None:
 def test_overflow_of_a_quantized_directory(llama: Path, tmp_path: Path) -> None:
     """ONNX Runtime sees nothing of it: it computes float16 in fp32 on a CPU."""
     quantize(edited(llama, stream_overflows), tmp_path / "q", QuantizeConfig(method="rtn"))
-    result = command("onnx", tmp_path / "q", "--output", tmp_path / "m.onnx", "--max-seq", 96)
-    assert result.returncode == 0, result.stderr
-    result = command("onnx", tmp_path / "q", "--output", tmp_path / "n.onnx", "--max-seq", 96, "--dtype", "float16")
+    result = command("onnx", tmp_path / "q", "--output", tmp_path / "m.onnx", "--max-seq", 96, "--dtype", "float16")
     assert result.returncode == 2
     assert re.search(OVERFLOW, result.stderr)
-    assert names(tmp_path) == ["in", "m.onnx", "m.onnx.data", "q"]
+    assert names(tmp_path) == ["in", "q"]
 
 
+@pytest.mark.slow
 def test_near_the_end_of_float16_is_a_warning(llama: Path, tmp_path: Path) -> None:
     text = HELD_OUT_TEXT.read_text()[:2000]
     tokens = open_checkpoint(llama).tokenizer(text)["input_ids"]
