@@ -89,7 +89,8 @@ def answer(
     """Answer prompts: one is streamed, several are printed as they end, in JSON all at the end in their order."""
     from awq_trt.serve.generate import encode
 
-    numbers = {generator.add(encode(generator.tokenizer, p), sampling): i for i, p in enumerate(prompts)}
+    most = generator.decoder.capacity
+    numbers = {generator.add(encode(generator.tokenizer, p, most), sampling): i for i, p in enumerate(prompts)}
     answers, tokens, reasons = [""] * len(texts), [0] * len(texts), [""] * len(texts)
     for event in events(generator):
         i = numbers[event.id]
@@ -125,7 +126,8 @@ def chat(generator: Generator, sampling: Any, system: str | None, plain: bool, q
             continue
         prompt: Prompt = text if plain else [*history, {"role": "user", "content": text}]
         try:
-            reply = stream(generator, encode(generator.tokenizer, prompt), sampling)
+            ids = encode(generator.tokenizer, prompt, generator.decoder.capacity)
+            reply = stream(generator, ids, sampling)
         except AwqTrtError as error:  # too long, most likely: the conversation goes on without this message
             print(f"error: {error} /reset forgets the conversation.", file=sys.stderr)
             continue

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.serve.chat import check_size, render
 from awq_trt.serve.decoder import Decoder, tokenizer_folder
 from awq_trt.serve.generator import Event, Generator
 from awq_trt.serve.open import open_decoder
 from awq_trt.serve.sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text to be continued; token ids; or the messages of a chat, {"role": ..., "content": ...}."""
+"""Text to be continued; token ids; or the messages of a chat, {"role": ..., "content": ...}, where the content is text
+or a list of parts, {"type": "text", "text": ...}."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def generate(
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = open_tokenizer(model, tokenizer)
     generator = Generator(model, tokenizer)
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode(tokenizer, prompt, model.capacity) for prompt in prompts]
     for number, (ids, one) in enumerate(zip(encoded, settings, strict=True)):
         generator.add(ids, one, id=number)
     events: list[list[Event]] = [[] for _ in prompts]
@@ -83,33 +85,37 @@ def generate(
     ]
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode(tokenizer: Any, prompt: Prompt, most_tokens: int | None = None) -> list[int]:
     """The token ids of a prompt; a chat goes through the tokenizer's chat template and ends where the answer begins.
 
+    Text may be a chat that someone else has rendered, as Triton's OpenAI frontend does: where it begins with what the
+    tokenizer puts before every text (a beginning-of-sequence token), that is not put there again.
+
+    Args:
+        most_tokens: a prompt may have. Much longer text is refused without being tokenized.
+
     Raises:
-        AwqTrtError: none of the three kinds of prompt, or text that is not Unicode; or messages, and the tokenizer's
-            chat template does not take them, or it has none.
+        AwqTrtError: none of the three kinds of prompt, or text that is not Unicode, or far too long; or a chat that
+            `render` refuses.
     """
     text: Any = prompt
-    options = {}
     if not isinstance(prompt, str):
         ids = [int(item) for item in prompt if isinstance(item, Integral)]
         if len(ids) == len(prompt):
             return ids
         if not all(isinstance(item, Mapping) for item in prompt):
-            raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r}.")
-        if not tokenizer.chat_template:
-            raise AwqTrtError("the tokenizer has no chat template, which would say how a chat is written. Give text.")
-        try:
-            text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates raise whatever they like
-            raise AwqTrtError(f"the chat template does not take these messages: {error}") from error
-        options = {"add_special_tokens": False}  # the template has written them
+            raise AwqTrtError(f"a prompt is text, token ids or messages with role and content, not {prompt!r:.200}.")
+        text = render(tokenizer, prompt, most_tokens)  # type: ignore[arg-type]
+    check_size(len(text), most_tokens)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
         raise AwqTrtError(f"character {error.start} of the prompt is not Unicode: {error.reason}.") from error
-    return list(tokenizer(text, **options)["input_ids"])
+    if text is prompt:
+        ids, added = list(tokenizer(text)["input_ids"]), list(tokenizer("")["input_ids"])
+        if not any(ids[:n] == ids[n : 2 * n] == added[:n] for n in range(1, len(added) + 1)):
+            return ids
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
 
 
 def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:

@@ -113,7 +113,7 @@ class Generator:
 
         Args:
             prompt: token ids, at least one; `encode` makes them of text. sampling: None is greedy, `Sampling()`.
-            id: of the request, above those before; None is the next number.
+            id: of the request, which no other has; None is the next number.
 
         Returns:
             Its id.

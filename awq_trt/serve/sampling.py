@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,8 @@ def _whole(value: object, least: int, most: int, none: bool = False) -> bool:
 
 
 def _real(value: object, least: float, most: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most  # NaN is in no range
+    number: Any = value  # compared, not converted: an int may be too large for a float
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= number <= most  # NaN is in no range
 
 
 def _shown(value: object) -> str:

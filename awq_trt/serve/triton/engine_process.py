@@ -5,12 +5,12 @@ the decode loop should not wait for Triton (a response takes longer to send than
 because whatever kills an engine, a CUDA error or the kernel for want of memory, then leaves Triton's process alive.
 
     in    {"add": 7, "prompt": "text" or [messages], "sampling": {"max_tokens": 64, ...}}      {"cancel": 7}
-    out   {"ready": {"rows": 8, "capacity": 2048, "cache_bytes": ...}}      {"failed": "why it could not start"}
+    out   {"ready": {"rows": 8, "capacity": 2048, "prompt_tokens": 2047, ...}}      {"failed": "why it could not start"}
           {"events": [{"id": 7, "prompt_tokens": 12}, {"id": 7, "text": " in", "tokens": 1, "finish": null}],
            "active": 1, "waiting": 0}
 
 An event with "refused" says why a request was not taken, one with "error" why it ended. The process ends when its input
-does.
+does. Prompts are rendered and tokenized by threads beside the decode loop, so that a long one holds up nobody else.
 """
 
 from __future__ import annotations
@@ -23,37 +23,85 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from awq_trt.errors import AwqTrtError  # the rest late, so that a package that is missing here becomes a message
 
-BYTES_PER_TOKEN = 64
-"""A text of more characters than that for each token a prompt may have is refused without being tokenized."""
+TEXTS, CHATS = 2, 4
+"""Prompts that are tokenized at once, and chats that are rendered before, each in a process of its own (chat.py). Text
+does not wait for chats, which a template may make slow."""
 
 
-def receive(generator: Any, limit: int, message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the generator a request, or cancel one; the events of it. limit: tokens of a prompt."""
-    from awq_trt.serve.generate import encode
-    from awq_trt.serve.sampling import Sampling
+class Requests:
+    """Messages in, events out, between the input's reader, the threads that prepare prompts, and the generator.
 
-    if "cancel" in message:
-        generator.cancel(message["cancel"])
-        return []
-    id, prompt = message["add"], message["prompt"]
+    Args:
+        limit: tokens of a prompt.
+    """
+
+    def __init__(self, generator: Any, limit: int) -> None:
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # lines, "" at the end, and what `_prepare` returns
+        self._generator, self._limit = generator, limit
+        self._preparing: set[int] = set()
+        self._texts, self._chats = ThreadPoolExecutor(TEXTS), ThreadPoolExecutor(CHATS)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a row of the cache."""
+        return len(self._preparing) + int(self._generator.waiting)
+
+    def receive(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """Take a message, or a prompt that is ready; the events of it."""
+        if "cancel" in message:
+            id = message["cancel"]
+            if id not in self._preparing:
+                self._generator.cancel(id)
+                return []
+            self._preparing.remove(id)
+            return [{"id": id, "text": "", "tokens": 0, "finish": "cancelled", "error": None}]
+        id = message["add"]
+        if "prompt" in message:
+            self._preparing.add(id)
+            workers = self._texts if isinstance(message["prompt"], str) else self._chats
+            workers.submit(lambda: self.inbox.put(self._prepare(message)))
+            return []
+        if id not in self._preparing:  # cancelled
+            return []
+        self._preparing.remove(id)
+        if "refused" not in message:
+            message |= _guarded(lambda: self._generator.add(message["ids"], message["sampling"], id))
+        if "refused" in message:
+            return [{"id": id, "refused": message["refused"]}]
+        return [{"id": id, "prompt_tokens": len(message["ids"])}]
+
+    def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
+        """{"add": id, "ids": token ids, "sampling": Sampling}, or {"add": id, "refused": why}. Runs in a thread."""
+        from awq_trt.serve.generate import encode
+        from awq_trt.serve.sampling import Sampling
+
+        found: dict[str, Any] = {"add": message["add"]}
+
+        def work() -> None:
+            found["sampling"] = Sampling(**message["sampling"])
+            found["ids"] = encode(self._generator.tokenizer, message["prompt"], self._limit)
+            if (count := len(found["ids"])) > self._limit:
+                raise AwqTrtError(f"the prompt has {count} tokens; this model takes at most {self._limit}. Shorten it.")
+
+        return found | _guarded(work)
+
+
+def _guarded(work: Callable[[], object]) -> dict[str, str]:
+    """Do something for one request; {"refused": why} if that fails, whatever it is."""
     try:
-        size = len(prompt if isinstance(prompt, str) else json.dumps(prompt))
-        if size > BYTES_PER_TOKEN * limit:
-            raise AwqTrtError(f"the prompt has {size} characters; this model takes at most {limit} tokens. Shorten it.")
-        ids = encode(generator.tokenizer, prompt)
-        if len(ids) > limit:
-            raise AwqTrtError(f"the prompt has {len(ids)} tokens; this model takes at most {limit}. Shorten it.")
-        generator.add(ids, Sampling(**message["sampling"]), id)
+        work()
     except AwqTrtError as error:
-        return [{"id": id, "refused": str(error)}]
-    except Exception as error:  # tokenizers and templates raise whatever they like
-        return [{"id": id, "refused": f"the prompt cannot be read: {type(error).__name__}: {error}"}]
-    return [{"id": id, "prompt_tokens": len(ids)}]
+        return {"refused": str(error)}
+    except BaseException as error:  # a panic in the library tokenizers is no Exception; SIGINT is ignored here
+        return {"refused": f"the prompt cannot be read: {type(error).__name__}: {error}"[:1000]}
+    return {}
 
 
 def serve(folder: Path, settings: dict[str, Any], send: Any) -> None:
@@ -63,34 +111,36 @@ def serve(folder: Path, settings: dict[str, Any], send: Any) -> None:
         settings: {"model": name of the file, "max_batch": rows, "threads": of ONNX Runtime, "max_prompt_tokens": of a
             request}; all but the first may be missing. send: writes a message.
     """
-    from awq_trt.serve.generate import open_tokenizer
+    from awq_trt.serve.generate import encode, open_tokenizer
     from awq_trt.serve.generator import Generator
     from awq_trt.serve.open import open_decoder
 
     rows, threads = settings.get("max_batch"), settings.get("threads")
     decoder = open_decoder(folder / settings["model"], max_batch=rows, threads=threads)
     generator = Generator(decoder, open_tokenizer(decoder, folder / "tokenizer"))
+    encode(generator.tokenizer, "Hello")  # the first call may change the tokenizer, which threads then share
     limit = min(settings.get("max_prompt_tokens", decoder.capacity), decoder.capacity - 1)
-    send({"ready": {"rows": decoder.max_batch, "capacity": decoder.capacity, "cache_bytes": decoder.cache_bytes}})
-    inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+    sizes = {"rows": decoder.max_batch, "capacity": decoder.capacity, "prompt_tokens": limit}
+    send({"ready": sizes | {"cache_bytes": decoder.cache_bytes}})
+    requests = Requests(generator, limit)
 
     def read() -> None:
         for line in itertools.chain(sys.stdin, [""]):  # "" is the end
-            inbox.put(line)
+            requests.inbox.put(line)
 
     threading.Thread(target=read, daemon=True).start()
     while True:
         events: list[dict[str, Any]] = []
-        while not (generator.busy or events) or not inbox.empty():
-            line = inbox.get()
-            if not line:
+        while not (generator.busy or events) or not requests.inbox.empty():
+            item = requests.inbox.get()
+            if item == "":
                 return
-            events += receive(generator, limit, json.loads(line))
+            events += requests.receive(json.loads(item) if isinstance(item, str) else item)
         events += [
             {"id": e.id, "text": e.text, "tokens": len(e.token_ids), "finish": e.finish_reason, "error": e.error}
             for e in (generator.step() if generator.busy else [])
         ]
-        send({"events": events, "active": generator.active, "waiting": generator.waiting})
+        send({"events": events, "active": generator.active, "waiting": requests.waiting})
 
 
 def main() -> int:

@@ -11,15 +11,21 @@ over: the model is decoupled, and none of Triton's batchers has anything to do.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from awq_trt.errors import AwqTrtError
+from awq_trt.serve.chat import check_size, read_messages
+from awq_trt.serve.sampling import Sampling
 from awq_trt.serve.triton.supervisor import Engine
 
 try:
@@ -89,6 +95,7 @@ class InFlightRequest:
     stream: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: bool = False  # has had its last response
+    failed: bool = False  # a response could not be sent
     cancelled: bool = False
     prompt_tokens: int = 0
     text: str = ""  # not sent yet
@@ -118,17 +125,22 @@ class InFlightRequest:
             if self.done:
                 return
             self.done = last
+            final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
             try:
-                self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+                self.sender.send(response, flags=final if last else 0)
             except Exception as error:  # of one client; the thread serves all of them
                 log(f"a response could not be sent: {error}")
+                self.done = self.failed = True  # a piece is missing, so the answer ends here
+                with suppress(Exception):
+                    why = pb_utils.TritonError(f"a response could not be sent: {error}")
+                    self.sender.send(pb_utils.InferenceResponse(output_tensors=[], error=why), flags=final)
 
     def has_lost_its_client(self) -> bool:
-        """Whether the client has gone; True only once."""
+        """Whether the client has gone, or cannot be reached; True only once."""
         with self.lock:
-            if self.done or self.cancelled:
+            if self.cancelled or (self.done and not self.failed):
                 return False
-            self.cancelled = bool(self.sender.is_cancelled())
+            self.cancelled = self.failed or bool(self.sender.is_cancelled())
             return self.cancelled
 
 
@@ -159,6 +171,8 @@ class TritonPythonModel:
                 self._add(request, fields_of(each))
             except RefusedError as error:
                 self._fail(request, "refused", str(error), error.code)
+            except AwqTrtError as error:
+                self._fail(request, "refused", str(error), "INVALID_ARG")
             except Exception as error:  # whatever it is, the client gets an answer
                 self._fail(request, "error", f"{type(error).__name__}: {error}", "INTERNAL")
 
@@ -182,22 +196,38 @@ class TritonPythonModel:
             if "max_tokens" in fields:
                 raise RefusedError(f"max_tokens is {most}; this model generates at most {limit} tokens.")
             most = limit
-        sampling = {name: fields[name] for name in SAMPLING if name in fields}
-        sampling |= {"max_tokens": most, "stop": fields.get("stop_words", [])}
-        prompt = fields["text_input"] if "text_input" in fields else messages_of(fields["messages"])
+        given_settings = {name: fields[name] for name in SAMPLING if name in fields}
+        sampling = Sampling(**given_settings, max_tokens=most, stop=fields.get("stop_words", ()))
+        if (ready := self._engine.ready) is not None:
+            check_size(len(fields[given[0]]), ready["prompt_tokens"])
+        prompt = fields["text_input"] if "text_input" in fields else read_messages(fields["messages"])
         request.stream = fields.get("stream", False)
+        with self._slot(request) as number:
+            self._engine.send({"add": number, "prompt": prompt, "sampling": dataclasses.asdict(sampling)})
+
+    @contextmanager
+    def _slot(self, request: InFlightRequest) -> Iterator[int]:
+        """A number for a request that is handed over, by which the engine's events find it; given back if that fails.
+
+        Afterwards it is given back by the request's last event, whatever becomes of the answer, or by the engine's end.
+        """
         with self._lock:
-            if self._engine.ready is None:
+            if (ready := self._engine.ready) is None:
                 raise RefusedError(
                     f"the engine is being started again ({self._engine.trouble}). Try again.", "UNAVAILABLE"
                 )
-            if len(self._in_flight) >= self._engine.ready["rows"] + self._limits["max_queue"]:
+            if len(self._in_flight) >= ready["rows"] + self._limits["max_queue"]:
                 raise RefusedError(
                     f"{len(self._in_flight)} requests are running or waiting already. Try again.", "UNAVAILABLE"
                 )
             self._next_id += 1
-            self._in_flight[self._next_id] = request
-            self._engine.send({"add": self._next_id, "prompt": prompt, "sampling": sampling})
+            number = self._next_id
+            self._in_flight[number] = request
+            try:
+                yield number
+            except BaseException:
+                del self._in_flight[number]
+                raise
 
     def _read(self, message: dict[str, Any]) -> None:
         """Events of the engine. Only the engine's reading thread comes here."""
@@ -206,7 +236,11 @@ class TritonPythonModel:
             with self._lock:
                 request = (self._in_flight.pop if last else self._in_flight.get)(event["id"], None)
             if request is not None:
-                self._respond(request, event)
+                try:
+                    self._respond(request, event)
+                except Exception as error:  # of one request; the others of this message have theirs yet to come
+                    request.failed = True
+                    self._fail(request, "error", f"{type(error).__name__}: {error}", "INTERNAL")
         self._metrics.active, self._metrics.waiting = message["active"], message["waiting"]
 
     def _respond(self, request: InFlightRequest, event: dict[str, Any]) -> None:
@@ -243,7 +277,11 @@ class TritonPythonModel:
         self._metrics.active = self._metrics.waiting = 0
         self._metrics.add("engine_restarts")
         for request in requests:
-            self._fail(request, "error", f"the engine is started again ({why}). Send the request again.", "UNAVAILABLE")
+            try:
+                text = f"the engine is started again ({why}). Send the request again."
+                self._fail(request, "error", text, "UNAVAILABLE")
+            except Exception as error:  # of one client
+                log(f"{type(error).__name__}: {error}")
 
     def _watch_clients(self) -> None:
         """Cancel the requests of clients that have gone, and report metrics, from time to time."""
@@ -342,19 +380,8 @@ def _parameter(name: str, value: Any) -> Any:
     if size == -1 and isinstance(value, str):
         return [value]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "BOOL"):  # type: ignore[arg-type]
-        raise RefusedError(f"{name} is {value!r}; it must be of type {kind}.")
+        raise RefusedError(f"{name} is {value!r:.100}; it must be of type {kind}.")
     return value
-
-
-def messages_of(text: str) -> list[dict[str, Any]]:
-    """The messages of a chat from JSON."""
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise RefusedError(f"messages is not JSON: {error}.") from error
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise RefusedError('messages must be a JSON list of {"role": ..., "content": ...}.')
-    return messages
 
 
 def log(text: str) -> None:

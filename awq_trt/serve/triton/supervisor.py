@@ -68,8 +68,9 @@ class Engine:
 
     def send(self, message: dict[str, Any]) -> None:
         """Write a message; if the process has gone, its reader will notice."""
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            print(json.dumps(message), file=self._process.stdin, flush=True)
+        line = json.dumps(message)
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=self._process.stdin, flush=True)
 
     def stop(self) -> None:
         """End the process, gently at first."""
@@ -88,20 +89,27 @@ class Engine:
         while True:
             failure = None
             for line in self._process.stdout:
-                message = json.loads(line)
+                message = _message(line)
                 if "failed" in message:
                     failure = message["failed"]
-                else:
-                    self._on_events(message)
+                elif message:
+                    self._guarded(self._on_events, message)
             self.ready, self.trouble = None, failure or _ending(self._process.wait())
             if not self.stopping.is_set():
                 self._log(f"the engine's process has ended: {self.trouble}")
-                self._on_loss(self.trouble)
+                self._guarded(self._on_loss, self.trouble)
             for seconds in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
                 if self.stopping.wait(seconds):
                     return
                 if self._launch():
                     break
+
+    def _guarded(self, call: Callable[[Any], None], argument: Any) -> None:
+        """Whatever goes wrong with a message, the thread that reads goes on: all requests need it."""
+        try:
+            call(argument)
+        except Exception as error:
+            self._log(f"{type(error).__name__}: {error}")
 
     def _launch(self) -> bool:
         """Start a process and wait for its first line; `ready` or `trouble` says what came of it."""
@@ -113,7 +121,7 @@ class Engine:
         except OSError as error:
             self.trouble = f"{self._command[0]} cannot be run: {error}"
             return False
-        message = json.loads(self._process.stdout.readline() or "{}")
+        message = _message(self._process.stdout.readline())
         self.ready = message.get("ready")
         if self.ready is None:
             self.trouble = message.get("failed") or _ending(self._process.wait())
@@ -121,6 +129,11 @@ class Engine:
             return False
         self._log(f"engine ready: {json.dumps(self.ready)}")
         return True
+
+
+def _message(line: str) -> dict[str, Any]:
+    """What a line says; {} for one that was cut short because the process was killed."""
+    return dict(json.loads(line)) if line.endswith("\n") else {}
 
 
 def _ending(status: int) -> str:
