@@ -19,7 +19,7 @@ from awq_trt.awq.estimate import Budget, StageTimer, Usage, resident_bytes, trim
 from awq_trt.awq.fold import Fold
 from awq_trt.awq.head import quantize_head, sampled_head
 from awq_trt.awq.hessian import Group
-from awq_trt.awq.ranges import Ranges
+from awq_trt.awq.ranges import Ranges, refuse_large_weights
 from awq_trt.awq.resume import States, WorkDirectory, read_json_or_none, write_json
 from awq_trt.awq.search import LayerReport, quantize_block
 from awq_trt.awq.task import QuantizeTask
@@ -157,7 +157,9 @@ def loaded(task: QuantizeTask, calibrator: BlockCalibrator) -> Iterator[nn.Modul
         with sampled_head(task, stream) as model:
             yield model
     else:
-        yield stream.load(i, task.checkpoint)
+        block = stream.load(i, task.checkpoint)
+        refuse_large_weights(block, f"{stream.prefix}.{i}.", task.checkpoint.source, task.checkpoint.dtype)
+        yield block
         stream.unload(i)
 
 
@@ -235,11 +237,12 @@ def run_in_float(run: Run, stream: BlockStream, states: States) -> None:
     """Run the blocks on the first window before any of them is searched, where the engine is to compute in float16.
 
     Raises:
-        AwqTrtError: what they compute does not fit float16.
+        AwqTrtError: what they hold or compute does not fit float16.
     """
     checkpoint, hidden, ranges = run.task.checkpoint, states[0], Ranges()
     for i in range(run.task.blocks) if checkpoint.dtype == torch.float16 else ():
         block = stream.load(i, checkpoint)
+        refuse_large_weights(block, f"{stream.prefix}.{i}.", checkpoint.source, checkpoint.dtype)
         with ranges.watching(block, f"{stream.prefix}.{i}."):
             hidden = stream.run(i, hidden, 0)
         stream.unload(i)

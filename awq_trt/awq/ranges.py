@@ -70,3 +70,21 @@ class Ranges:
                 largest = max(abs(float(bound)) for bound in value.aminmax())
                 if largest > self.largest:
                     self.largest, self.module = largest, name
+
+
+def refuse_large_weights(block: nn.Module, prefix: str, source: str, dtype: torch.dtype) -> None:
+    """Where weights are to become float16, look whether they fit.
+
+    Args:
+        prefix: what stands before the names of the block's parameters. dtype: of the engine.
+
+    Raises:
+        AwqTrtError: one of them does not.
+    """
+    for name, weight in block.named_parameters() if dtype == torch.float16 else ():
+        largest = max(abs(float(bound)) for bound in weight.detach().aminmax()) if weight.numel() else 0.0
+        if largest > LARGEST_FLOAT16:
+            raise AwqTrtError(
+                f"{source}: the weight {prefix}{name} holds {largest:.4g} itself, and float16 ends at "
+                f'{LARGEST_FLOAT16:.0f}. Use dtype="bfloat16".'
+            )

@@ -132,6 +132,26 @@ def test_overflow_of_float16(llama: Path, tmp_path: Path, method: str) -> None:
         assert names(tmp_path) == ["in"]
 
 
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+def test_weights_beyond_float16(llama: Path, tmp_path: Path, method: str) -> None:
+    """What is computed of them fits: the norm before them is as small as they are large."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.post_attention_layernorm.weight"] /= 1e6
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e6
+
+    edited(llama, change)
+    result = export("--model", llama, "--awq", tmp_path / "q", "--dtype", "float16", "--method", method, *SHORT)
+    assert result.returncode == 2
+    assert re.search(
+        r"the weight model\.layers\.1\.mlp\.gate_proj\.weight holds \d\.\d+e\+05 itself, and float16 ends at 65504. Use "
+        "--dtype bfloat16",
+        result.stderr,
+    )
+    assert names(tmp_path) == ["in"]
+
+
 def test_overflow_of_a_quantized_directory(llama: Path, tmp_path: Path) -> None:
     """ONNX Runtime sees nothing of it: it computes float16 in fp32 on a CPU."""
     quantize(edited(llama, stream_overflows), tmp_path / "q", QuantizeConfig(method="rtn"))
