@@ -113,8 +113,9 @@ def test_what_is_read_wrong_stops_before_the_work(llama: Path, tmp_path: Path, m
 
 
 def stream_overflows(tensors: dict[str, torch.Tensor]) -> None:
-    """Attention adds up to 1e6 to the residual stream; every layer reads what a norm made of it."""
-    tensors["model.layers.0.self_attn.o_proj.weight"] *= 1e6
+    """Attention adds up to 1e6 to the residual stream; every layer reads what a norm made of it, and weights fit."""
+    tensors["model.layers.0.self_attn.v_proj.weight"] *= 1e3
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 1e4
 
 
 OVERFLOW = r"activations reach \S+ in \S+, and float16 ends at 65504: the engine would give NaN. Use --dtype bfloat16"
@@ -144,11 +145,8 @@ def test_weights_beyond_float16(llama: Path, tmp_path: Path, method: str) -> Non
     edited(llama, change)
     result = export("--model", llama, "--awq", tmp_path / "q", "--dtype", "float16", "--method", method, *SHORT)
     assert result.returncode == 2
-    assert re.search(
-        r"the weight model\.layers\.1\.mlp\.gate_proj\.weight holds \d\.\d+e\+05 itself, and float16 ends at 65504. Use "
-        "--dtype bfloat16",
-        result.stderr,
-    )
+    assert re.search(r"weight model\.layers\.1\.mlp\.gate_proj\.weight holds \d\.\d+e\+05 itself", result.stderr)
+    assert "Use --dtype bfloat16" in result.stderr
     assert names(tmp_path) == ["in"]
 
 
