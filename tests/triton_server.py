@@ -7,6 +7,7 @@ which cannot read strings of a newer one. The engine's own process has the envir
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import queue
@@ -19,7 +20,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ import numpy as np
 import peers
 import psutil
 import pytest
+
+MODEL = "/v2/models/llama"
+"""The path of a model's requests; the tests' repositories hold a tiny Llama."""
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -181,6 +185,20 @@ def tensor(name: str, kind: str, value: np.ndarray) -> Any:
     made = pytest.importorskip("tritonclient.grpc").InferInput(name, list(value.shape), kind)
     made.set_data_from_numpy(value)
     return made
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def started(server: Server, fields: dict[str, Any], path: str = "generate_stream") -> http.client.HTTPConnection:
+    """A connection whose request has been sent, its answer not read."""
+    connection = http.client.HTTPConnection(server.http, timeout=10)
+    connection.request("POST", f"{MODEL}/{path}", json.dumps(fields))
+    return connection
 
 
 @contextmanager

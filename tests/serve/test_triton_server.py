@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import tiny_onnx
 import triton_server
 from stand_ins import plan_of
 from transformers import AutoTokenizer
-from triton_server import Server, Stream
+from triton_server import MODEL, Server, Stream, started, until
 
 from awq_trt.serve.generate import Generated, generate
 from awq_trt.serve.sampling import Sampling
@@ -39,8 +38,8 @@ PROMPTS = [
     "Dear Sir or Madam, I am writing to you because",
     "日本語の文章",
 ]
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-MODEL = "/v2/models/llama"
+TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.content == 'hang' %}
+{%- for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}<assistant>"""
 TOO_LONG = CAPACITY - 10
 LONG = {"text_input": "Once", "max_tokens": TOO_LONG, "ignore_eos": True}
 
@@ -98,20 +97,6 @@ def stream(server: Server, prompt: str, **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line]
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def started(server: Server, fields: dict[str, Any], path: str = "generate_stream") -> http.client.HTTPConnection:
-    """A connection whose request has been sent, its answer not read."""
-    connection = http.client.HTTPConnection(server.http, timeout=10)
-    connection.request("POST", f"{MODEL}/{path}", json.dumps(fields))
-    return connection
-
-
 def test_answers_over_http_are_the_offline_ones(server: Server, offline: list[Generated]) -> None:
     counts = []
     for prompt, wanted in zip(PROMPTS, offline, strict=True):
@@ -153,9 +138,7 @@ def test_the_inputs_of_tritons_openai_frontend(server: Server, offline: list[Gen
         "return_num_output_tokens": ("BOOL", np.array([[True]])),
     }
     stream = Stream(server)
-    inputs = []
-    for name, (kind, value) in given.items():
-        inputs.append(triton_server.tensor(name, kind, value))
+    inputs = [triton_server.tensor(name, kind, value) for name, (kind, value) in given.items()]
     stream.client.async_stream_infer("llama", inputs, request_id="7")
     assert stream.collect(1)["7"] == [(offline[0].text, offline[0].finish_reason)]
     stream.client.stop_stream()
@@ -184,10 +167,11 @@ def test_stop_words_end_an_answer(server: Server, offline: list[Generated]) -> N
 
 
 def test_a_chat_goes_through_the_template(server: Server) -> None:
-    messages = json.dumps([{"role": "user", "content": "Guten Tag"}])
-    status, text = server.request(f"{MODEL}/generate", {"messages": messages, "max_tokens": TOKENS})
-    assert status == 200
-    assert json.loads(text)["text_output"] == ask(server, "<user>Guten Tag<assistant>")["text_output"]
+    for content in ("Guten Tag", [{"type": "text", "text": "Guten Tag"}]):
+        messages = json.dumps([{"role": "user", "content": content}])
+        status, text = server.request(f"{MODEL}/generate", {"messages": messages, "max_tokens": TOKENS})
+        assert status == 200
+        assert json.loads(text)["text_output"] == ask(server, "<user>Guten Tag<assistant>")["text_output"]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +189,13 @@ def test_a_chat_goes_through_the_template(server: Server) -> None:
         ({"text_input": "x", "presence_penalty": 0.5}, "presence_penalty is not supported"),
         ({"text_input": "x", "stop_words": [""]}, "stop is"),
         ({"text_input": ["x", "y"]}, "batch-size must be <= 1"),
+        ({"text_input": "x", "temperature": 1.0, "repetition_penalty": 1e-44}, "it must be a number from 0.01 to 100"),
+        ({"text_input": "x", "temperature": 1e30, "top_p": 1e-20}, "it must be a number from 0 (greedy) to 100"),
+        ({"text_input": "x", "stop_words": [f"{i:010d}" for i in range(10000)]}, "it must be at most 64 strings"),
+        ({"text_input": "x", "stop_words": ["q" * 100000]}, "it must be strings of 1 to 1024 characters"),
+        ({"messages": '[{"a":' + "[" * 991 + "]" * 991 + "}]"}, "nested deeper than 32 levels"),
+        ({"messages": "[" * 15000 + "]" * 15000}, "nested deeper than 32 levels"),
+        ({"messages": '[{"role": "user", "content": [{"type": "image_url"}]}]'}, "a part of type 'image_url'"),
         ({"messages": "[1]"}, "must be a JSON list"),
         ({"messages": "["}, "not JSON"),
         ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, "not Unicode"),
@@ -230,6 +221,34 @@ def test_bad_parameters_over_grpc(server: Server) -> None:
     stream.send("x", "3", stop_words="y", max_tokens=4)
     assert stream.collect(1)["3"][-1][1] in ("stop", "length")
     stream.client.stop_stream()
+
+
+def test_attackers_cost_the_others_nothing(server: Server, offline: list[Generated]) -> None:
+    """More of them than there are slots: each is refused and gives its slot back. The engine is not started again."""
+    engine, user = server.engine().pid, {"role": "user", "content": "hang"}
+    hostile: list[dict[str, Any]] = [
+        {"messages": '[{"a":' + "[" * 991 + "]" * 991 + "}]"},
+        {"text_input": "x", "repetition_penalty": 1e-44, "temperature": 1.0},
+        {"text_input": "x", "stop_words": [f"{i:05d}" * 200 for i in range(2000)]},
+        {"messages": json.dumps([user | {"content": 3}])},
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        hanging = [pool.submit(server.request, f"{MODEL}/generate", {"messages": json.dumps([user])}) for _ in "ab"]
+        asked = [pool.submit(server.request, f"{MODEL}/generate", each) for each in hostile * (ROWS + QUEUE)]
+        most = {
+            "text_input": PROMPTS[0],
+            "max_tokens": 4,
+            "temperature": 100.0,
+            "top_p": 1e-20,
+            "stop_words": ["q" * 999] * 64,
+        }
+        assert server.request(f"{MODEL}/generate", most)[0] == 200  # in range, if odd
+        for prompt, wanted in zip(PROMPTS, offline, strict=True):
+            assert ask(server, prompt)["text_output"] == wanted.text
+        assert not any(each.done() for each in hanging)  # the others did not wait for them
+        assert all(each.result()[0] == 400 for each in asked)
+        assert all("it takes longer than 5 seconds" in each.result()[1] for each in hanging)
+    assert server.engine().pid == engine
 
 
 def test_more_requests_than_may_wait(server: Server) -> None:
