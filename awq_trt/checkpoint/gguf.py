@@ -107,7 +107,7 @@ def open_gguf(path: Path) -> Checkpoint:
     try:
         metadata, _ = read_gguf_metadata(str(path))
         _refuse_kind(path, metadata, len(files))
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if cls is None:
             raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from awq_trt.checkpoint.directory import GENERATION
+from awq_trt.checkpoint.directory import GENERATION, TOKENIZER, read_json
 from awq_trt.checkpoint.formats import to_parts
 from awq_trt.checkpoint.quantized import REPORT
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.safetensors import open_safetensors, write_safetensors
+from awq_trt.checkpoint.transformers4 import with_old_fields
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
 
@@ -102,6 +103,27 @@ class Writer:
         whole = keys.get(f"{layer}.weight", f"{layer}.weight")
         return keys.get(name, f"{whole.removesuffix('.weight')}.{part}")
 
+    def _write_tokenizer(self) -> None:
+        """The files of the source's tokenizer as they are, so that whatever read them there reads them here. A GGUF
+        file has none: its tokenizer is saved by transformers, under the class name that older versions know, too."""
+        tokenizer, files = self.checkpoint.tokenizer, self.checkpoint.files
+        if tokenizer is None:
+            return
+        if not files or files[0].suffix == ".gguf":
+            tokenizer.save_pretrained(self.directory)
+            place = self.directory / "tokenizer_config.json"
+            values = read_json(place)
+            if values.get("tokenizer_class") == "TokenizersBackend":
+                place.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+            return
+        source = files[-1].parent
+        brings_code = type(tokenizer).__module__.startswith("transformers_modules")
+        for pattern in (*TOKENIZER, *(["*.py"] if brings_code else [])):
+            for file in source.glob(pattern):
+                target = self.directory / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
     def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
         """Name the shards, write configuration, tokenizer, report and, last, the index. May be repeated.
 
@@ -120,8 +142,9 @@ class Writer:
         else:
             config.quantization_config = compressed_tensors_config(group_size, symmetric, left)
         config.save_pretrained(self.directory)
-        if self.checkpoint.tokenizer is not None:
-            self.checkpoint.tokenizer.save_pretrained(self.directory)
+        values = with_old_fields(config, read_json(self.directory / "config.json"))
+        (self.directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        self._write_tokenizer()
         for file in self.checkpoint.files[:1]:
             if (generation := file.parent / GENERATION).is_file():
                 shutil.copyfile(generation, self.directory / GENERATION)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import families
+import gguf_files
 import pytest
 import torch
 import transformers
@@ -16,6 +21,7 @@ from awq_trt.checkpoint.directory import stored_tensors
 from awq_trt.checkpoint.model import empty_model, quantizable_linears
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.checkpoint.quantized import open_quantized
+from awq_trt.checkpoint.transformers4 import with_old_fields
 from awq_trt.checkpoint.writer import Writer
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear, quantize_weight
@@ -140,3 +146,84 @@ def test_transformers_loads_our_compressed_tensors(
         )
         with torch.inference_mode():
             assert torch.equal(theirs(ids()).logits, expected)
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+LOCAL = {"rope_type": "default", "rope_theta": 5e3}
+ROPES: dict[str, tuple[Callable[[], transformers.PretrainedConfig], dict[str, Any]]] = {
+    "llama": (lambda: transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+              {"rope_theta": 5e5, "rope_scaling": None}),
+    "llama3": (families.DECODERS["llama3"],
+               {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "qwen2": (lambda: transformers.Qwen2Config(rope_parameters=YARN),
+              {"rope_theta": 1e6, "rope_scaling": {k: v for k, v in YARN.items() if k != "rope_theta"}}),
+    "gemma3": (lambda: transformers.Gemma3TextConfig(
+                   rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL}),
+               {"rope_theta": 1e6, "rope_local_base_freq": 5e3,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "phi": (lambda: transformers.PhiConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.4}),
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.4, "rope_scaling": None}),
+    "gpt_neox": (lambda: transformers.GPTNeoXConfig(
+                     rope_parameters={"rope_theta": 2e4, "partial_rotary_factor": 0.5}),
+                 {"rotary_emb_base": 2e4, "rotary_pct": 0.5, "rope_scaling": None}),
+    "phi3": (lambda: transformers.Phi3Config(rope_parameters=LONG_ROPE, original_max_position_embeddings=64,
+                                             pad_token_id=0, hidden_size=64, num_attention_heads=4),
+             {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8,
+                                                  "long_factor": [2.0] * 8}}),
+}  # fmt: skip
+"""Family -> configuration, and what version 4 of transformers wants to find."""
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_fields_of_older_versions(name: str) -> None:
+    """Both versions read the same model: the old one by its own fields, and this one no other because of them."""
+    config, fields = ROPES[name][0](), ROPES[name][1]
+    config.dtype = torch.bfloat16
+    values = json.loads(config.to_json_string(use_diff=False))
+    both = with_old_fields(config, values)
+    assert {key: both.get(key) for key in fields} == fields
+    assert both["torch_dtype"] == "bfloat16"
+    new = type(config).from_dict(both)
+    assert new.rope_parameters == config.rope_parameters | {k: v for k, v in new.rope_parameters.items() if k == "type"}
+    assert new.dtype == config.dtype
+
+
+def test_fields_that_would_make_another_model_are_left_out() -> None:
+    """longrope with an attention factor of its own, for which version 4's Phi-3 has no field."""
+    config = transformers.Phi3Config(
+        rope_parameters={**LONG_ROPE, "attention_factor": 3.0}, original_max_position_embeddings=64, pad_token_id=0,
+        hidden_size=64, num_attention_heads=4,
+    )  # fmt: skip
+    both = with_old_fields(config, json.loads(config.to_json_string(use_diff=False)))
+    assert "rope_scaling" not in both
+    assert type(config).from_dict(both).rope_parameters["attention_factor"] == 3.0
+
+
+def test_the_tokenizer_is_the_sources_own(models: Path, tmp_path: Path) -> None:
+    """Byte for byte, whatever version of transformers wrote it; nothing else is copied."""
+    source = Path(shutil.copytree(models / "llama", tmp_path / "m"))
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
+    (source / "special_tokens_map.json").write_text('{"eos_token": "!"}')
+    (source / "notes.json").write_text("{}")
+    (source / "setup.py").write_text("raise SystemExit")
+    out = rounded(source, tmp_path / "out", group=32)
+    copied = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    for name in (*copied, "additional_chat_templates/tool.jinja"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert not {"notes.json", "setup.py", "adapter_config.json"} & {file.name for file in out.iterdir()}
+    assert transformers.AutoTokenizer.from_pretrained(out).get_chat_template() == "{{ messages[0].content }}"
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    model = gguf_files.llama(tmp_path / "hf")
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys_of(model), gguf_files.tensors_of(model))
+    out = rounded(path, tmp_path / "out", group=32)
+    written = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert written != "TokenizersBackend"
+    text = "what the field does to it"
+    assert transformers.AutoTokenizer.from_pretrained(out)(text) == open_checkpoint(path).tokenizer(text)
