@@ -188,7 +188,7 @@ def _decoder(model: transformers.PreTrainedModel, options: DecoderOptions) -> In
         if not takes_positions or model.get_output_embeddings() is None:
             raise AwqTrtError(
                 f"{type(model).__name__} takes no position_ids, or has no output embedding, which a fixed KV cache "
-                'needs; use kv_cache="dynamic".'
+                f"needs; {kv_cache.ELSEWHERE}."
             )
         plan = kv_cache.plan_cache(model.config, shapes, options.capacity, options.prefill_chunk)
         slots = [layer.slots for layer in plan.layers]

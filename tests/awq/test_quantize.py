@@ -177,7 +177,7 @@ def test_same_input_same_bits(models: Path, tmp_path: Path) -> None:
             128,
             dict.fromkeys(
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
-                "group size 128 does not divide in_features 288",
+                "in_features 288 is not a multiple of the group size 128",
             ),
         ),
         (  # two of three layers that read the same tensor
