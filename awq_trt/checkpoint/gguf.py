@@ -1,7 +1,13 @@
-"""GGUF through gguf-py's memory map and transformers' table of names, each tensor dequantized when it is asked for."""
+"""GGUF through gguf-py's memory map and transformers' table of names, each tensor dequantized when it is asked for.
+
+transformers passes over keys and tensors that it does not know. Here each of them is either the same as what its
+configuration says, or put into it (gguf_config.py), or refused.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +18,7 @@ import torch
 import transformers
 
 from awq_trt.checkpoint.directory import load_tokenizer
+from awq_trt.checkpoint.gguf_config import complete_config
 from awq_trt.checkpoint.match import match_names
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.reader import Checkpoint
@@ -22,6 +29,10 @@ PIECE = 1 << 20
 """Bytes of a file dequantized at once: gguf-py holds about ten times as much while it does."""
 PLAIN = ("token_embd.weight", "output.weight", "position_embd.weight")
 """Tables that no converter of llama.cpp reorders, so that single rows can be read."""
+ROPE_FREQS = "rope_freqs.weight"
+"""What rotary frequencies are divided by, [head_dim / 2]: how llama.cpp stores the scaling of Llama 3.1 and later."""
+OWN_HEAD = ("falcon", "bloom")
+"""Architectures whose files hold the tied head a second time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,16 @@ class GgufReader:
     data: Any  # the blocks in the file, uint8 [rows, bytes of a row]
     kind: Any  # a gguf.GGMLQuantizationType
     finish: Callable[[Any], Any] | None  # see transformers' TensorProcessor; None where it is stored as it is
-    dtype = torch.float32  # of what it gives
+    size: int  # elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit dtype to compute in with it; what it gives is fp32.
+
+        Only F16 says float16. Quantized and fp32 tensors say nothing of the activations, and nearly every model that
+        there is in GGUF was trained in bfloat16; some of them (Gemma 3) overflow float16.
+        """
+        return torch.float16 if self.kind.name == "F16" else torch.bfloat16
 
     def __call__(self) -> torch.Tensor:
         from gguf import dequantize
@@ -51,30 +71,57 @@ class GgufReader:
         return self()[index] if self.finish else torch.from_numpy(dequantize(self.data[index.numpy()], self.kind))
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file as the transformers model it was converted from.
+def parts_of_file(path: Path) -> tuple[Path, ...]:
+    """The files that a GGUF model is split into, in order; mostly the one.
 
     Raises:
-        AwqTrtError: transformers cannot map it to a model, or it holds fused experts in parts.
+        AwqTrtError: one of them is missing.
+    """
+    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if found is None:
+        return (path,)
+    stem, _, count = found.groups()
+    parts = [path.with_name(f"{stem}-{i + 1:05}-of-{count}.gguf") for i in range(int(count))]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise AwqTrtError(
+            f"{path}: a part of a model in {int(count)} files, of which {missing[0]} is missing beside it. Download "
+            "it, "
+            "or merge them where they are all (llama-gguf-split --merge)."
+        )
+    return tuple(parts)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file, or one of the parts of a model, as the transformers model it was converted from.
+
+    Raises:
+        AwqTrtError: transformers cannot map it to a model; it holds an adapter, experts, tensors or keys that would be
+            left out; a part of it is missing.
     """
     from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-        read_field,
-    )
+    from transformers.integrations.gguf import read_gguf_metadata
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+    files = parts_of_file(path)
+    path = files[0]
     try:
+        metadata, _ = read_gguf_metadata(str(path))
+        _refuse_kind(path, metadata, len(files))
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if cls is None:
             raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
         config.architectures = [cls.__name__]
         tokenizer = load_tokenizer(path.parent, gguf_file=path.name)
-        reader = GGUFReader(path)  # last: its fields take half a kilobyte for each token of the vocabulary
-        architecture = read_field(reader, "general.architecture")[0]
-        reader.fields.clear()
+        tensors: dict[str, Any] = {}
+        for file in files:  # last: its fields take half a kilobyte for each token of the vocabulary
+            reader = GGUFReader(file)
+            reader.fields.clear()
+            tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        architecture = metadata["general.architecture"]
+        config.tie_word_embeddings = "output.weight" not in tensors or architecture in OWN_HEAD
+        scaling = tensors.pop(ROPE_FREQS, None)
+        complete_config(str(path), config, metadata, None if scaling is None else np.array(scaling.data))
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
         names = get_gguf_hf_weights_map(empty_model(config), processor)
     except AwqTrtError:
@@ -84,6 +131,10 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{path}: not a GGUF file that transformers {transformers.__version__} can map to a model: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if stacked := [name for name in tensors if "_exps." in name]:
+        raise AwqTrtError(
+            f"{path}: a mixture of experts ({stacked[0]}); those are read from safetensors, not from GGUF."
+        )
 
     def finish(name: str) -> Callable[[Any], Any] | None:
         def undo(weights: Any) -> Any:
@@ -95,6 +146,20 @@ def open_gguf(path: Path) -> Checkpoint:
 
         return None if name in PLAIN else undo
 
-    known = [t for t in reader.tensors if t.name in names]
-    readers = {names[t.name]: GgufReader(t.data, t.tensor_type, finish(t.name)) for t in known}
-    return match_names(str(path), path, Submodel(config, config), readers, tokenizer, (path,))
+    readers = {
+        names.get(name, name): GgufReader(t.data, t.tensor_type, finish(name), math.prod(int(n) for n in t.shape))
+        for name, t in tensors.items()
+    }
+    return match_names(str(path), path, Submodel(config, config), readers, tokenizer, files)
+
+
+def _refuse_kind(path: Path, metadata: dict[str, Any], files: int) -> None:
+    """What is no whole model."""
+    if metadata.get("general.type") == "adapter":
+        raise AwqTrtError(f"{path}: a LoRA adapter, not a model; merge it into its model first (llama-export-lora).")
+    if metadata.get("split.count", 1) not in (0, files):
+        raise AwqTrtError(
+            f"{path}: part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model. Keep the names "
+            "that "
+            "llama-gguf-split gave the parts (NAME-00001-of-00002.gguf), or merge them (llama-gguf-split --merge)."
+        )

@@ -172,6 +172,11 @@ def parameter_readers(
                     f"{source}: tensor {key} has shape {list(read.shape)}, config.json says {list(expected)}; "
                     "one of the two is of another model."
                 )
+        if name in parameters and getattr(read, "size", None) not in (None, parameters[name].numel()):
+            raise AwqTrtError(
+                f"{source}: {key} has {read.size} values, and the model of this configuration "  # type: ignore[attr-defined]
+                f"has {parameters[name].numel()} there; one of the two is of another model."
+            )
         readers[name] = _reader(read, part, name in transposed)
     return readers
 

@@ -11,7 +11,7 @@ from awq_trt.checkpoint.directory import (
     refuse_adapter,
     stored_tensors,
 )
-from awq_trt.checkpoint.gguf import open_gguf
+from awq_trt.checkpoint.gguf import open_gguf, parts_of_file
 from awq_trt.checkpoint.match import match_names
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.schemes import find_quantization
@@ -34,8 +34,11 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
     refuse_adapter(path, source)
     if path.is_dir() and not (path / "config.json").exists():
         gguf_files = sorted(path.glob("*.gguf"))
-        if len(gguf_files) != 1:
-            raise AwqTrtError(f"{model}: no config.json here; a Hugging Face directory or a .gguf file was expected.")
+        if not gguf_files or parts_of_file(gguf_files[0]) != tuple(gguf_files):
+            several = f", and of {len(gguf_files)} .gguf files it is not clear which one is meant" if gguf_files else ""
+            raise AwqTrtError(
+                f"{model}: no config.json here{several}; a Hugging Face directory or a .gguf file was expected."
+            )
         path = gguf_files[0]
     if path.is_file() and path.suffix != ".gguf":
         raise AwqTrtError(f"{model}: a file, but not a .gguf; a directory, a .gguf file or a hub id was expected.")

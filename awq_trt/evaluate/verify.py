@@ -31,7 +31,7 @@ from awq_trt.evaluate.accuracy import Predictions, accuracy, eager_outputs, is_c
 from awq_trt.evaluate.float_model import FloatModel, judge
 from awq_trt.export.fp32 import float32_copy
 from awq_trt.export.kv_cache import give_all_logits
-from awq_trt.export.metadata import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
+from awq_trt.export.metadata import METADATA_KEY, external_tensors, fixed_cache_facts, graph_metadata, read_graph
 from awq_trt.export.rope import resolve_longrope
 from awq_trt.publishing import scratch
 
@@ -81,6 +81,7 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
     try:
         with ExitStack() as stack:
             model = onnx.load(str(path), load_external_data=False)
+            external_tensors(model, path)  # ONNX Runtime is to read none from elsewhere
             if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
                 source = stack.enter_context(scratch(path.parent)) / path.name
                 float32_copy(path, source)

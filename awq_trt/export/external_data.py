@@ -14,6 +14,7 @@ import torch
 from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import inside
 
 INLINE_LIMIT = 1024
 """Tensors of fewer bytes stay inside the .onnx file (ONNX external data is meant for large ones)."""
@@ -66,7 +67,7 @@ def stored_bytes(proto: onnx.TensorProto, folder: Path) -> memoryview:
     if proto.data_location != onnx.TensorProto.EXTERNAL:
         return memoryview(bytearray(proto.raw_data or onnx.numpy_helper.to_array(proto).tobytes()))
     place = ExternalDataInfo(proto)
-    with (folder / place.location).open("rb") as file:
+    with inside(folder, place.location, f"tensor {proto.name}").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = place.offset or 0
     return memoryview(mapped)[start : start + place.length if place.length else None]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx.external_data_helper import ExternalDataInfo
+from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.operator import OP_TYPE
+from awq_trt.files import inside
 from awq_trt.outputs import Output, file_name
 
 METADATA_KEY = PRODUCER = "awq_trt"
@@ -69,7 +70,7 @@ def read_graph(path: Path) -> GraphFacts:
     """Read an ONNX file and check that its external data is complete.
 
     Raises:
-        AwqTrtError: no such file, not an ONNX file, or external data missing or too short.
+        AwqTrtError: no such file, not an ONNX file, or external data missing, too short or outside of its folder.
     """
     if not path.is_file():
         raise AwqTrtError(f"{path}: no such file. Give the path of an ONNX file.")
@@ -92,7 +93,7 @@ def read_graph(path: Path) -> GraphFacts:
         quantized_bytes=sum(sizes[name] for name in quantized),
         float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
         onnx_bytes=path.stat().st_size,
-        data_bytes=_check_external_data(graph, path),
+        data_bytes=_check_external_data(model, path),
     )
 
 
@@ -106,11 +107,23 @@ def output(path: Path) -> Output:
     return Output(file_name(path), (data_path(path),), MARK)
 
 
+def external_tensors(model: onnx.ModelProto, path: Path) -> list[tuple[onnx.TensorProto, Path]]:
+    """The tensors of an ONNX file whose data lie in another one (initializers, constants of nodes and functions), and
+    where that is.
+
+    Args:
+        path: of the ONNX file.
+
+    Raises:
+        AwqTrtError: outside of its folder.
+    """
+    external = (t for t in _get_all_tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL)
+    return [(tensor, inside(path.parent, ExternalDataInfo(tensor).location, str(path))) for tensor in external]
+
+
 def external_files(path: Path) -> list[Path]:
     """The files that hold an ONNX file's external data."""
-    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
-    external = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    return [path.parent / name for name in sorted({ExternalDataInfo(tensor).location for tensor in external})]
+    return sorted({file for _, file in external_tensors(onnx.load(str(path), load_external_data=False), path)})
 
 
 def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None) -> tuple[Profile, ...]:
@@ -222,14 +235,11 @@ def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_external_data(graph: onnx.GraphProto, path: Path) -> int:
+def _check_external_data(model: onnx.ModelProto, path: Path) -> int:
     """Bytes in all external data files; an error where one is missing or shorter than the tensors that lie in it."""
     sizes: dict[Path, int] = {}
-    for tensor in graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
+    for tensor, file in external_tensors(model, path):
         place = ExternalDataInfo(tensor)
-        file = path.parent / place.location
         if file not in sizes:
             if not file.is_file():
                 raise AwqTrtError(f"{path}: its weights are in {file}, which is missing. Put it beside the ONNX file.")

@@ -158,7 +158,7 @@ class Generator:
         for row in self._rows:
             if row.request is not None and row.request.id == id:
                 text, row.request = row.request.text, None
-                self._events.append(Event(id, text=text.finish(), finish_reason="cancelled"))
+                self._events.append(Event(id, text=_rest_of(text), finish_reason="cancelled"))
                 return True
         return False
 
@@ -267,3 +267,13 @@ class Generator:
             self._events.append(Event(request.id, finish_reason="error", error=why))
         else:
             self._events.append(Event(request.id, (token,), text, reason))
+
+
+def _rest_of(text: TextStream) -> str:
+    """What is left of a text that ends now; nothing where the tokenizer fails."""
+    try:
+        return text.finish()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # see `_sample`
+        return ""

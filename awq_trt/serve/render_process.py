@@ -37,13 +37,15 @@ def rendered(template: str, tokens: str, messages: list[dict[str, Any]]) -> str:
     return str(found[0][0])  # of a list of texts, and where the assistant's are
 
 
-@lru_cache(maxsize=8)
-def takes(template: str, tokens: str, parts: bool) -> bool:
-    """Whether a template writes the text of a content that is a list of parts, or a string: not nothing, not the list
-    as Python or JSON print it, no error."""
+@lru_cache(maxsize=64)
+def takes(template: str, tokens: str, role: str, parts: bool) -> bool:
+    """Whether a template writes a role's text where its content is a list of parts, or a string: not nothing, not the
+    list as Python or JSON print it, no error."""
+    one, other = ([{"type": "text", "text": text}] if parts else text for text in (PROBE, "x"))
+    message, user = {"role": role, "content": one}, {"role": "user", "content": other}
     try:
-        content = [{"type": "text", "text": PROBE}] if parts else PROBE
-        text = rendered(template, tokens, [{"role": "user", "content": content}])
+        chat = {"user": [message], "system": [message, user]}.get(role, [user, message])
+        text = rendered(template, tokens, chat)
     except Exception:
         return False
     return PROBE in text and f"'{PROBE}'" not in text and f'"{PROBE}"' not in text
@@ -52,10 +54,11 @@ def takes(template: str, tokens: str, parts: bool) -> bool:
 def in_its_form(message: dict[str, Any], template: str, tokens: str) -> dict[str, Any]:
     """A message with its content as the template takes it: parts joined by line breaks where it takes only strings, a
     string as a part where it takes only parts, which those of vision models do."""
-    content = message.get("content")
-    if isinstance(content, list) and not takes(template, tokens, parts=True):
+    content, role = message.get("content"), message["role"]
+    as_text, as_parts = (takes(template, tokens, role, parts) for parts in (False, True))
+    if isinstance(content, list) and not as_parts:
         return message | {"content": "\n".join(part["text"] for part in content)}
-    if isinstance(content, str) and not takes(template, tokens, parts=False) and takes(template, tokens, parts=True):
+    if isinstance(content, str) and as_parts and not as_text:
         return message | {"content": [{"type": "text", "text": content}]}
     return message
 

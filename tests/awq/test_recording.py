@@ -93,10 +93,11 @@ def test_quantizing_goes_on_with_what_is_carried(tmp_path: Path, monkeypatch: py
     source = families.checkpoint(CONFIGS["T5EncoderModel"](), tmp_path / "m", cls=t.T5EncoderModel)
     config = QuantizeConfig(calibration_samples=2, calibration_length=32)
     quantize(source, tmp_path / "whole", config)
-    load = BlockStream.load
+    load, loaded = BlockStream.load, []
 
     def interrupted(self: BlockStream, i: int, weights: Any) -> Any:
-        if i == 2:
+        loaded.append(i)
+        if loaded.count(2) == 2:  # the first time is that of the float pass, which looks at the range of values
             raise KeyboardInterrupt
         return load(self, i, weights)
 

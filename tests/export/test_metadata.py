@@ -13,7 +13,9 @@ import torch
 from onnx import helper
 
 from awq_trt.errors import AwqTrtError
-from awq_trt.export.metadata import optimization_profiles, read_graph
+from awq_trt.evaluate.verify import onnx_session
+from awq_trt.export.fp32 import float32_copy
+from awq_trt.export.metadata import external_files, optimization_profiles, read_graph
 
 
 def test_graph_facts(tmp_path: Path) -> None:
@@ -45,3 +47,51 @@ def test_metadata_that_is_not_json(tmp_path: Path) -> None:
         onnx.save(model, str(path))
         with pytest.raises(AwqTrtError, match="its metadata 'awq_trt' is not"):
             read_graph(path)
+
+
+@pytest.mark.parametrize("location", ["../private.key", "sub/../../private.key", "{folder}/private.key", ""])
+@pytest.mark.parametrize("where", ["initializer", "node", "function"])
+def test_data_of_other_folders_are_not_read(tmp_path: Path, location: str, where: str) -> None:
+    """Whatever tensor of the file says so; every way to open the file refuses it."""
+    (tmp_path / "private.key").write_bytes(b"secret" * 100)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = tiny_onnx.quantized(folder / "m.onnx")
+    model = onnx.load(path)
+    constant = helper.make_node(
+        "Constant", [], ["c"], value=helper.make_tensor("c", onnx.TensorProto.FLOAT16, [4], [0] * 4)
+    )
+    function = helper.make_function("d", "F", [], ["c"], [constant], [helper.make_opsetid("", 23)])
+    if where == "node":
+        model.graph.node.insert(0, constant)
+    elif where == "function":
+        model.functions.append(function)
+    tensor = {
+        "initializer": lambda: next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16),
+        "node": lambda: model.graph.node[0].attribute[0].t,
+        "function": lambda: model.functions[-1].node[0].attribute[0].t,
+    }[where]()
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location.format(folder=tmp_path))
+    path.write_bytes(model.SerializeToString())
+    message = r"m\.onnx: names the file .*, which is (not in its folder|none)"
+    for read in (read_graph, external_files, onnx_session):
+        with pytest.raises(AwqTrtError, match=message):
+            read(path)
+    if where == "initializer":
+        with pytest.raises(AwqTrtError, match="names the file"):
+            float32_copy(path, tmp_path / "copy.onnx")
+        assert not (tmp_path / "copy.onnx").exists()
+
+
+def test_a_link_to_data_elsewhere_is_followed(tmp_path: Path) -> None:
+    """As the hub's cache has them."""
+    tiny_onnx.quantized(tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    onnx.save_model(model, tmp_path / "n.onnx", save_as_external_data=True, location="n.data", size_threshold=0)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "n.data").rename(tmp_path / "blobs" / "0")
+    (tmp_path / "n.data").symlink_to("blobs/0")
+    assert read_graph(tmp_path / "n.onnx").data_bytes > 0
+    assert external_files(tmp_path / "n.onnx") == [tmp_path / "n.data"]

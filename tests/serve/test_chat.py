@@ -66,6 +66,17 @@ def test_parts_of_text_are_the_text(template: str, text: str, of_a_string: str) 
         assert text == one.apply_chat_template(user(PARTS), add_generation_prompt=True, tokenize=False)
 
 
+def test_each_role_has_the_form_that_the_template_reads() -> None:
+    loop = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'ROLE' %}" + loop + "{% else %}<{{ m.content }}>{% endif %}{% endfor %}"
+    )
+    for role, text in (("system", "Helloyou<Hello\nyou><Hi>"), ("assistant", "<Hello\nyou><Hello\nyou>Hi")):
+        one = tokenizer(template.replace("ROLE", role))
+        messages = [{"role": "system", "content": PARTS}, *user(PARTS), {"role": "assistant", "content": "Hi"}]
+        assert chat.render(one, messages) == text
+
+
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
@@ -122,7 +133,7 @@ RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
     ("template", "why"),
     [
         (ENDLESS, "longer than 1 seconds"),
-        ("{{ 10 ** (10 ** 9) }}", "longer than 1 seconds|256 MiB|MemoryError"),
+        ("{{ 10 ** (10 ** 9) }}", "longer than 1 seconds|256 MiB"),
         (DOUBLING, "256 MiB"),
         (RECURSIVE, "recursion"),
         ("{{ messages[0].no.such }}", "no attribute"),
@@ -132,10 +143,11 @@ RECURSIVE = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
 )
 def test_templates_that_do_not_end(template: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost their own request, and the next is rendered."""
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(chat, "SECONDS", 1 if "seconds" in why else 60)
     one = tokenizer(template)
     with pytest.raises(AwqTrtError, match=f"does not take these messages: .*({why})"):
         encode(one, user("x"))
+    monkeypatch.setattr(chat, "SECONDS", 60)
     assert chat.render(tokenizer(LIST), user("Hi")) == "<user>Hi\n<a>"
 
 

@@ -296,6 +296,11 @@ def test_an_error_in_one_request_ends_it_alone(part: str, error: BaseException) 
         check(decoder, found[i], prompt_of(5, i), sampling)
     assert (generator.active, generator.waiting) == (0, 0)
     check_all(generator, [prompt_of(5, 1)], sampling)
+    cancelled = generator.add(prompt_of(5), sampling)
+    generator._queue[0].text.finish = fail  # type: ignore[method-assign]
+    generator.step()
+    assert generator.cancel(cancelled)
+    assert [(e.id, e.finish_reason) for e in generator.step()] == [(cancelled, "cancelled")]
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -152,6 +152,7 @@ extreme = st.sampled_from([0.0, -0.0, 1.0, 1e-45, 1e-39, 3.4e38, -3.4e38, -math.
 @example([0.0] * 5, 100.0, 0, 1e-20, 1.0, [], 0)
 @example([3e38, -3e38], 1.0, 0, 1.0, 0.01, [0, 1], 0)
 @example([-3e38, -3e38], 1.0, 0, 1.0, 100.0, [0, 1], 0)
+@example([-math.inf, -3e38], 0.0, 0, 1.0, 100.0, [0, 1], 0)
 @settings(max_examples=200, deadline=None)
 def test_every_setting_and_every_logit_give_a_token(
     logits: list[float], temperature: float, top_k: int, top_p: float, penalty: float, seen: list[int], seed: int
