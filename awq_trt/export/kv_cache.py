@@ -39,8 +39,8 @@ PREFILL_CHUNK = 1024
 """Defaults: slots of a layer with full attention; most new tokens of a row in one call."""
 
 ELSEWHERE = (
-    'with kv_cache="dynamic" the ONNX file can be written, for a program of yours to run: here, text is generated with a '
-    "fixed one only"
+    'with kv_cache="dynamic" the ONNX file can be written, for a program of yours to run: here, text is generated with '
+    "a fixed one only"
 )
 """What a message says of models that a fixed cache cannot serve."""
 
@@ -321,7 +321,7 @@ def own_masks(model: torch.nn.Module, past_length: torch.Tensor, new: int, plan:
     if tables and any(layer.slots < plan.capacity for layer in plan.layers):
         raise AwqTrtError(
             f"{type(model).__name__} masks by the lengths of queries and keys, which a fixed KV cache with a sliding "
-            'window does not give; use kv_cache="dynamic".'
+            f"window does not give; {ELSEWHERE}."
         )
     for module, name, buffer in tables:
         del module._buffers[name]
