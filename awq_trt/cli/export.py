@@ -98,11 +98,13 @@ def places(args: argparse.Namespace, onnx_path: Path | None, awq_dir: Path | Non
 
 def run_stages(args: argparse.Namespace, awq_dir: Path | None, onnx_path: Path | None, console: Console) -> None:
     """From whatever --model is to whatever was asked for."""
-    accuracy = None
+    accuracy, early = None, None
     if awq_dir:
         from awq_trt.checkpoint.directory import local_path
 
         original = quantize.open_model(args)
+        if onnx_path and original is not None:
+            early = onnx.check_exportable(args, original, console)
         judged = onnx.judge(args, original, console)
         if original is None:
             awq_dir = local_path(args.model)
@@ -111,7 +113,7 @@ def run_stages(args: argparse.Namespace, awq_dir: Path | None, onnx_path: Path |
         if not first_rank():
             return
         if onnx_path:
-            accuracy = onnx.export_checkpoint(args, original, awq_dir, onnx_path, console, judged)
+            accuracy = onnx.export_checkpoint(args, original, awq_dir, onnx_path, console, judged, early)
     if args.engine and onnx_path:
         engine.build(args, onnx_path, args.engine, accuracy, console)
     if args.triton_repo and onnx_path:

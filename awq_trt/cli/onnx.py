@@ -22,6 +22,8 @@ from awq_trt.publishing import claimed
 if TYPE_CHECKING:
     from awq_trt.checkpoint.reader import Checkpoint
     from awq_trt.evaluate.float_model import FloatModel
+    from awq_trt.export.exportable import EarlyTrace
+    from awq_trt.export.interface import DecoderOptions
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -96,6 +98,25 @@ def judge(args: argparse.Namespace, original: Checkpoint | None, console: Consol
         return judge_float(original, inputs=args.calibration, memory=args.memory) if ranks.rank == 0 else None
 
 
+def decoder_options(args: argparse.Namespace) -> DecoderOptions:
+    """What the options say of a decoder's graph."""
+    from awq_trt.export.interface import DecoderOptions
+
+    return DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
+
+
+def check_exportable(args: argparse.Namespace, original: Checkpoint, console: Console) -> EarlyTrace | None:
+    """Find out before the calibration that a model cannot be exported; what is returned spares the export some work."""
+    from awq_trt.awq.distributed import join_ranks
+    from awq_trt.export.exportable import check_exportable
+
+    ranks = join_ranks(args.device)
+    with ranks.fail_together(), console.status("Tracing the model without weights"):
+        if ranks.rank == 0:
+            return check_exportable(original.config, original.dtype, decoder_options(args))
+    return None
+
+
 def export_checkpoint(
     args: argparse.Namespace,
     original: Checkpoint | None,
@@ -103,15 +124,15 @@ def export_checkpoint(
     onnx_path: Path,
     console: Console,
     judged: FloatModel | None = None,
+    early: EarlyTrace | None = None,
 ) -> dict[str, Any] | None:
     """Write the ONNX file, if the verification lets it pass; returns what that says of it, of the quantized model and
-    of the original, if open. judged: what it says of the original, if that is known."""
+    of the original, if open. judged: what it says of the original; early: the model's trace; if these are known."""
     from awq_trt.awq.report import warnings
     from awq_trt.evaluate.verify import verify
     from awq_trt.export.export import export_onnx
-    from awq_trt.export.interface import DecoderOptions
 
-    decoder = DecoderOptions(args.kv_cache, args.max_seq, args.prefill_chunk, args.all_logits)
+    decoder = decoder_options(args)
     found: dict[str, Any] = {}
     with console.status("Exporting to ONNX") as status:
 
@@ -127,6 +148,7 @@ def export_checkpoint(
             fuse=args.fuse,
             decoder=decoder,
             check=check if args.verify else None,
+            early=early,
         )
     size = (report.onnx_bytes + report.data_bytes) / 2**20
     layers = f"{len(report.quantized)} quantized layers, {len(report.fused)} fused nodes"

@@ -22,6 +22,7 @@ from awq_trt.checkpoint.directory import local_path
 from awq_trt.checkpoint.model import empty_model, persistent_buffers
 from awq_trt.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from awq_trt.errors import AwqTrtError
+from awq_trt.export.exportable import EarlyTrace
 from awq_trt.export.external_data import TORCH_DTYPES, DataFile, Read, values
 from awq_trt.export.interface import DecoderOptions
 from awq_trt.export.kv_cache import KvCache
@@ -65,6 +66,7 @@ def export_onnx(
     decoder: DecoderOptions | None = None,
     check: Check | None = None,
     progress: Progress | None = None,
+    early: EarlyTrace | None = None,
 ) -> OnnxReport:
     """Export a quantized checkpoint to ONNX.
 
@@ -75,7 +77,7 @@ def export_onnx(
         fuse: in format "plugin", one node for quantized layers that read the same tensor (see rewrite.py).
         decoder: form and size of the KV cache, and of which tokens there are logits; None takes the defaults.
         check: sees the file, its data beside it, before anything of an older one is replaced (`verify`).
-        progress: called now and then.
+        progress: called now and then. early: what `check_exportable` returned before the model was quantized.
 
     Raises:
         AwqTrtError: the model cannot be exported (says where), tensors are missing, the disk is full; or something
@@ -94,6 +96,7 @@ def export_onnx(
         sources=(Path(quantized_dir),),
         check=check,
         progress=progress,
+        early=early,
     )
 
 
@@ -109,6 +112,7 @@ def export_quantized(
     sources: Sequence[Path] = (),
     check: Check | None = None,
     progress: Progress | None = None,
+    early: EarlyTrace | None = None,
 ) -> OnnxReport:
     """`export_onnx` of an open checkpoint.
 
@@ -123,10 +127,12 @@ def export_quantized(
         dtype = "float16" if first is None else str(first.scales.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise AwqTrtError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    model = empty_model(resolve_longrope(source.config, options.longest), attn_implementation="eager")
+    config = resolve_longrope(source.config, options.longest)
+    known = None if early is None else early.of(config, DTYPES[dtype], options)
+    model = empty_model(config, attn_implementation="eager")
     _load_buffers(model, source, DTYPES[dtype])
     progress("Tracing the model", 0, 1)
-    traced = trace(model, DTYPES[dtype], options)
+    traced = known or trace(model, DTYPES[dtype], options)
     progress("Tracing the model", 1, 1)
     layers, unused = _layers_of(source, traced, model)
     left = {**source.left_in_float, **unused}

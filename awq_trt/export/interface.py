@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from awq_trt.checkpoint.model import main_output
 from awq_trt.errors import AwqTrtError
@@ -164,6 +164,13 @@ def _decoder(model: transformers.PreTrainedModel, options: DecoderOptions) -> In
         model.config._attn_implementation = "sdpa"
     else:
         model.set_attn_implementation("eager")
+    known = DynamicCache(config=model.config).layers  # what transformers would make
+    kept = [(i, type(x).__name__) for i, x in enumerate(known) if isinstance(x, LinearAttentionCacheLayerMixin)]
+    if kept:
+        raise AwqTrtError(
+            f"{type(model).__name__} keeps more than keys and values in layer {kept[0][0]} ({kept[0][1]}: a recurrent "
+            "or convolutional state); only attention caches are supported."
+        )
     probe = _probe(model, input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache(), use_cache=True)
     layers = getattr(probe.get("past_key_values"), "layers", None) or []
     if not layers or any(getattr(x, "keys", None) is None or x.keys.ndim != 4 for x in layers):
@@ -188,7 +195,7 @@ def _decoder(model: transformers.PreTrainedModel, options: DecoderOptions) -> In
         if not takes_positions or model.get_output_embeddings() is None:
             raise AwqTrtError(
                 f"{type(model).__name__} takes no position_ids, or has no output embedding, which a fixed KV cache "
-                'needs; use kv_cache="dynamic".'
+                f"needs; {kv_cache.ELSEWHERE}."
             )
         plan = kv_cache.plan_cache(model.config, shapes, options.capacity, options.prefill_chunk)
         slots = [layer.slots for layer in plan.layers]

@@ -38,6 +38,12 @@ CAPACITY = 2048
 PREFILL_CHUNK = 1024
 """Defaults: slots of a layer with full attention; most new tokens of a row in one call."""
 
+ELSEWHERE = (
+    'with kv_cache="dynamic" the ONNX file can be written, for a program of yours to run: here, text is generated with '
+    "a fixed one only"
+)
+"""What a message says of models that a fixed cache cannot serve."""
+
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -225,7 +231,9 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, as one ONNX Attention (opset 24) on the whole cache.
 
-    With a softcap as plain products, because runtimes differ in whether the mask comes before or after it.
+    As plain products with a softcap, because runtimes differ in whether the mask comes before or after it, and with
+    sinks (`s_aux` [heads], gpt-oss), which the operator does not have: one more score that takes its part of the
+    softmax and has no value.
 
     Args:
         query [batch, heads, new, head_dim]; key, value [batch, kv_heads, slots, head_dim]; attention_mask bool
@@ -234,20 +242,24 @@ def attention(
     Returns:
         [batch, new, heads, head_dim], None
     """
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise AwqTrtError(
-            'attention with sinks or a position bias cannot be exported with a fixed KV cache; use kv_cache="dynamic".'
-        )
+    sinks = kwargs.get("s_aux")
+    if kwargs.get("position_bias") is not None:
+        raise AwqTrtError(f"attention with a position bias cannot be exported with a fixed KV cache; {ELSEWHERE}.")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     batch, heads, new, _ = query.shape
-    if softcap is None:
+    if softcap is None and sinks is None:
         shape = (batch, heads, new, value.shape[-1])
         return _onnx("Attention", (query, key, value, attention_mask), shape, scale=scale).transpose(1, 2), None
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])  # the queries that share a key head, together
     scores = (grouped @ key.transpose(2, 3)).float() * scale
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.reshape(batch, heads, new, -1).masked_fill(~attention_mask, float("-inf"))
-    weights = scores.softmax(-1).to(query.dtype).reshape(batch, key.shape[1], grouped.shape[2], -1)
+    if sinks is not None:
+        sink = sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, new, -1)
+        scores = torch.cat([sink, scores], -1)
+    weights = scores.softmax(-1)[..., 0 if sinks is None else 1 :]
+    weights = weights.to(query.dtype).reshape(batch, key.shape[1], grouped.shape[2], -1)
     return (weights @ value).reshape(batch, heads, new, -1).transpose(1, 2), None
 
 
@@ -309,7 +321,7 @@ def own_masks(model: torch.nn.Module, past_length: torch.Tensor, new: int, plan:
     if tables and any(layer.slots < plan.capacity for layer in plan.layers):
         raise AwqTrtError(
             f"{type(model).__name__} masks by the lengths of queries and keys, which a fixed KV cache with a sliding "
-            'window does not give; use kv_cache="dynamic".'
+            f"window does not give; {ELSEWHERE}."
         )
     for module, name, buffer in tables:
         del module._buffers[name]
