@@ -14,6 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.operator import OP_TYPE
+from awq_trt.files import verify
 from awq_trt.outputs import Output, file_name
 
 METADATA_KEY = PRODUCER = "awq_trt"
@@ -66,10 +67,10 @@ class GraphFacts:
 
 
 def read_graph(path: Path) -> GraphFacts:
-    """Read an ONNX file and check that its external data is complete.
+    """Read an ONNX file and check that its external data is complete and the one it was written with.
 
     Raises:
-        AwqTrtError: no such file, not an ONNX file, or external data missing or too short.
+        AwqTrtError: no such file, not an ONNX file, or external data missing, too short or of another export.
     """
     if not path.is_file():
         raise AwqTrtError(f"{path}: no such file. Give the path of an ONNX file.")
@@ -92,7 +93,7 @@ def read_graph(path: Path) -> GraphFacts:
         quantized_bytes=sum(sizes[name] for name in quantized),
         float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
         onnx_bytes=path.stat().st_size,
-        data_bytes=_check_external_data(graph, path),
+        data_bytes=_check_external_data(model, path),
     )
 
 
@@ -222,10 +223,11 @@ def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_external_data(graph: onnx.GraphProto, path: Path) -> int:
-    """Bytes in all external data files; an error where one is missing or shorter than the tensors that lie in it."""
+def _check_external_data(model: onnx.ModelProto, path: Path) -> int:
+    """Bytes in all external data files; an error where one is missing, shorter than the tensors that lie in it, or, in
+    an export of ours, another one."""
     sizes: dict[Path, int] = {}
-    for tensor in graph.initializer:
+    for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = ExternalDataInfo(tensor)
@@ -240,4 +242,7 @@ def _check_external_data(graph: onnx.GraphProto, path: Path) -> int:
                 f"{file}: {sizes[file]} bytes, but tensor {tensor.name!r} ends at byte {end}: the file is cut short. "
                 "Copy it again, or export again."
             )
+    if known := graph_metadata(model, path).get("data"):  # older versions wrote none
+        for file in sizes:
+            verify(file, known["sha256"], path)
     return sum(sizes.values())

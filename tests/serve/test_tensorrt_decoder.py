@@ -28,6 +28,7 @@ from fake_tensorrt import (
 )
 
 from awq_trt.engine import sidecar
+from awq_trt.engine.plugin import ENVIRONMENT_VARIABLE, library_path
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve import tensorrt
 from awq_trt.serve.decoder import Decoder
@@ -185,7 +186,13 @@ def test_a_plugin_beside_the_plan_and_a_cache_that_is_copied(
     monkeypatch.setattr(Engine, "in_place", False)
     with pytest.warns(UserWarning, match="does not write its cache in place"):
         opened(plan_of(onnx, embedded=False))
-    assert Registry.loaded == ["/somewhere/libplugin.so"]
+    assert Registry.loaded == [str(library_path().resolve())]
+    other = tmp_path / "other.so"
+    other.write_bytes(library_path().read_bytes() + b"x")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(other))
+    with pytest.raises(AwqTrtError, match="other.so: is not the file"):
+        opened(plan_of(onnx, embedded=False))
+    assert len(Registry.loaded) == 1
 
 
 def test_a_machine_that_lacks_something(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
