@@ -179,7 +179,7 @@ def test_refusals(opened: Any, onnx: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_plugin_beside_the_plan_and_a_cache_that_is_copied(
-    opened: Any, onnx: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(plan_of(onnx))
     assert Registry.loaded == []
