@@ -35,22 +35,23 @@ MARK = "AWQ_TRT_TEST_CHAIN"
 """Environment variable of every process of a chain: its folder."""
 
 
-def command(stage: str, folder: Path, other: bool) -> list[str]:
-    """A stage of the chain in a folder with the model; `other` writes something else that fits as well."""
+def command(stage: str, other: bool) -> list[str]:
+    """A stage of the chain, in the current folder; `other` writes something else that fits as well."""
     change = {"quantize": ("--symmetric",), "onnx": ("--max-seq", "128"), "engine": ("--max-batch", "2"), "triton": ()}
     words = {
-        "quantize": ("quantize", folder / "model", "--output", folder / "out.awq", *CALIBRATION),
-        "onnx": ("onnx", folder / "out.awq", "--output", folder / "out.onnx", "--no-verify", "--max-seq", "64"),
-        "engine": ("engine", folder / "out.onnx", "--output", folder / "out.plan", "--runtime", "tensorrt_rtx"),
-        "triton": ("triton", folder / "out.plan", "--output", folder / "repo"),
+        "quantize": ("quantize", "model", "--output", "out.awq", *CALIBRATION),
+        "onnx": ("onnx", "out.awq", "--output", "out.onnx", "--no-verify", "--max-seq", "64"),
+        "engine": ("engine", "out.onnx", "--output", "out.plan", "--runtime", "tensorrt_rtx"),
+        "triton": ("triton", "out.plan", "--output", "repo"),
     }
-    return [str(word) for word in (*words[stage], "--quiet", *(change[stage] if other else ()))]
+    return [*words[stage], "--quiet", *(change[stage] if other else ())]
 
 
-def whole(folder: Path) -> list[str]:
-    """The same by one command."""
-    words = ("export", "--model", folder / "model", "--engine", folder / "out.plan", "--triton-repo", folder / "repo")
-    return [str(w) for w in (*words, "--no-verify", "--max-seq", "64", "--runtime", "tensorrt_rtx", *CALIBRATION)]
+WHOLE = (
+    *("export", "--model", "model", "--engine", "out.plan", "--triton-repo", "repo"),
+    *("--no-verify", "--max-seq", "64", "--runtime", "tensorrt_rtx", *CALIBRATION),
+)
+"""The same by one command."""
 
 
 @dataclass
@@ -76,12 +77,13 @@ class Child:
 def start(
     words: Sequence[str], folder: Path, prepare: Callable[[], object] = lambda: None, tmp: Path | None = None
 ) -> Child:
-    """Run `awq-trt` in a forked process; `prepare` is called in it first. tmp: TMPDIR, None is `folder`/tmp."""
+    """Run `awq-trt` in a folder, in a forked process; `prepare` is called in it first. tmp: TMPDIR, or `folder`/tmp."""
     tmp = tmp or folder / "tmp"
     said = (tmp.parent if tmp.parent != folder else folder.parent) / f"{folder.name}.said"
     if (pid := os.fork()) == 0:
         status = 1
         try:
+            os.chdir(folder)
             tempfile.tempdir = os.environ["TMPDIR"] = str(tmp)
             os.environ[MARK] = str(folder)
             prepare()

@@ -189,9 +189,10 @@ def test_a_plugin_beside_the_plan_and_a_cache_that_is_copied(
     assert Registry.loaded == [str(library_path().resolve())]
     other = tmp_path / "other.so"
     other.write_bytes(library_path().read_bytes() + b"x")
+    plan = plan_of(onnx, embedded=False)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(other))
     with pytest.raises(AwqTrtError, match="other.so: is not the file"):
-        opened(plan_of(onnx, embedded=False))
+        opened(plan)
     assert len(Registry.loaded) == 1
 
 
