@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +13,18 @@ from awq_trt.errors import AwqTrtError
 
 PACKAGE = Path(__file__).resolve().parent
 """The folder of this package: its sources, and `data/`."""
+
+
+DIGESTS = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "awq_trt" / "sha256"
+"""Digests of large files that were read, a small file for each."""
+LARGE = 256 << 20
+"""Bytes from which on reading a file again is worth remembering that."""
+SETTLED = 2.0
+"""Seconds after which a file that is written again gets another time, on any file system."""
+KEPT = 30 * 24 * 3600
+"""Seconds that a digest is remembered on disk."""
+
+_known: dict[str, str] = {}
 
 
 def package_version() -> str:
@@ -53,3 +68,52 @@ def inside(folder: Path, name: object, source: str) -> Path:
             f"{source}: names the file {name!r}, which is none. Get the file again from where it was made."
         )
     return folder / name
+
+
+def verify(path: Path, expected: str, owner: Path) -> None:
+    """Compare a file with the SHA-256 that another one, its owner, says it has.
+
+    Raises:
+        AwqTrtError: they do not belong together, or the file cannot be read.
+    """
+    try:
+        found = known_sha256(path)
+    except OSError as error:
+        raise AwqTrtError(f"{path}: cannot be read ({error.strerror or error}); {owner} needs it.") from error
+    if found != expected:
+        raise AwqTrtError(
+            f"{path}: is not the file that {owner} was written with (another SHA-256), so the two do not belong "
+            "together. Copy both from the same place again, or make both again."
+        )
+
+
+def known_sha256(path: Path) -> str:
+    """`sha256`, but a file is read once as long as its size, times and inode are the same; a large one, by all runs."""
+    begin, state, identity = time.time(), path.stat(), _identity(path)
+    entry = DIGESTS / hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
+    if identity not in _known and state.st_size >= LARGE:
+        with suppress(OSError, ValueError):
+            if len(text := entry.read_text()) == len(entry.name):
+                _known[identity] = text
+    if identity in _known:
+        return _known[identity]
+    digest = sha256(path)
+    if begin - max(state.st_mtime, state.st_ctime) < SETTLED or _identity(path) != identity:
+        return digest
+    _known[identity] = digest
+    if state.st_size >= LARGE:
+        with suppress(OSError):
+            DIGESTS.mkdir(parents=True, exist_ok=True)
+            for old in DIGESTS.iterdir():
+                if begin - old.stat().st_mtime > KEPT:
+                    old.unlink()
+            partial = entry.with_name(f"{entry.name}.{os.getpid()}")
+            partial.write_text(digest)
+            partial.replace(entry)
+    return digest
+
+
+def _identity(path: Path) -> str:
+    state = path.stat()
+    times = f"{state.st_mtime_ns} {state.st_ctime_ns}"  # the second cannot be set at will
+    return f"{path.resolve()} {state.st_dev} {state.st_ino} {state.st_size} {times}"

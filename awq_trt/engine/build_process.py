@@ -9,8 +9,8 @@ In: the job that build.py puts together. Out: the plan at `job["plan"]`, and one
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,12 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise AwqTrtError("TensorRT could not build the engine.")
-    with Path(job["plan"]).open("wb") as file:
-        file.write(memoryview(plan))
-        file.flush()
-        os.fsync(file.fileno())
+    Path(job["plan"]).write_bytes(memoryview(plan))
     if cache is not None:
         Path(job["timing_cache_out"]).write_bytes(memoryview(cache.serialize()))
     gpus = [] if job["architectures"] else query().gpus[:1]  # TensorRT has built for this one
     return {
+        "plan_sha256": hashlib.sha256(memoryview(plan)).hexdigest(),
         "runtime_version": trt.__version__,
         "plugin_layers": plugin_layers,
         "architectures": job["architectures"] or [gpu.capability for gpu in gpus],

@@ -202,7 +202,7 @@ def _library(facts: Mapping[str, Any], library: Path) -> Finding:
         return Finding("plugin", FAILS, f"{library} is version {version}; the plan needs {facts['version']}", advice)
     if not same:
         words = f"{library} is version {version}, but not the file the plan was built with (SHA-256 differs)"
-        return Finding("plugin", WARNING, words, "use the very file, or build the engine again")
+        return Finding("plugin", FAILS, words, "use the very file, or build the engine again")
     return Finding("plugin", OK, f"{version}, {library}, the very file (SHA-256)")
 
 

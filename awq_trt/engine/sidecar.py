@@ -17,7 +17,7 @@ from awq_trt.engine.plugin import library_version
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.facts import FusedLayers, ModelFacts, QuantizedLayer, Verification
 from awq_trt.export.metadata import GraphFacts, Profile, Tensor
-from awq_trt.files import package_version, sha256
+from awq_trt.files import package_version, sha256, verify
 from awq_trt.outputs import Output, file_name
 from awq_trt.schema import Bytes, Name, Size, check, read_json
 
@@ -97,6 +97,7 @@ class Build(TypedDict):
     strongly_typed: bool
     gpu: NotRequired[Name | None]
     warnings: NotRequired[list[str]]
+    sha256: NotRequired[dict[Name, Name | None]]  # of the "plan", and of the "onnx_data" that it was made from
 
 
 class Model(ModelFacts, total=False):
@@ -142,6 +143,7 @@ class EngineReport:
     peak_bytes: int  # resident memory of the child process
     warnings: tuple[str, ...]  # TensorRT's, without the ones at every build
     gpu: str | None = None  # that it was tuned on; None for TensorRT-RTX
+    plan_sha256: str | None = None
 
 
 def path_of(engine_path: Path) -> Path:
@@ -186,6 +188,7 @@ def describe(
         "plugin": plugin and plugin.stat().st_size,
         "activations": memory.activation_bytes(graph.path, report.profiles),  # estimate; see memory.py
     }
+    digests = {"plan": report.plan_sha256, "onnx_data": facts.get("data", {}).get("sha256")}
     build = {"seconds": round(report.seconds, 1), "peak_bytes": report.peak_bytes, "strongly_typed": True}
     versions = {"runtime": report.runtime, "runtime_version": report.runtime_version, "onnx_opset": graph.opset}
     return {
@@ -205,7 +208,7 @@ def describe(
         "left_in_float": facts.get("left_in_float", {}),
         "plugin": library,
         "sizes": sizes,
-        "build": {**build, "gpu": report.gpu, "warnings": list(report.warnings)},
+        "build": {**build, "gpu": report.gpu, "warnings": list(report.warnings), "sha256": digests},
         "accuracy": accuracy,
     }
 
@@ -239,6 +242,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             f"{path}: describes a plan of {content['sizes']['plan']} bytes, but {plan.name} has "
             f"{plan.stat().st_size}. The two are not from the same build; build the engine again."
         )
+    digest = content["build"].get("sha256", {}).get("plan")  # older versions wrote none
+    if digest and plan.is_file():
+        verify(plan, digest, path)
     return content
 
 

@@ -72,8 +72,9 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
     folding unpacks all weights at once, 31 bytes for each; so each run unpacks anew.
 
     Raises:
-        AwqTrtError: ONNX Runtime does not take the file.
+        AwqTrtError: ONNX Runtime does not take the file, or its weights are not its own.
     """
+    read_graph(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")

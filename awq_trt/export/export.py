@@ -159,6 +159,7 @@ def export_quantized(
             "quantized": [asdict(node) for node in quantized],
             "fused": [asdict(node) for node in fused],
             "left_in_float": left,
+            "data": data.facts,
         }
         proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts))
         proto.producer_name, proto.producer_version = PRODUCER, facts["version"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -88,7 +89,12 @@ class DataFile:
 
     def __init__(self, file: BinaryIO, location: str) -> None:
         """`file` is open for writing and empty; `location` is what it will be called beside the .onnx file."""
-        self._file, self._location, self.size = file, location, 0
+        self._file, self._location, self.size, self._digest = file, location, 0, hashlib.sha256()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is written, for the metadata of the .onnx file."""
+        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
 
     def store(self, name: str, values: torch.Tensor, elem_type: int | None = None) -> onnx.TensorProto:
         """Append a tensor to the file; small ones stay inline."""
@@ -100,8 +106,9 @@ class DataFile:
             proto.raw_data = bytes(data)
             return proto
         offset = -(-self.size // ALIGNMENT) * ALIGNMENT
-        self._file.write(bytes(offset - self.size))
-        self._file.write(data)
+        for piece in (bytes(offset - self.size), data):
+            self._file.write(piece)
+            self._digest.update(piece)
         self.size = offset + len(data)
         proto.data_location = onnx.TensorProto.EXTERNAL
         del proto.external_data[:]

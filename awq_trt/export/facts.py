@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from awq_trt.schema import Count, Name, Size
+from awq_trt.schema import Bytes, Count, Name, Size
 
 
 class CacheLayer(TypedDict):
@@ -80,10 +80,18 @@ class ModelFacts(TypedDict, total=False):
     tokenizer: Name | None  # its directory, relative to the ONNX file, or to the plan
 
 
+class DataFacts(TypedDict):
+    """The file of external data."""
+
+    bytes: Bytes
+    sha256: Name
+
+
 class Metadata(ModelFacts, total=False):
     """Under `metadata.METADATA_KEY` of the ONNX file."""
 
     version: Name
+    data: DataFacts
     max_positions: Count | None
     quantized: list[QuantizedLayer]
     fused: list[FusedLayers]

@@ -6,13 +6,14 @@ and widening the other constants is exact. Only the activations are no longer ro
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
 
 from awq_trt.export.external_data import DataFile, inline, stored_bytes, stored_values
 from awq_trt.export.matmul_nbits import matmul_nbits
-from awq_trt.export.metadata import data_path
+from awq_trt.export.metadata import METADATA_KEY, data_path
 from awq_trt.export.operator import OP_TYPE
 
 NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -53,4 +54,7 @@ def float32_copy(onnx_path: str | Path, copy_path: str | Path, *, nbits: bool = 
             elif tensor.data_location == onnx.TensorProto.EXTERNAL:
                 data.place(tensor, stored_bytes(tensor, folder))
         graph.initializer.extend(new)
+        for entry in model.metadata_props:
+            if entry.key == METADATA_KEY:
+                entry.value = json.dumps(json.loads(entry.value) | {"data": data.facts})
         target.write_bytes(model.SerializeToString())

@@ -14,7 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.operator import OP_TYPE
-from awq_trt.files import inside
+from awq_trt.files import inside, verify
 from awq_trt.outputs import Output, file_name
 
 METADATA_KEY = PRODUCER = "awq_trt"
@@ -67,10 +67,11 @@ class GraphFacts:
 
 
 def read_graph(path: Path) -> GraphFacts:
-    """Read an ONNX file and check that its external data is complete.
+    """Read an ONNX file and check that its external data is complete and the one it was written with.
 
     Raises:
-        AwqTrtError: no such file, not an ONNX file, or external data missing, too short or outside of its folder.
+        AwqTrtError: no such file, not an ONNX file, or external data missing, too short, outside of its folder or of
+            another export.
     """
     if not path.is_file():
         raise AwqTrtError(f"{path}: no such file. Give the path of an ONNX file.")
@@ -236,7 +237,8 @@ def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
 
 
 def _check_external_data(model: onnx.ModelProto, path: Path) -> int:
-    """Bytes in all external data files; an error where one is missing or shorter than the tensors that lie in it."""
+    """Bytes in all external data files; an error where one is missing, shorter than the tensors that lie in it, or, in
+    an export of ours, another one."""
     sizes: dict[Path, int] = {}
     for tensor, file in external_tensors(model, path):
         place = ExternalDataInfo(tensor)
@@ -250,4 +252,7 @@ def _check_external_data(model: onnx.ModelProto, path: Path) -> int:
                 f"{file}: {sizes[file]} bytes, but tensor {tensor.name!r} ends at byte {end}: the file is cut short. "
                 "Copy it again, or export again."
             )
+    if known := graph_metadata(model, path).get("data"):  # older versions wrote none
+        for file in sizes:
+            verify(file, known["sha256"], path)
     return sum(sizes.values())

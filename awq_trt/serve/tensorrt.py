@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -25,8 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from awq_trt.engine.plugin import ENVIRONMENT_VARIABLE
 from awq_trt.engine.runtimes import RUNTIMES, trt_logger
 from awq_trt.errors import AwqTrtError
+from awq_trt.files import verify
 from awq_trt.serve.decoder import Decoder
 
 DECODE, PREFILL = 0, 1
@@ -186,7 +189,9 @@ class TensorRtPlan:
         self._runtime.engine_host_code_allowed = True  # the plan brings its plugin
         plugin = sidecar["plugin"]
         if plugin is not None and not plugin["embedded"]:
-            self._runtime.get_plugin_registry().load_library(plugin["path"])
+            library = Path(os.environ.get(ENVIRONMENT_VARIABLE) or plugin["path"]).expanduser()
+            verify(library, plugin["sha256"], path)
+            self._runtime.get_plugin_registry().load_library(str(library))
         self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise AwqTrtError(

@@ -197,7 +197,7 @@ def test_plugin_beside_the_plan(tmp_path: Path, machine: SimpleNamespace, monkey
     assert finding.status == OK
     assert str(library_path().resolve()) in finding.found
     change(engine, plugin__sha256="0" * 64)
-    assert (found(engine, "plugin").status, "SHA-256 differs" in found(engine, "plugin").found) == (WARNING, True)
+    assert (found(engine, "plugin").status, "SHA-256 differs" in found(engine, "plugin").found) == (FAILS, True)
     other = tmp_path / "other.so"
     other.write_bytes(b"\x7fELF AWQ_TRT_PLUGIN_VERSION=0.0.9;")
     change(engine, plugin__path=str(other), plugin__sha256=sha256(other))

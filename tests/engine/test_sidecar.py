@@ -78,6 +78,7 @@ def test_content(plan: Path) -> None:
         "strongly_typed": True,
         "gpu": None,
         "warnings": ["slow"],
+        "sha256": {"plan": None, "onnx_data": None},
     }
 
 

@@ -191,6 +191,7 @@ def test_a_decoder_with_a_fixed_cache_generates(tmp_path: Path) -> None:
     }
     assert set(config.parameters) == {"model", *PARAMETERS}
     assert files_of(report.model) == {
+        "awq_trt.json",
         "config.pbtxt",
         "1/model.py",
         "1/awq_trt.zip",

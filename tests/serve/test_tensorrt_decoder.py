@@ -28,6 +28,7 @@ from fake_tensorrt import (
 )
 
 from awq_trt.engine import sidecar
+from awq_trt.engine.plugin import ENVIRONMENT_VARIABLE, library_path
 from awq_trt.errors import AwqTrtError
 from awq_trt.serve import tensorrt
 from awq_trt.serve.decoder import Decoder
@@ -178,14 +179,21 @@ def test_refusals(opened: Any, onnx: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_plugin_beside_the_plan_and_a_cache_that_is_copied(
-    opened: Any, onnx: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(plan_of(onnx))
     assert Registry.loaded == []
     monkeypatch.setattr(Engine, "in_place", False)
     with pytest.warns(UserWarning, match="does not write its cache in place"):
         opened(plan_of(onnx, embedded=False))
-    assert Registry.loaded == ["/somewhere/libplugin.so"]
+    assert Registry.loaded == [str(library_path().resolve())]
+    other = tmp_path / "other.so"
+    other.write_bytes(library_path().read_bytes() + b"x")
+    plan = plan_of(onnx, embedded=False)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(other))
+    with pytest.raises(AwqTrtError, match="other.so: is not the file"):
+        opened(plan)
+    assert len(Registry.loaded) == 1
 
 
 def test_a_machine_that_lacks_something(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:

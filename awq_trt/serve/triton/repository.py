@@ -127,6 +127,7 @@ def write_triton_repo(
     generates = bool(fixed_cache_facts(facts))
     if generates:
         source = tokenizer_folder(engine_path, facts, tokenizer)
+        sources.append(source)
         text = _generating_config(name, file, facts["kv_cache"]["capacity"], parameters)
     elif tokenizer is not None or parameters:
         raise AwqTrtError(f"{engine_path} does not generate text: it takes neither a tokenizer nor parameters.")
