@@ -20,8 +20,8 @@ import torch
 
 from awq_trt.checkpoint.directory import GENERATION
 from awq_trt.checkpoint.formats import to_parts
-from awq_trt.checkpoint.quantized import REPORT
 from awq_trt.checkpoint.reader import Checkpoint
+from awq_trt.checkpoint.report import REPORT
 from awq_trt.checkpoint.safetensors import open_safetensors, write_safetensors
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
