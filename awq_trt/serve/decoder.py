@@ -49,8 +49,9 @@ class Decoder:
         Raises:
             AwqTrtError: it has not.
         """
-        wanted = {f"past_key_values.{name}": list(shape) for name, shape in self.cache_shapes.items()}
-        found = {name: list(shape)[1:] for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        kinds = ("past_key_values.", "present.")
+        wanted = {kind + name: list(shape) for kind in kinds for name, shape in self.cache_shapes.items()}
+        found = {name: list(shape)[1:] for name, shape in shapes.items() if name.startswith(kinds)}
         if found != wanted or list(shapes.get("logits", ()))[-1:] != [self.vocab_size]:
             raise AwqTrtError(
                 f"{self.path}: what is said of its cache and vocabulary does not fit its inputs and outputs. Export it "

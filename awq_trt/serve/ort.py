@@ -65,10 +65,10 @@ class OrtDecoder(Decoder):
         for name, cache in self._cache.items():
             inputs[f"past_key_values.{name}"] = outputs[f"present.{name}"] = cache[row : row + b]
         binding = self._session.io_binding()
-        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         try:
+            for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+                for name, array in arrays.items():
+                    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise AwqTrtError(f"{self.path}: ONNX Runtime failed: {brief(error)}") from error

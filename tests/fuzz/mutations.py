@@ -5,6 +5,7 @@ Every function takes a random.Random, and gives the same for the same seed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -95,7 +96,7 @@ def any_json(data: bytes, rng: Random) -> bytes:
         key = path[-1]
         what = rng.randrange(8)
         if what <= 3:
-            parent[key] = rng.choice(ODD)
+            parent[key] = copy.deepcopy(rng.choice(ODD))  # else the next change is made in the table
         elif what == 4:
             del parent[key]
         elif what == 5 and isinstance(parent, dict):
@@ -112,7 +113,8 @@ def any_json(data: bytes, rng: Random) -> bytes:
 def _near(value: Any, rng: Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value * 2 if isinstance(value, (str, list)) else None
-    return rng.choice((value + 1, value - 1, value * 2, value // 2, -value, float(value), value * 2**40))
+    near = [value + 1, value - 1, value * 2, value // 2, -value, value * 2**40]
+    return rng.choice([*near, float(value)] if abs(value) < 1e300 else near)
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

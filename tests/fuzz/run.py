@@ -53,7 +53,7 @@ class TooLong(BaseException):
     """A case took longer than SECONDS."""
 
 
-def run_case(name: str, number: int, folder: Path, seeds: Path, fresh: Any) -> dict[str, Any]:
+def run_case(name: str, number: int, folder: Path, seeds: Path) -> dict[str, Any]:
     """One case in this process: {"outcome": "accepted", "refused", or what went wrong; and where}."""
     target = targets.TARGETS[name]
     rng = Random(f"{name}/{number}")
@@ -132,7 +132,10 @@ def worker(cases: Sequence[tuple[str, int]], seeds: Path, pipe: Any) -> None:
         for name, number in cases:
             pipe.send((name, number))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            found = run_case(name, number, Path(folder), seeds, None)
+            try:
+                found = run_case(name, number, Path(folder), seeds)
+            except BaseException:  # the harness itself, or a signal that came late
+                found = {"target": name, "case": number, "outcome": "crash", "message": traceback.format_exc(limit=-6)}
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
             if grown > MEMORY:
                 found |= {"outcome": "memory", "message": f"{grown / GIB:.1f} GiB"}

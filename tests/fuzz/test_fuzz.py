@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
+import mutations
 import pytest
 import run
 import targets
@@ -81,3 +83,10 @@ def test_a_wrong_acceptance_is_seen(seeds: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(targets.TARGETS, "safetensors", swapped)
     found = run.fuzz([("safetensors", i) for i in range(40)], seeds)
     assert any(x["outcome"] == "wrong" and "other names" in x["message"] for x in found)
+
+
+def test_a_case_does_not_depend_on_those_before() -> None:
+    before = repr(mutations.ODD)
+    for seed in range(2000):
+        mutations.any_json(b'{"a": [1, {"b": "x"}], "c": {"d": [2]}}', Random(seed))
+    assert repr(mutations.ODD) == before
