@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent
 """The folder of this package: its sources, and `data/`."""
 
 
-DIGESTS = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "awq_trt" / "sha256"
+DIGESTS = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awq_trt", "sha256")  # noqa: PTH111
 """Digests of large files that were read, a small file for each."""
 LARGE = 256 << 20
 """Bytes from which on reading a file again is worth remembering that."""

@@ -22,6 +22,11 @@ LONGEST = ("test_readme.py", "test_families.py", "test_export.py", "test_triton_
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """More of tests/fuzz than the few hundred cases of every run."""
+    parser.addoption("--fuzz-cases", type=int, help="mutated files for tests/fuzz")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, or one process of `-n 2` would end on one of them alone."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from awq_trt.errors import AwqTrtError
+from awq_trt.checkpoint.directory import token_ids
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.files import PACKAGE
+from awq_trt.schema import regular_file
 
 DATA = PACKAGE / "data"
 DEFAULT_TEXT = DATA / "calibration.txt"
@@ -31,9 +33,9 @@ def read_text(source: str | Path) -> str:
         files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES)
         if not files:
             raise AwqTrtError(f"{source}: no {', '.join(TEXT_SUFFIXES)} file in this directory to calibrate on.")
-        return "\n\n".join(f.read_text(errors="replace") for f in files)
-    if path.is_file():
-        return path.read_text(errors="replace")
+        return "\n\n".join(regular_file(f).read_text(errors="replace") for f in files)
+    if path.exists():
+        return regular_file(path).read_text(errors="replace")
     return _dataset_text(str(source))
 
 
@@ -54,7 +56,7 @@ def _dataset_text(name: str) -> str:
             if characters > MAX_CHARACTERS:
                 break
     except Exception as error:
-        raise AwqTrtError(f"{missing}: {type(error).__name__}: {error}") from error
+        raise AwqTrtError(f"{missing}: {brief(error)}") from error
     return "\n\n".join(parts)
 
 
@@ -73,7 +75,7 @@ def windows(source: str | Path, tokenizer: Any, samples: int, length: int) -> li
             '(one array per model input, samples first), or round without searching: method="rtn".'
         )
     text = read_text(source)
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"] if text.strip() else []
+    ids = token_ids(tokenizer, text, return_attention_mask=False, verbose=False) if text.strip() else []
     if len(ids) < length:
         raise AwqTrtError(
             f"{source}: {len(ids)} tokens of text, but one calibration window needs {length}. "
@@ -91,11 +93,13 @@ def arrays(source: str | Path, samples: int) -> list[dict[str, torch.Tensor]]:
         AwqTrtError: not a .npz of arrays (pickled objects are refused), or arrays of different lengths.
     """
     try:
-        with np.load(source, allow_pickle=False) as file:
+        with np.load(regular_file(Path(source)), allow_pickle=False) as file:
             inputs = {name: torch.from_numpy(file[name]) for name in file.files}
+        counts = {name: len(array) for name, array in inputs.items()}
+    except AwqTrtError:
+        raise
     except Exception as error:
-        raise AwqTrtError(f"{source}: not a .npz of plain arrays: {error}") from error
-    counts = {name: len(array) for name, array in inputs.items()}
+        raise AwqTrtError(f"{source}: not a .npz of plain arrays: {brief(error)}") from error
     if not counts or len(set(counts.values())) != 1 or 0 in counts.values():
         raise AwqTrtError(f"{source}: every array needs the same, non-zero number of samples; there are {counts}.")
     count = min(samples, next(iter(counts.values())))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from awq_trt.checkpoint.config import AdapterConfig, GenerationConfig, Index, check_directory, config_json
 from awq_trt.checkpoint.safetensors import SafetensorsReader, open_safetensors
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.files import inside
+from awq_trt.schema import read_json
 
 GENERATION = "generation_config.json"
 """Beside config.json: how transformers generates with the model, and which tokens end a text."""
@@ -56,24 +59,9 @@ def local_path(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     except Exception as error:
         raise AwqTrtError(
             f"{model_id}: no such directory here, and the Hugging Face hub did not give it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+            f"{brief(error)} "
             "Check the spelling and the connection, or pass a local directory."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file as a dict.
-
-    Raises:
-        AwqTrtError: missing or not JSON.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise AwqTrtError(f"{path}: not readable as JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise AwqTrtError(f"{path}: a JSON object was expected.")
-    return value
 
 
 def read_config(path: Path, source: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -82,7 +70,8 @@ def read_config(path: Path, source: str, trust_remote_code: bool = False) -> tra
     Raises:
         AwqTrtError: an unknown architecture, or one that brings code and `trust_remote_code` is False.
     """
-    raw = read_json(path / "config.json")
+    raw = config_json(path / "config.json")
+    check_directory(path)
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -91,7 +80,7 @@ def read_config(path: Path, source: str, trust_remote_code: bool = False) -> tra
             raise AwqTrtError(f"{source}: the model ({kind}) brings Python code of its own, {UNTRUSTED}") from error
         raise AwqTrtError(
             f"{source}: transformers {transformers.__version__} does not know this architecture ({kind}): "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+            f"{brief(error)}"
         ) from error
 
 
@@ -103,7 +92,7 @@ def refuse_adapter(path: Path, source: str) -> None:
     """
     if not (path / ADAPTER).is_file():
         return
-    adapter = read_json(path / ADAPTER)
+    adapter = read_json(path / ADAPTER, AdapterConfig)
     kind, base = adapter.get("peft_type", "PEFT"), adapter.get("base_model_name_or_path")
     merge = (
         'Merge it into its model first:\n  python -c "from peft import AutoPeftModelForCausalLM as A; '
@@ -134,7 +123,7 @@ def weight_names(path: Path, source: str, stem: str = "model") -> tuple[str | No
     Raises:
         AwqTrtError: an index without a table of files, or with a file outside of the directory.
     """
-    config = read_json(path / "config.json") if stem == "model" and (path / "config.json").is_file() else {}
+    config = config_json(path / "config.json") if stem == "model" and (path / "config.json").is_file() else {}
     names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     if (chosen := config.get("transformers_weights")) is not None:
         inside(path, chosen, str(path / "config.json"))
@@ -148,9 +137,7 @@ def weight_names(path: Path, source: str, stem: str = "model") -> tuple[str | No
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file, of an index of shards."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise AwqTrtError(f"{index}: has no weight_map, which says where the tensors are; download it again.")
+    weight_map: dict[str, str] = read_json(index, Index)["weight_map"]
     for name in weight_map.values():
         inside(index.parent, name, str(index))
     return weight_map
@@ -218,15 +205,49 @@ def load_tokenizer(
     if not there and not required:
         return None
     file = {} if gguf_file is None else {"gguf_file": gguf_file}
+    check_directory(path)
+    with _by_tokenizers(f"{path}: the tokenizer could not be loaded"):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **file)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise AwqTrtError(f"{path}: the tokenizer brings Python code of its own, {UNTRUSTED}") from error
+            raise
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type are noticed in use only
+    return tokenizer
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        AwqTrtError: the tokenizer, which comes with a checkpoint, does not take it.
+    """
+    with _by_tokenizers(f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer does not read this text"):
+        return list(tokenizer(text, **options)["input_ids"])
+
+
+@contextmanager
+def _by_tokenizers(trouble: str) -> Iterator[None]:
+    """What happens inside is another library's work on another's files. Rust's panics are no Exception."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **file)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise AwqTrtError(f"{path}: the tokenizer brings Python code of its own, {UNTRUSTED}") from error
-        raise AwqTrtError(f"{path}: the tokenizer could not be loaded: {error}") from error
+        yield
+    except BaseException as error:
+        if isinstance(error, AwqTrtError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
+            raise
+        raise AwqTrtError(f"{trouble}: {brief(error)} Download the tokenizer's files again.") from error
 
 
 UNTRUSTED = "which is not run unless you trust it and say so with trust_remote_code=True."
+
+
+def generation_config(path: Path) -> dict[str, Any]:
+    """What generation_config.json says; {} where there is none.
+
+    Raises:
+        AwqTrtError: it is not readable.
+    """
+    return read_json(path / GENERATION, GenerationConfig) if (path / GENERATION).exists() else {}
 
 
 def special_tokens(path: Path, config: transformers.PretrainedConfig, tokenizer: Any) -> dict[str, Any]:
@@ -235,7 +256,7 @@ def special_tokens(path: Path, config: transformers.PretrainedConfig, tokenizer:
     generation_config.json knows best (chat models end turns with a token of their own), then config.json, then the
     tokenizer.
     """
-    stored = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    stored = generation_config(path)
 
     def find(key: str) -> Any:
         places = (stored.get(key), getattr(config, key, None), getattr(tokenizer, key, None))

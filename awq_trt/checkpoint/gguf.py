@@ -7,7 +7,9 @@ configuration says, or put into it (gguf_config.py), or refused.
 from __future__ import annotations
 
 import math
+import mmap
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +19,21 @@ import numpy as np
 import torch
 import transformers
 
+from awq_trt.checkpoint.config import check_numbers
 from awq_trt.checkpoint.directory import load_tokenizer
 from awq_trt.checkpoint.gguf_config import complete_config
 from awq_trt.checkpoint.match import match_names
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.checkpoint.submodels import Submodel
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
+from awq_trt.schema import regular_file
 
 PIECE = 1 << 20
 """Bytes of a file dequantized at once: gguf-py holds about ten times as much while it does."""
+STRING, ARRAY = 8, 9
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Types of a header's values -> bytes of one."""
 PLAIN = ("token_embd.weight", "output.weight", "position_embd.weight")
 """Tables that no converter of llama.cpp reorders, so that single rows can be read."""
 ROPE_FREQS = "rope_freqs.weight"
@@ -71,6 +78,70 @@ class GgufReader:
         return self()[index] if self.finish else torch.from_numpy(dequantize(self.data[index.numpy()], self.kind))
 
 
+def check_header(path: Path) -> None:
+    """Walk over the header of a GGUF file: gguf-py believes its counts and lengths, and would follow them for ever.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    Raises:
+        AwqTrtError: no GGUF file of version 2 or 3, or one that ends before its header does.
+    """
+    regular_file(path)
+    with path.open("rb") as file:
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                _walk(data)
+        except (struct.error, ValueError) as error:  # beyond the end; an empty file
+            raise AwqTrtError(
+                f"{path}: not a GGUF file that is whole and of version 2 or 3 ({error}). Download it again."
+            ) from error
+
+
+def _walk(data: mmap.mmap) -> None:
+    magic, version, tensors, fields = struct.unpack_from("<4sIQQ", data)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"magic {magic!r}, version {version}")
+    at = 24
+
+    def string() -> None:
+        nonlocal at
+        (length,) = struct.unpack_from("<Q", data, at)
+        at += 8 + length
+        if at > len(data):
+            raise ValueError(f"a text of {length} bytes")
+
+    def value(kind: int, count: int, depth: int) -> None:
+        nonlocal at
+        if kind == STRING:
+            for _ in range(count):
+                string()
+        elif kind == ARRAY and depth < 4:
+            for _ in range(count):
+                inner, length = struct.unpack_from("<IQ", data, at)
+                at += 12
+                value(inner, length, depth + 1)
+        elif kind in SCALARS:
+            at += count * SCALARS[kind]
+        else:
+            raise ValueError(f"a value of the type {kind}")
+        if at > len(data):
+            raise ValueError(f"{count} values of the type {kind}")
+
+    for _ in range(fields):
+        string()
+        (kind,) = struct.unpack_from("<I", data, at)
+        at += 4
+        value(kind, 1, 0)
+    for _ in range(tensors):
+        string()
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        if dimensions > 8:
+            raise ValueError(f"a tensor of {dimensions} dimensions")
+        at += 4 + 8 * dimensions + 12
+        if at > len(data):
+            raise ValueError(f"{tensors} tensors")
+
+
 def parts_of_file(path: Path) -> tuple[Path, ...]:
     """The files that a GGUF model is split into, in order; mostly the one.
 
@@ -104,10 +175,13 @@ def open_gguf(path: Path) -> Checkpoint:
 
     files = parts_of_file(path)
     path = files[0]
+    for file in files:
+        check_header(file)
     try:
         metadata, _ = read_gguf_metadata(str(path))
         _refuse_kind(path, metadata, len(files))
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        check_numbers(config.to_dict(), path)
         cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if cls is None:
             raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
@@ -128,8 +202,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise
     except Exception as error:
         raise AwqTrtError(
-            f"{path}: not a GGUF file that transformers {transformers.__version__} can map to a model: "
-            f"{type(error).__name__}: {error}"
+            f"{path}: not a GGUF file that transformers {transformers.__version__} can map to a model: {brief(error)}"
         ) from error
     if stacked := [name for name in tensors if "_exps." in name]:
         raise AwqTrtError(

@@ -26,7 +26,7 @@ from awq_trt.checkpoint.names import Place, StoredNames, parameter_readers
 from awq_trt.checkpoint.reader import Checkpoint, Reader
 from awq_trt.checkpoint.safetensors import SafetensorsReader
 from awq_trt.checkpoint.submodels import Submodel
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.layout import DTYPES
 
 OLD_MASKS = re.compile(r"\.(attn|attention|self_attention)\.(bias|masked_bias|causal_mask)$")
@@ -285,7 +285,7 @@ def _converted_by_transformers(
             path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except Exception as error:
-        raise AwqTrtError(f"{trouble} (transformers could not load it either: {error}).") from error
+        raise AwqTrtError(f"{trouble} (transformers could not load it either: {brief(error)}).") from error
     if info["missing_keys"]:
         raise AwqTrtError(f"{trouble} ({len(info['missing_keys'])} tensors are missing).")
     if info["unexpected_keys"]:

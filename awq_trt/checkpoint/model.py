@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.pytorch_utils import Conv1D
 
+from awq_trt.checkpoint.config import by_transformers
 from awq_trt.checkpoint.experts import split_experts
 from awq_trt.errors import AwqTrtError
 
@@ -108,7 +109,7 @@ def empty_model(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config = copy.deepcopy(config)  # its dtype becomes that of the model
     with _parameters_on_meta():
-        model = cls._from_config(config, dtype=torch.float32, **options)
+        model = by_transformers(cls.__name__, lambda: cls._from_config(config, dtype=torch.float32, **options))
         for parent in list(model.modules()):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, Conv1D):

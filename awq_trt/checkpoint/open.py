@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from awq_trt.checkpoint.directory import (
+    generation_config,
     load_tokenizer,
     local_path,
     read_config,
@@ -53,6 +54,7 @@ def open_checkpoint(model: str | Path, *, trust_remote_code: bool = False, part:
             "is, or pass the original checkpoint."
         )
     config = read_config(path, source, trust_remote_code)
+    generation_config(path)
     stored = stored_tensors(path, source)
     files = (*sorted({reader.file for reader in stored.values()}), path / "config.json")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)

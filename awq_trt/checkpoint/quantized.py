@@ -15,7 +15,6 @@ from awq_trt.checkpoint.directory import (
     load_tokenizer,
     local_path,
     read_config,
-    read_json,
     refuse_adapter,
     special_tokens,
     stored_tensors,
@@ -25,14 +24,12 @@ from awq_trt.checkpoint.match import Match, check_tokenizer, match, refuse_unexp
 from awq_trt.checkpoint.model import transposed_weights
 from awq_trt.checkpoint.names import parameter_readers
 from awq_trt.checkpoint.reader import Reader
+from awq_trt.checkpoint.report import read_report
 from awq_trt.checkpoint.schemes import START_AGAIN, Scheme, find_quantization, read_scheme
 from awq_trt.checkpoint.submodels import choose
 from awq_trt.errors import AwqTrtError
 from awq_trt.layout import DTYPES
 from awq_trt.linear import QuantizedLinear
-
-REPORT = "awq_trt.json"
-"""Beside the weights: settings, what the search found per layer, and why layers stayed in float."""
 
 
 class _Linears(Mapping[str, QuantizedLinear]):
@@ -128,7 +125,7 @@ def open_quantized(directory: Path | str) -> QuantizedCheckpoint:
     matched = match(source, choose(config, source), stored)
     model, submodel = matched.model, matched.submodel
     layers, readers = _layers(matched, stored, scheme.format, source)
-    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    report = read_report(path)
     others = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in layers]
     left = report.get("left_in_float") or dict.fromkeys(others, "not quantized in the checkpoint")
     scales = next(part for part in FORMATS[scheme.format].parts if "scale" in part)

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
+from awq_trt.schema import regular_file
 
 DTYPES = {
     torch.float64: "F64",
@@ -71,7 +72,9 @@ class SafetensorsReader:
         if state.st_mtime_ns != self.written:
             raise AwqTrtError(f"{self.file}: was written again while it was being read; start again.")
         data = torch.from_file(str(self.file), shared=False, size=state.st_size, dtype=torch.uint8)
-        return data[self.begin : self.begin + self.bytes].view(self.dtype).view(self.shape)
+        part = data[self.begin : self.begin + self.bytes]
+        aligned = self.begin % self.dtype.itemsize == 0  # not in every file: the format leaves the header's length open
+        return (part if aligned else part.clone()).view(self.dtype).view(self.shape)
 
 
 def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
@@ -83,14 +86,14 @@ def open_safetensors(file: Path, source: str) -> dict[str, SafetensorsReader]:
         AwqTrtError: truncated or damaged, or a dtype that torch has not; `source` begins the message.
     """
     known = {name: dtype for dtype, name in DTYPES.items()}
-    state = file.stat()
+    state = regular_file(file).stat()
     try:
         with safe_open(str(file), framework="pt") as handle:
             facts = {name: handle.get_slice(name) for name in handle.offset_keys()}
             entries = {name: (fact.get_dtype(), tuple(fact.get_shape())) for name, fact in facts.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise AwqTrtError(
-            f"{source}: shard {file.name} is truncated or damaged ({error}); download it again."
+            f"{source}: shard {file.name} is truncated or damaged ({brief(error)}); download it again."
         ) from error
     for name, (dtype, _) in entries.items():
         if dtype not in known:

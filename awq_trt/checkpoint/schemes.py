@@ -8,12 +8,71 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from awq_trt.checkpoint.directory import read_json
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from awq_trt.checkpoint.config import config_json
 from awq_trt.errors import AwqTrtError
+from awq_trt.schema import Name, check, read_json
 
 START_AGAIN = "Start from the checkpoint before quantization."
+
+
+GroupSize = Annotated[int, Field(ge=-1, le=2**20)]
+
+
+class Weights(TypedDict, total=False):
+    """Of a config group of compressed-tensors."""
+
+    num_bits: int | None
+    type: Name
+
+
+class ConfigGroup(TypedDict, total=False):
+    """Of compressed-tensors."""
+
+    weights: Weights | None
+    format: Name | None
+    input_activations: dict[str, Any] | None
+    output_activations: dict[str, Any] | None
+
+
+class Rotations(TypedDict, total=False):
+    """`transform_config` of compressed-tensors."""
+
+    config_groups: dict[Name, Any] | None
+
+
+class Quantization(TypedDict, total=False):
+    """What is read of `quantization_config`, whoever wrote it, and of the files that stand for it."""
+
+    quant_method: Name | None
+    bits: int | None
+    group_size: GroupSize | None
+    version: Name | None
+    format: Name | None
+    checkpoint_format: Name | None
+    is_marlin_format: bool | None
+    dynamic: dict[Name, dict[str, Any] | None] | None
+    transform_config: Rotations | None
+    config_groups: dict[Name, ConfigGroup | list[Any]] | None
+    quant_algo: Name | None
+    quantized_layers: dict[Name, dict[str, Any]] | None
+
+
+class OldAutoAwq(TypedDict, total=False):
+    """quant_config.json."""
+
+    w_bit: int | None
+    q_group_size: GroupSize | None
+
+
+class ModelOptFile(TypedDict, total=False):
+    """hf_quant_config.json."""
+
+    quantization: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -29,21 +88,24 @@ def find_quantization(directory: Path) -> dict[str, Any] | None:
     """The quantization part of a checkpoint's configuration, with "quant_method"; None where there is none.
 
     Raises:
-        AwqTrtError: a file is not readable as JSON.
+        AwqTrtError: a file is not readable as JSON, or of other types than those that are read.
     """
     if not (directory / "config.json").exists():
         return None
-    found: dict[str, Any] = read_json(directory / "config.json").get("quantization_config") or {}
+    found: dict[str, Any] = config_json(directory / "config.json").get("quantization_config") or {}
+    check(found, Quantization, f"{directory / 'config.json'}, quantization_config")
     modelopt, gptq, awq = (
         directory / f"{stem}.json" for stem in ("hf_quant_config", "quantize_config", "quant_config")
     )
     if modelopt.exists() and found.get("quant_method", "modelopt") == "modelopt":
-        return {"quant_method": "modelopt"} | (read_json(modelopt).get("quantization") or {}) | found
+        whole = {"quant_method": "modelopt"} | (read_json(modelopt, ModelOptFile).get("quantization") or {}) | found
+        return check(whole, Quantization, str(modelopt))
     if not found and gptq.exists():
-        return {"quant_method": "gptq"} | read_json(gptq)
+        return {"quant_method": "gptq"} | read_json(gptq, Quantization)
     if not found and awq.exists():
-        old = read_json(awq)
-        return {"quant_method": "awq", "bits": old.get("w_bit"), "group_size": old.get("q_group_size")} | old
+        old = read_json(awq, OldAutoAwq)
+        whole = {"quant_method": "awq", "bits": old.get("w_bit"), "group_size": old.get("q_group_size")} | old
+        return check(whole, Quantization, str(awq))
     return found or None
 
 

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from awq_trt.checkpoint.model import empty_model, model_class, name_architecture
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 
 Prefixes = tuple[tuple[str, str], ...]
 
@@ -105,7 +105,7 @@ def _language_model(whole: transformers.PretrainedConfig, text: transformers.Pre
         model = empty_model(whole)
     except Exception as error:  # a vision tower that another package has
         raise AwqTrtError(
-            f"{source}: transformers cannot build {(whole.architectures or ['the model'])[0]}: {error}"
+            f"{source}: transformers cannot build {(whole.architectures or ['the model'])[0]}: {brief(error)}"
         ) from error
     name = part.base_model_prefix
     bases = [n for n, m in model.named_modules() if type(m) is type(getattr(part, name, None))]

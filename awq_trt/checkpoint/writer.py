@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from awq_trt.checkpoint.directory import GENERATION, TOKENIZER, read_json
+from awq_trt.checkpoint.directory import GENERATION, TOKENIZER
 from awq_trt.checkpoint.formats import to_parts
-from awq_trt.checkpoint.quantized import REPORT
 from awq_trt.checkpoint.reader import Checkpoint
+from awq_trt.checkpoint.report import REPORT
 from awq_trt.checkpoint.safetensors import open_safetensors, write_safetensors
 from awq_trt.checkpoint.transformers4 import with_old_fields
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
+from awq_trt.schema import read_json
 
 SAVE_FORMATS = {"awq": "awq-gemm", "compressed-tensors": "pack-quantized"}
 """What a checkpoint can be saved as -> the layout of its layers."""
@@ -112,7 +113,7 @@ class Writer:
         if not files or files[0].suffix == ".gguf":
             tokenizer.save_pretrained(self.directory)
             place = self.directory / "tokenizer_config.json"
-            values = read_json(place)
+            values = read_json(place, dict[str, Any])
             if values.get("tokenizer_class") == "TokenizersBackend":
                 place.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
             return
@@ -142,7 +143,7 @@ class Writer:
         else:
             config.quantization_config = compressed_tensors_config(group_size, symmetric, left)
         config.save_pretrained(self.directory)
-        values = with_old_fields(config, read_json(self.directory / "config.json"))
+        values = with_old_fields(config, read_json(self.directory / "config.json", dict[str, Any]))
         (self.directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         self._write_tokenizer()
         for file in self.checkpoint.files[:1]:

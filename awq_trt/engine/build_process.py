@@ -19,7 +19,10 @@ from awq_trt.engine.child import Send, run_job
 from awq_trt.engine.driver import query
 from awq_trt.engine.runtimes import trt_logger
 from awq_trt.errors import AwqTrtError
+from awq_trt.schema import regular_file
 
+MAX_TIMING_CACHE = 256 << 20
+"""Bytes; those of large models have tens of MB."""
 STEP_SECONDS = 0.05
 """Progress is sent at most this often; a build has some hundred thousand steps."""
 
@@ -119,7 +122,9 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     if path is None:
         return None
     old = Path(path)
-    cache = config.create_timing_cache(old.read_bytes() if old.is_file() else b"")
+    if old.exists() and regular_file(old).stat().st_size > MAX_TIMING_CACHE:
+        raise AwqTrtError(f"{path}: larger than any timing cache. Delete it, or give another path.")
+    cache = config.create_timing_cache(old.read_bytes() if old.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise AwqTrtError(
             f"{path} is no timing cache of this TensorRT version and GPU. Delete it, or give another path."

@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 
 from awq_trt.export.metadata import Profile, fixed_cache_facts
+from awq_trt.export.onnx_file import open_onnx
 from awq_trt.export.operator import OP_TYPE
 
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")
@@ -30,7 +31,7 @@ SMALL_TOKENS, LARGE_TOKENS = 33, 1024
 
 def activation_bytes(onnx_path: Path, profiles: Sequence[Profile]) -> int | None:
     """Estimate for the largest profile, with the plugin's workspace; None where shapes are unknown."""
-    model = onnx.load(str(onnx_path), load_external_data=False)
+    model = open_onnx(onnx_path)
     found = [_peak(_at_largest(model, profile)) for profile in profiles]
     return None if None in found else max(x for x in found if x is not None)
 
@@ -66,7 +67,7 @@ def _peak(graph: onnx.GraphProto) -> int | None:
     root: dict[str, str] = {}  # a view -> the tensor that holds its data
     last: dict[str, int] = {}  # tensor -> the last operator that reads it
     for i, node in enumerate(graph.node):
-        if node.op_type in VIEWS and node.input[0] not in outside:
+        if node.op_type in VIEWS and node.input and node.output and node.input[0] not in outside:
             root[node.output[0]] = root.get(node.input[0], node.input[0])
         last |= {root.get(name, name): i for name in node.input}
     live: dict[str, int] = {}  # bytes of the tensors that are stored
@@ -91,7 +92,7 @@ def _peak(graph: onnx.GraphProto) -> int | None:
 def _sizes(value: onnx.ValueInfoProto) -> list[int] | None:
     """The shape, None where a part of it is unknown."""
     kind = value.type.tensor_type
-    known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
+    known = kind.elem_type and kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
     return [dim.dim_value for dim in kind.shape.dim] if known else None
 
 

@@ -7,7 +7,6 @@ data/report.html.j2 says what stands on it, and escapes all names: they come fro
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import jinja2
 
 from awq_trt.awq import report
-from awq_trt.checkpoint.directory import read_json
-from awq_trt.checkpoint.quantized import REPORT
+from awq_trt.checkpoint.config import config_json
+from awq_trt.checkpoint.report import REPORT, read_report
 from awq_trt.engine import memory, trtexec
 from awq_trt.engine.sidecar import path_of, read_sidecar
 from awq_trt.errors import AwqTrtError
@@ -72,14 +71,10 @@ def write_html_report(
     elif awq_dir is None:
         raise AwqTrtError("nothing to report on: give a quantized directory, or a plan.")
     if awq_dir is not None and (awq_dir / REPORT).is_file():
-        try:
-            quantized = json.loads((awq_dir / REPORT).read_text())
-            quantized["layers"] = list(quantized["layers"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AwqTrtError(f"{awq_dir / REPORT}: no list of layers ({error!r}). Quantize again.") from error
+        quantized = read_report(awq_dir, whole=True)
     elif engine is None:
         raise AwqTrtError(f"{awq_dir}: no {REPORT}: another tool quantized it, or it is no such directory.")
-    config = {} if awq_dir is None else read_json(awq_dir / "config.json")
+    config = {} if awq_dir is None else config_json(awq_dir / "config.json")
     dtype = str(sidecar.get("model", {}).get("dtype") or config.get("dtype") or config.get("torch_dtype") or "float16")
     title, layers = (engine or awq_dir or path).name, quantized.get("layers", [])
     graph = read_graph(onnx) if onnx and not engine else None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
+from awq_trt.schema import read_json
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 """Caption, names of the columns, rows; the first cell of a row names it."""
 
+ADVICE = "Give a file that bench_gemm.py, or a plan's trtexec.sh wrote."
 SLOWEST = 20  # layers of a profile that are shown
 
 
@@ -24,14 +25,14 @@ def read_record(path: Path) -> tuple[str, list[str], list[Table]]:
         AwqTrtError: the file is missing, not JSON, or of another kind.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, list[Any] | dict[str, Any], ADVICE)
         if isinstance(content, dict):
             return path.name, *_gemm(content)
         return path.name, *(_calls(content) if "computeMs" in content[0] else _layers(content[1:]))
-    except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise AwqTrtError(
             f"{path}: cannot be read as a record of tools/bench_gemm.py, or a .times.json or .layers.json of a plan's "
-            f"trtexec.sh ({type(error).__name__}: {error}). Give a file that one of them wrote."
+            f"trtexec.sh ({brief(error)}). {ADVICE}"
         ) from error
 
 

@@ -24,14 +24,16 @@ from awq_trt.awq.blocks import Inputs
 from awq_trt.awq.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.awq.outside import Weights
 from awq_trt.awq.ranges import Ranges
+from awq_trt.checkpoint.directory import token_ids
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.checkpoint.reader import Checkpoint
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.evaluate.accuracy import Predictions, accuracy, eager_outputs, is_causal_lm, rounded_like
 from awq_trt.evaluate.float_model import FloatModel, judge
 from awq_trt.export.fp32 import float32_copy
 from awq_trt.export.kv_cache import give_all_logits
-from awq_trt.export.metadata import METADATA_KEY, external_tensors, fixed_cache_facts, graph_metadata, read_graph
+from awq_trt.export.metadata import METADATA_KEY, fixed_cache_facts, graph_metadata, read_graph
+from awq_trt.export.onnx_file import open_onnx
 from awq_trt.export.rope import resolve_longrope
 from awq_trt.publishing import scratch
 
@@ -81,12 +83,11 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
     source = path
     try:
         with ExitStack() as stack:
-            model = onnx.load(str(path), load_external_data=False)
-            external_tensors(model, path)  # ONNX Runtime is to read none from elsewhere
+            model = open_onnx(path)
             if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
                 source = stack.enter_context(scratch(path.parent)) / path.name
                 float32_copy(path, source)
-                model = onnx.load(str(source), load_external_data=False)
+                model = open_onnx(source)
             if all_logits and graph_metadata(model, path).get("logits") == "last":
                 give_all_logits(model.graph)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(source.parent))
@@ -95,7 +96,7 @@ def onnx_session(path: Path, *, all_logits: bool = False) -> onnxruntime.Inferen
     except AwqTrtError:
         raise
     except Exception as error:
-        raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+        raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {brief(error)}") from error
 
 
 def run_onnx(
@@ -206,7 +207,7 @@ def agreement(
     )
     if tokenizer is None or not is_causal_lm(weights.config):
         return found
-    prompt = np.array([tokenizer(PROMPT)["input_ids"]])
+    prompt = np.array([token_ids(tokenizer, PROMPT)])
     if room := fixed_cache_facts(read_graph(onnx_path).metadata).get("capacity"):
         prompt = prompt[:, : max(1, room - tokens)]
         tokens = min(tokens, room - prompt.shape[1])

@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import torch
-from onnx.external_data_helper import ExternalDataInfo
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.export.onnx_file import place_of
 from awq_trt.files import inside
+from awq_trt.schema import regular_file
 
 INLINE_LIMIT = 1024
 """Tensors of fewer bytes stay inside the .onnx file (ONNX external data is meant for large ones)."""
@@ -67,17 +68,20 @@ def stored_bytes(proto: onnx.TensorProto, folder: Path) -> memoryview:
     """The data of an initializer, mapped from its external file in `folder` or copied from the proto."""
     if proto.data_location != onnx.TensorProto.EXTERNAL:
         return memoryview(bytearray(proto.raw_data or onnx.numpy_helper.to_array(proto).tobytes()))
-    place = ExternalDataInfo(proto)
-    with inside(folder, place.location, f"tensor {proto.name}").open("rb") as file:
+    place = place_of(proto)
+    if not place.length:
+        return memoryview(bytearray())
+    with regular_file(inside(folder, place.location, f"tensor {proto.name}")).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = place.offset or 0
-    return memoryview(mapped)[start : start + place.length if place.length else None]
+    return memoryview(mapped)[place.offset : place.offset + place.length]
 
 
 def stored_values(proto: onnx.TensorProto, folder: Path) -> torch.Tensor:
     """The values of an initializer, in its dtype; UINT4 as uint8 0..15, INT4 too, plus 8."""
     if proto.data_type not in PACKED_4_BIT:
         dtype = TORCH_DTYPES[proto.data_type]
+        if not math.prod(proto.dims):
+            return torch.empty(list(proto.dims), dtype=dtype)
         return torch.frombuffer(stored_bytes(proto, folder), dtype=dtype).reshape(list(proto.dims))
     packed = torch.frombuffer(stored_bytes(proto, folder), dtype=torch.uint8)
     nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()[: math.prod(proto.dims)].reshape(list(proto.dims))

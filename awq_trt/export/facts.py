@@ -51,12 +51,12 @@ class QuantizedLayer(TypedDict):
     """As `rewrite.QuantizedNode`."""
 
     name: Name
-    n: Count
-    k: Count
-    group_size: Count
-    zeros: bool
-    bias: bool
-    pre_scale: bool
+    n: NotRequired[Count]
+    k: NotRequired[Count]
+    group_size: NotRequired[Count]
+    zeros: NotRequired[bool]
+    bias: NotRequired[bool]
+    pre_scale: NotRequired[bool]
 
 
 class FusedLayers(TypedDict):

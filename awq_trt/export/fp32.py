@@ -14,6 +14,7 @@ import onnx
 from awq_trt.export.external_data import DataFile, inline, stored_bytes, stored_values
 from awq_trt.export.matmul_nbits import matmul_nbits
 from awq_trt.export.metadata import METADATA_KEY, data_path
+from awq_trt.export.onnx_file import open_onnx
 from awq_trt.export.operator import OP_TYPE
 
 NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -33,7 +34,7 @@ def float32_copy(onnx_path: str | Path, copy_path: str | Path, *, nbits: bool = 
         OSError: the disk is full.
     """
     source, target = Path(onnx_path), Path(copy_path)
-    model = onnx.load(str(source), load_external_data=False)
+    model = open_onnx(source)
     graph, folder = model.graph, source.parent
     with data_path(target).open("wb") as file:
         data = DataFile(file, data_path(target).name)

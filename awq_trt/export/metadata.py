@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from awq_trt.errors import AwqTrtError
+from awq_trt.export.facts import Metadata
+from awq_trt.export.onnx_file import check_external_data, external_tensors, open_onnx, tensor_bytes
 from awq_trt.export.operator import OP_TYPE
-from awq_trt.files import inside, verify
+from awq_trt.files import verify
 from awq_trt.outputs import Output, file_name
+from awq_trt.schema import parse_json
 
 METADATA_KEY = PRODUCER = "awq_trt"
 
@@ -73,28 +73,25 @@ def read_graph(path: Path) -> GraphFacts:
         AwqTrtError: no such file, not an ONNX file, or external data missing, too short, outside of its folder or of
             another export.
     """
-    if not path.is_file():
-        raise AwqTrtError(f"{path}: no such file. Give the path of an ONNX file.")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, whose class differs between implementations
-        raise AwqTrtError(f"{path}: not an ONNX file, or cut short ({error}). Export it again.") from error
+    model = open_onnx(path)
     graph = model.graph
-    if not graph.node:
-        raise AwqTrtError(f"{path}: not an ONNX model: it holds no operators. Export it again.")
-    sizes = {t.name: _bytes(t) for t in graph.initializer}
+    sizes = {t.name: tensor_bytes(t) for t in graph.initializer}
     quantized = {i for n in graph.node if n.op_type == OP_TYPE for i in n.input[1:] if i in sizes}
+    data_bytes, metadata = check_external_data(model, path), graph_metadata(model, path)
+    if known := metadata.get("data"):  # older versions wrote none
+        for file in sorted({file for _, file in external_tensors(model, path)}):
+            verify(file, known["sha256"], path)
     return GraphFacts(
         path=path,
         opset=next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
         inputs=tuple(_tensor(v) for v in graph.input if v.name not in sizes),
         outputs=tuple(_tensor(v) for v in graph.output),
-        metadata=graph_metadata(model, path),
+        metadata=metadata,
         plugin_nodes=sum(n.op_type == OP_TYPE for n in graph.node),
         quantized_bytes=sum(sizes[name] for name in quantized),
         float_bytes=sum(size for name, size in sizes.items() if name not in quantized),
         onnx_bytes=path.stat().st_size,
-        data_bytes=_check_external_data(model, path),
+        data_bytes=data_bytes,
     )
 
 
@@ -108,23 +105,9 @@ def output(path: Path) -> Output:
     return Output(file_name(path), (data_path(path),), MARK)
 
 
-def external_tensors(model: onnx.ModelProto, path: Path) -> list[tuple[onnx.TensorProto, Path]]:
-    """The tensors of an ONNX file whose data lie in another one (initializers, constants of nodes and functions), and
-    where that is.
-
-    Args:
-        path: of the ONNX file.
-
-    Raises:
-        AwqTrtError: outside of its folder.
-    """
-    external = (t for t in _get_all_tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL)
-    return [(tensor, inside(path.parent, ExternalDataInfo(tensor).location, str(path))) for tensor in external]
-
-
 def external_files(path: Path) -> list[Path]:
     """The files that hold an ONNX file's external data."""
-    return sorted({file for _, file in external_tensors(onnx.load(str(path), load_external_data=False), path)})
+    return sorted({file for _, file in external_tensors(open_onnx(path), path)})
 
 
 def optimization_profiles(graph: GraphFacts, max_batch: int, max_seq: int | None) -> tuple[Profile, ...]:
@@ -203,13 +186,6 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(value.name, names.get(dtype, dtype), shape)
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
-    """Size of a tensor's data, from its shape and type; 4-bit types are packed two to a byte."""
-    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return -(-math.prod(tensor.dims) // 2)
-    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-
-
 def fixed_cache_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """The facts of a decoder's fixed KV cache ("capacity", "prefill_chunk", "layers"); {} for any other model.
 
@@ -227,32 +203,5 @@ def graph_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
         AwqTrtError: not readable.
     """
     text = {p.key: p.value for p in model.metadata_props}.get(METADATA_KEY, "{}")
-    try:
-        facts = json.loads(text)
-    except ValueError as error:
-        raise AwqTrtError(f"{path}: its metadata {METADATA_KEY!r} is not JSON ({error}). Export it again.") from error
-    if not isinstance(facts, dict):
-        raise AwqTrtError(f"{path}: its metadata {METADATA_KEY!r} is not a JSON object. Export it again.")
+    facts: dict[str, Any] = parse_json(text, Metadata, f"{path}: its metadata {METADATA_KEY!r}", "Export it again.")
     return facts
-
-
-def _check_external_data(model: onnx.ModelProto, path: Path) -> int:
-    """Bytes in all external data files; an error where one is missing, shorter than the tensors that lie in it, or, in
-    an export of ours, another one."""
-    sizes: dict[Path, int] = {}
-    for tensor, file in external_tensors(model, path):
-        place = ExternalDataInfo(tensor)
-        if file not in sizes:
-            if not file.is_file():
-                raise AwqTrtError(f"{path}: its weights are in {file}, which is missing. Put it beside the ONNX file.")
-            sizes[file] = file.stat().st_size
-        end = (place.offset or 0) + (place.length or _bytes(tensor))
-        if sizes[file] < end:
-            raise AwqTrtError(
-                f"{file}: {sizes[file]} bytes, but tensor {tensor.name!r} ends at byte {end}: the file is cut short. "
-                "Copy it again, or export again."
-            )
-    if known := graph_metadata(model, path).get("data"):  # older versions wrote none
-        for file in sizes:
-            verify(file, known["sha256"], path)
-    return sum(sizes.values())

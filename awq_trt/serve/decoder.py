@@ -7,6 +7,7 @@ tokens. Which request has which row is the business of generator.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,24 @@ class Decoder:
         }
         self.cache_bytes = max_batch * self.cache_itemsize * sum(map(math.prod, self.cache_shapes.values()))
         self.closed = False
+
+    def check_inputs(self, shapes: Mapping[str, Sequence[Any]]) -> None:
+        """Before memory is taken for the cache: whether the model has the inputs that its facts describe.
+
+        Args:
+            shapes: of its inputs and outputs, by name; what is not a number may be anything.
+
+        Raises:
+            AwqTrtError: it has not.
+        """
+        kinds = ("past_key_values.", "present.")
+        wanted = {kind + name: list(shape) for kind in kinds for name, shape in self.cache_shapes.items()}
+        found = {name: list(shape)[1:] for name, shape in shapes.items() if name.startswith(kinds)}
+        if found != wanted or list(shapes.get("logits", ()))[-1:] != [self.vocab_size]:
+            raise AwqTrtError(
+                f"{self.path}: what is said of its cache and vocabulary does not fit its inputs and outputs. Export it "
+                "again."
+            )
 
     def run(self, row: int, input_ids: np.ndarray, past_length: np.ndarray, input_length: np.ndarray) -> np.ndarray:
         """Run new tokens of the rows row .. row + b - 1; their cache is written in place.

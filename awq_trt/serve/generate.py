@@ -111,11 +111,13 @@ def encode(tokenizer: Any, prompt: Prompt, most_tokens: int | None = None) -> li
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
         raise AwqTrtError(f"character {error.start} of the prompt is not Unicode: {error.reason}.") from error
-    if text is prompt:
-        ids, added = list(tokenizer(text)["input_ids"]), list(tokenizer("")["input_ids"])
+    from awq_trt.checkpoint.directory import token_ids
+
+    if isinstance(prompt, str):
+        ids, added = token_ids(tokenizer, prompt), token_ids(tokenizer, "")
         if not any(ids[:n] == ids[n : 2 * n] == added[:n] for n in range(1, len(added) + 1)):
             return ids
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
+    return token_ids(tokenizer, text, add_special_tokens=False)  # the template has written them
 
 
 def open_tokenizer(decoder: Decoder, directory: str | Path | None = None) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.export.fp32 import float32_copy
 from awq_trt.publishing import scratch
 from awq_trt.serve.decoder import Decoder
@@ -51,7 +51,10 @@ class OrtDecoder(Decoder):
         except (OSError, AwqTrtError) as error:
             raise AwqTrtError(f"{path}: no room for its copy in fp32 (TMPDIR says where): {error}") from error
         except Exception as error:  # ONNX Runtime has a class for each kind of failure
-            raise AwqTrtError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+            raise AwqTrtError(
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {brief(error)}"
+            ) from error
+        self.check_inputs({x.name: x.shape for x in (*self._session.get_inputs(), *self._session.get_outputs())})
         self._cache = {name: np.zeros((max_batch, *shape), np.float32) for name, shape in self.cache_shapes.items()}
 
     def _run(self, row: int, ids: np.ndarray, past: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -62,13 +65,13 @@ class OrtDecoder(Decoder):
         for name, cache in self._cache.items():
             inputs[f"past_key_values.{name}"] = outputs[f"present.{name}"] = cache[row : row + b]
         binding = self._session.io_binding()
-        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         try:
+            for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+                for name, array in arrays.items():
+                    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise AwqTrtError(f"{self.path}: ONNX Runtime failed: {error}") from error
+            raise AwqTrtError(f"{self.path}: ONNX Runtime failed: {brief(error)}") from error
         return logits[np.arange(b), np.maximum(new, 1) - 1 if self.every_logit else 0]
 
     def clear(self, row: int) -> None:

@@ -56,6 +56,7 @@ class TensorRtDecoder(Decoder):
         super().__init__(path, sidecar["model"], largest if max_batch is None else max_batch)
         if self.max_batch > largest:
             raise AwqTrtError(f"{path} was built for max_batch={largest}; {self.max_batch} rows need another plan.")
+        self.check_inputs({t["name"]: t["dims"] for t in (*sidecar["inputs"], *sidecar["outputs"])})
         rows = {name: math.prod(shape) * self.cache_itemsize for name, shape in self.cache_shapes.items()}
         if self.max_batch > 1 and any(size % ALIGNMENT for size in rows.values()):
             raise AwqTrtError(

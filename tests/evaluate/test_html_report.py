@@ -289,7 +289,7 @@ def test_bad_input(tmp_path: Path, awq_dir: Path) -> None:
     record = tmp_path / "r.json"
     for text in ("{", "{}", "[]", "[1]", '[{"count": 1}, {"name": "x"}]', None):
         record.unlink() if text is None else record.write_text(text)
-        with pytest.raises(AwqTrtError, match="r.json: cannot be read as a record"):
+        with pytest.raises(AwqTrtError, match=r"r.json: (.*Give a file that bench_gemm.py|no such file)"):
             write_html_report(out, engine=plan_in(tmp_path), records=[record])
     assert not out.exists()
     (awq_dir / "awq_trt.json").unlink()

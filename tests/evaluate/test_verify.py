@@ -77,8 +77,13 @@ def test_a_wrong_weight_is_noticed(exported: Path, tmp_path: Path, factor: float
 
 def test_files_onnx_runtime_refuses(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"not onnx")
-    with pytest.raises(AwqTrtError, match="ONNX Runtime .* cannot load it"):
+    with pytest.raises(AwqTrtError, match="not an ONNX file, or cut short"):
         onnx_session(tmp_path / "x.onnx")
+    node = onnx.helper.make_node("NoSuchOperator", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y])), tmp_path / "y.onnx")
+    with pytest.raises(AwqTrtError, match="ONNX Runtime .* cannot load it"):
+        onnx_session(tmp_path / "y.onnx")
 
 
 def test_a_model_without_inputs_gets_random_ones(models: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,38 @@ def test_calls_against_the_rules(model: Path, row: int, ids: Any, past: Any, new
     [
         ({"kv_cache": {"kind": "dynamic"}}, 'grows with every token .kv_cache="dynamic"'),
         ({"kv_cache": None, "model_type": "bert"}, "type bert is an encoder"),
-        ({"kv_cache": {"kind": "fixed"}}, "incomplete"),
-        ({"vocab_size": "many"}, "incomplete"),
     ],
 )
 def test_files_that_generate_nothing(tmp_path: Path, facts: dict[str, Any], why: str) -> None:
     path = tiny_onnx.fixed_decoder(tmp_path / "m.onnx", **facts)
     with pytest.raises(AwqTrtError, match=f"m.onnx: .*{why}.*kv_cache=.fixed"):
+        open_decoder(path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"kv_cache": {"kind": "fixed"}}, "key 'kv_cache.capacity' is missing. Export it again"),
+        ({"vocab_size": "many"}, "key 'vocab_size' holds a str, 'many'"),
+        ({"generation": {"eos_token_id": 2**40}}, "key 'generation.eos_token_id' holds a int"),
+        ({"vocab_size": 63}, "does not fit its inputs and outputs"),
+        ({"vocab_size": 2**31 - 1}, "does not fit its inputs and outputs"),
+    ],
+)
+def test_facts_of_other_types_or_of_another_model(tmp_path: Path, facts: dict[str, Any], why: str) -> None:
+    path = tiny_onnx.fixed_decoder(tmp_path / "m.onnx", **facts)
+    with pytest.raises(AwqTrtError, match=f"m.onnx.*{why}"):
+        open_decoder(path)
+
+
+def test_a_cache_that_would_fill_the_memory(tmp_path: Path) -> None:
+    path = tiny_onnx.fixed_decoder(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    facts = json.loads(model.metadata_props[0].value)
+    facts["kv_cache"]["layers"][0]["slots"] = 2**31 - 1
+    model.metadata_props[0].value = json.dumps(facts)
+    onnx.save(model, path)
+    with pytest.raises(AwqTrtError, match="does not fit its inputs and outputs"):
         open_decoder(path)
 
 
