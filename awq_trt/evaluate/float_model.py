@@ -7,7 +7,6 @@ does not fit in memory is compared tensor by tensor as transformers' loader hand
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from awq_trt.engine.child import run_child
 from awq_trt.errors import AwqTrtError
 from awq_trt.evaluate.accuracy import Predictions, eager_outputs, is_causal_lm
 from awq_trt.evaluate.float_process import digest
+from awq_trt.publishing import scratch
 
 SPARE = 0.7
 """Part of the free memory that a float model may take; activations and logits need some, too."""
@@ -58,7 +58,7 @@ def judge(
     path = next((file.parent for file in original.files if file.name == "config.json"), original.files[0])
     if not whole and path.is_file():
         return FloatModel(f"none: transformers reads a GGUF file whole, and {parameters} weights do not fit", None)
-    with tempfile.TemporaryDirectory(prefix="awq_trt-float-") as folder:
+    with scratch() as folder:
         kinds = {"held_out": held_out, "short": short}
         tensors = {
             f"{kind}.{i}.{name}": tensor.clone(memory_format=torch.contiguous_format)
@@ -66,7 +66,7 @@ def judge(
             for i, sample in enumerate(samples)
             for name, tensor in sample.items()
         }
-        save_file(tensors, Path(folder) / "inputs")
+        save_file(tensors, folder / "inputs")
         job = {
             "path": str(path.resolve()),
             "architecture": (original.config.architectures or [""])[0],
@@ -78,8 +78,8 @@ def judge(
             "trust_remote_code": type(original.config).__module__.startswith("transformers_modules."),
             "whole": whole,
             "causal": is_causal_lm(original.config),
-            "inputs": str(Path(folder) / "inputs"),
-            "output": str(Path(folder) / "output"),
+            "inputs": str(folder / "inputs"),
+            "output": str(folder / "output"),
         }
         outcome, status, printed = run_child("awq_trt.evaluate.float_process", job)
         if "done" not in outcome:
@@ -93,7 +93,7 @@ def judge(
         compare_tensors(original, done["digests"])
         if not whole:
             return FloatModel(f"{version}, tensor by tensor", None)
-        found = load_file(Path(folder) / "output")
+        found = load_file(folder / "output")
     Ranges(*done["largest"]).refuse_float16(original.source, original.dtype)
     ours = torch.cat([x.flatten() for x in eager_outputs(original, short)])
     theirs = torch.cat([found[f"logits.{i}"].flatten() for i in range(len(short))])
@@ -111,7 +111,7 @@ def compare_tensors(original: Checkpoint, digests: dict[str, str]) -> None:
     """Every tensor that transformers loaded against what the reader gives under that name.
 
     Raises:
-        AwqTrtError: one differs.
+        AwqTrtError: one differs, or holds NaN or Inf.
     """
     model = empty_model(original.config)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -145,7 +145,7 @@ def _pieces(
 ) -> Iterator[torch.Tensor]:
     """A tensor as transformers has it: as the file has it, and experts stacked."""
     if parts is None:
-        value = buffers[name] if name not in original.readers and name in buffers else original.readers[name]()
+        value = buffers[name] if name not in original.readers and name in buffers else original.tensor(name)
         yield value.t() if name in original.transposed else value
         return
     shape = next(iter(parts.values())).shape
@@ -154,7 +154,7 @@ def _pieces(
         for layer, part in parts.items():
             if part.expert == expert:
                 turned = stack.t() if part.transposed and stack.dim() == 2 else stack
-                turned[part.rows] = original.readers[layer]().float()
+                turned[part.rows] = original.tensor(layer).float()
         yield stack
 
 

@@ -131,6 +131,7 @@ def test_bfloat16(models: Path, out: Path) -> None:
 
 def test_missing_shard(llama: Path, out: Path) -> None:
     tensors = safetensors.torch.load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()  # which goes before an index, as for transformers
     (llama / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")})
     )

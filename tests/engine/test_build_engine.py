@@ -206,7 +206,7 @@ def test_tensorrt_without_a_gpu_points_to_rtx(tmp_path: Path, stand_in: Any) -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"group_size": 48}, ["group_size 48", "32, 64, 128"]),
+        ({"group_size": 48}, ["group size 48", "32, 64, 128"]),
         ({"out_features": "many"}, ["'out_features'", "INT32"]),
         ({"out_features": 60}, ["out_features 60", "multiple of 8"]),
         ({"has_zeros": 0}, ["4 inputs", "need 3"]),

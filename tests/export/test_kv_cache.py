@@ -296,10 +296,10 @@ def test_sizes_that_cannot_be(capacity: int, chunk: int | None, message: str) ->
         plan_cache(llama(max_position_embeddings=512), SHAPES, capacity, chunk)
 
 
-def test_unknown_kind_and_attention_sinks_are_refused(tmp_path: Path) -> None:
+def test_unknown_kind_and_position_bias_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AwqTrtError, match="KV cache 'paged' is not one of fixed, dynamic"):
         export_quantized(Model("llama"), tmp_path / "m.onnx", decoder=DecoderOptions("paged"))
     none = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(AwqTrtError, match="sinks or a position bias"):
-        kv_cache.attention(torch.nn.Module(), none, none, none, none, s_aux=none)
+    with pytest.raises(AwqTrtError, match="with a position bias cannot be exported"):
+        kv_cache.attention(torch.nn.Module(), none, none, none, none, position_bias=none)
     assert not list(tmp_path.iterdir())

@@ -64,6 +64,9 @@ class Numbers:
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(f" {i}" for i in ids)
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f" {token}"
+
 
 def check_tokens(decoder: Decoder, onnx: Path) -> None:
     """Eight requests of other lengths on five rows: each token is the best one in fp32, but for what fp16 changes."""
