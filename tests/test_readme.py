@@ -99,6 +99,7 @@ def test_options_exist() -> None:
     known = set(re.findall(r"--[a-z-]+", "".join(parser(name).format_help() + sub_help(name) for name in COMMANDS)))
     foreign = {"--versionCompatible", "--dynamicPlugins", "--backend-config", "--version", "--dynamic"}  # of NVIDIA's
     tools = "".join(help_of(f"tools/{tool.name}") for tool in sorted((ROOT / "tools").glob("*.py")))
+    tools += help_of("tests/fuzz/run.py")
     assert len(ours) > 5
     assert ours - foreign - known - set(re.findall(r"--[a-z-]+", tools)) == set()
 

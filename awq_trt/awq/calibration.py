@@ -23,7 +23,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 def read_text(source: str | Path) -> str:
     """The text of a file, of every text file of a directory, or of a `datasets` id (its column `text`).
 
-    A dataset id is `name` or `name:configuration`; its train split is streamed until 4 million characters are there.
+    A dataset id is `name` or `name:configuration`; its train split is streamed until 4 million characters are there. Of
+    files the first 4 million characters are read.
 
     Raises:
         AwqTrtError: nothing readable there.
@@ -33,10 +34,18 @@ def read_text(source: str | Path) -> str:
         files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES)
         if not files:
             raise AwqTrtError(f"{source}: no {', '.join(TEXT_SUFFIXES)} file in this directory to calibrate on.")
-        return "\n\n".join(regular_file(f).read_text(errors="replace") for f in files)
-    if path.exists():
-        return regular_file(path).read_text(errors="replace")
-    return _dataset_text(str(source))
+        texts, left = [], MAX_CHARACTERS
+        for file in files:
+            texts.append(_beginning(file, left))
+            left -= len(texts[-1])
+        return "\n\n".join(filter(None, texts))
+    return _beginning(path, MAX_CHARACTERS) if path.exists() else _dataset_text(str(source))
+
+
+def _beginning(file: Path, characters: int) -> str:
+    """The first characters of a text file: as many as a dataset is read for, so that no file fills the memory."""
+    with regular_file(file).open(errors="replace") as text:
+        return text.read(max(0, characters))
 
 
 def _dataset_text(name: str) -> str:

@@ -386,7 +386,7 @@ def test_what_does_not_load_says_why(decoder: Path, tmp_path: Path) -> None:
     (broken / "config.pbtxt").write_text(text.replace('profile: [ "0" ]', 'profil: [ "0" ]'))
     assert plan.name == "encoder"
     wanted = {
-        "bare": "No module named 'onnx'",
+        "bare": "No module named 'pydantic'",
         "damaged": "not an ONNX file, or cut short",
         "encoder": "unable to find backend library for backend 'tensorrt'",
         "broken": 'has no field named "profil"',
