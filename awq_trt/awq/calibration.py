@@ -45,7 +45,7 @@ def read_text(source: str | Path) -> str:
 def _beginning(file: Path, characters: int) -> str:
     """The first characters of a text file: as many as a dataset is read for, so that no file fills the memory."""
     with regular_file(file).open(errors="replace") as text:
-        return text.read(max(0, characters))
+        return text.read(characters)
 
 
 def _dataset_text(name: str) -> str:

@@ -58,6 +58,17 @@ def test_directory_of_texts(tmp_path: Path) -> None:
         read_text(tmp_path / "empty")
 
 
+def test_files_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a directory, too, files after the bound add nothing."""
+    monkeypatch.setattr("awq_trt.awq.calibration.MAX_CHARACTERS", 5)
+    for name, text in {"a.txt": "éaa", "b.txt": "bbbb", "c.txt": "c"}.items():
+        (tmp_path / name).write_text(text)
+    assert read_text(tmp_path) == "éaa\n\nbb"
+    assert read_text(tmp_path / "b.txt") == "bbbb"
+    (tmp_path / "d.txt").write_text("dddddd")
+    assert read_text(tmp_path / "d.txt") == "ddddd"
+
+
 def test_datasets_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is not asked: a stand-in module records how `datasets` would be called."""
     calls = []
