@@ -88,7 +88,10 @@ def prepared(model: onnx.ModelProto, runtime: str, architectures: tuple[str, ...
     Then nothing is written, and the model is what the builder gets.
     """
     lacking = without_kernel(model.graph, runtime, architectures)
-    notes = [f"{kind}, {write_out(model.graph, [kind])} times: no kernel, built of plain products." for kind in lacking]
+    notes = [
+        f"{runtime} has no kernel for {kind}: plain products stand for it, {write_out(model.graph, [kind])} times."
+        for kind in lacking
+    ]
     if lacking:
         place.write_bytes(model.SerializeToString())
     return notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -29,20 +30,20 @@ class Attention:
     def __str__(self) -> str:
         name, width = TensorProto.DataType.Name(self.dtype).lower(), f"{self.head_dim}"
         width += f" (values {self.value_head_dim})" if self.value_head_dim != self.head_dim else ""
-        return f"attention in {name} with {self.heads} query heads on {self.kv_heads} key heads of {width}"
+        return f"attention in {name} with {self.heads} query heads, {self.kv_heads} key heads and a head_dim of {width}"
 
 
 def attentions(graph: onnx.GraphProto) -> Iterator[tuple[int, Attention]]:
     """The Attention nodes that can be written out: their places in the graph, and what they are.
 
     Those with queries [batch, heads, new, head_dim], keys [batch, kv_heads, slots, head_dim], values [...,
-    value_head_dim], a bool mask [batch, 1, new, slots], and no attribute but a scale.
+    value_head_dim], a bool mask [batch, 1, new, slots], and no attribute but perhaps a scale.
     """
     types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output, *graph.value_info)}
     for i, node in enumerate(graph.node):
         if node.op_type != "Attention" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
             continue
-        if len(node.input) != 4 or [a.name for a in node.attribute] != ["scale"] or not {*node.input} <= {*types}:
+        if len(node.input) != 4 or any(a.name != "scale" for a in node.attribute) or not {*node.input} <= {*types}:
             continue
         query, key, value, mask = (types[name] for name in node.input)
         if any(len(t.shape.dim) != 4 for t in (query, key, value, mask)) or mask.elem_type != TensorProto.BOOL:
@@ -64,7 +65,11 @@ def write_out(graph: onnx.GraphProto, chosen: Collection[Attention]) -> int:
 
 
 def _written_out(node: onnx.NodeProto, kind: Attention) -> Iterator[onnx.NodeProto]:
-    """The queries that share a key head are one matrix: [batch, kv_heads, group * new, head_dim]."""
+    """The queries that share a key head are one matrix: [batch, kv_heads, group * new, head_dim].
+
+    Scores are keys times queries, turned round: TensorRT-RTX 1.7 knows queries times keys as attention again, and fails
+    where head_dim is no multiple of 8.
+    """
     base = node.name or node.output[0]
     query, key, value, mask = node.input
 
@@ -79,18 +84,19 @@ def _written_out(node: onnx.NodeProto, kind: Attention) -> Iterator[onnx.NodePro
         tensor = helper.make_tensor("", TensorProto.FLOAT, [], [value])
         return helper.make_node("Constant", [], [name(of)], name(of), value=tensor)
 
-    def operator(op: str, inputs: list[str], of: str, **attributes: object) -> onnx.NodeProto:
+    def operator(op: str, inputs: list[str], of: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(op, inputs, [name(of)], name(of), **attributes)
 
     yield numbers("grouped_shape", [0, kind.kv_heads, -1, kind.head_dim])
     yield numbers("scores_shape", [0, kind.heads, -1, kind.slots])
     yield numbers("weights_shape", [0, kind.kv_heads, -1, kind.slots])
     yield numbers("output_shape", [0, kind.heads, -1, kind.value_head_dim])
-    yield number("scale", node.attribute[0].f)
+    yield number("scale", node.attribute[0].f if node.attribute else kind.head_dim**-0.5)
     yield number("nothing", float("-inf"))
     yield operator("Reshape", [query, name("grouped_shape")], "grouped")
-    yield operator("Transpose", [key], "keys", perm=[0, 1, 3, 2])
-    yield operator("MatMul", [name("grouped"), name("keys")], "products")
+    yield operator("Transpose", [name("grouped")], "queries", perm=[0, 1, 3, 2])
+    yield operator("MatMul", [key, name("queries")], "turned")
+    yield operator("Transpose", [name("turned")], "products", perm=[0, 1, 3, 2])
     yield operator("Cast", [name("products")], "products_fp32", to=TensorProto.FLOAT)
     yield operator("Mul", [name("products_fp32"), name("scale")], "scaled")
     yield operator("Reshape", [name("scaled"), name("scores_shape")], "scores")
