@@ -1,7 +1,7 @@
 """Which attention a builder has no kernel for, found out by building that attention alone, in a second or less.
 
-TensorRT-RTX 1.7 has none for fewer than 4 query heads, and none for some widths of heads. Such an attention is written
-out (export/attention.py) in what the builder gets; the ONNX file stays as it is.
+TensorRT-RTX 1.7 has none for fewer than 4 query heads, and none for some widths of heads (README.md). Such an attention
+is written out (export/attention.py) in what the builder gets; the ONNX file stays as it is.
 """
 
 from __future__ import annotations
