@@ -56,7 +56,7 @@ def _no(text: str) -> Any:
 
 
 def checkpoint(folder: Path, heads: int, kv_heads: int, head_dim: int) -> Path:
-    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
+    shape = {"hidden_size": 96, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
     families.checkpoint(t.LlamaConfig(**{**families.GQA, **shape}, head_dim=head_dim), folder)
     return folder
 
