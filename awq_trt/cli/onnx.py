@@ -20,6 +20,8 @@ from awq_trt.cli.messages import with_flags
 from awq_trt.publishing import claimed
 
 if TYPE_CHECKING:
+    from onnx import GraphProto
+
     from awq_trt.checkpoint.reader import Checkpoint
     from awq_trt.evaluate.float_model import FloatModel
     from awq_trt.export.exportable import EarlyTrace
@@ -106,14 +108,21 @@ def decoder_options(args: argparse.Namespace) -> DecoderOptions:
 
 
 def check_exportable(args: argparse.Namespace, original: Checkpoint, console: Console) -> EarlyTrace | None:
-    """Find out before the calibration that a model cannot be exported; what is returned spares the export some work."""
+    """Find out before the calibration that a model cannot be exported, or its attention not be built into an engine;
+    what is returned spares the export some work."""
     from awq_trt.awq.distributed import join_ranks
+    from awq_trt.engine.attention import without_kernel
+    from awq_trt.engine.runtimes import choose_runtime
     from awq_trt.export.exportable import check_exportable
+
+    def ask_builder(graph: GraphProto) -> None:
+        if args.engine:
+            without_kernel(graph, choose_runtime(args.runtime))
 
     ranks = join_ranks(args.device)
     with ranks.fail_together(), console.status("Tracing the model without weights"):
         if ranks.rank == 0:
-            return check_exportable(original.config, original.dtype, decoder_options(args))
+            return check_exportable(original.config, original.dtype, decoder_options(args), ask_builder)
     return None
 
 

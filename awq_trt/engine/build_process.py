@@ -39,7 +39,11 @@ def build(job: dict[str, Any], send: Send) -> dict[str, Any]:
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)  # holds the weights: it must outlive the build
-    if not parser.parse_from_file(job["onnx"]):
+    if job.get("graph"):  # without weights of its own: they lie beside the ONNX file
+        parsed = parser.parse(Path(job["graph"]).read_bytes(), job["onnx"])
+    else:
+        parsed = parser.parse_from_file(job["onnx"])
+    if not parsed:
         raise AwqTrtError("\n".join(_parser_error(parser.get_error(i)) for i in range(parser.num_errors)))
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     plugin_layers = kinds.count(trt.LayerType.PLUGIN_V3)

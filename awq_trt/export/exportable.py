@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import torch
 import transformers
 
@@ -42,12 +44,15 @@ class EarlyTrace:
 
 
 def check_exportable(
-    config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions | None = None
+    config: transformers.PretrainedConfig,
+    dtype: torch.dtype,
+    options: DecoderOptions | None = None,
+    look: Callable[[onnx.GraphProto], object] | None = None,
 ) -> EarlyTrace | None:
     """Trace a model without weights, as the export will; of a deep one, what is left with one block of each kind.
 
     Args:
-        dtype: of activations. options: for decoders.
+        dtype: of activations. options: for decoders. look: is given the graph, in which each kind of block is.
 
     Returns:
         The trace, if it is one of the whole model and depends on nothing that is in the checkpoint.
@@ -58,14 +63,16 @@ def check_exportable(
     options = options or DecoderOptions()
     config = resolve_longrope(config, options.longest)
     model = empty_model(copy.deepcopy(config), attn_implementation="eager")  # what is left out is noted in its own
+    traced, whole = None, True
     if _shorten(model):
         with suppress(AwqTrtError):  # perhaps because of what was left out
-            trace(model, dtype, options)
-            return None
-        model = empty_model(copy.deepcopy(config), attn_implementation="eager")
+            traced, whole = trace(model, dtype, options), False
+        model = empty_model(copy.deepcopy(config), attn_implementation="eager") if traced is None else model
     stored = persistent_buffers(model)
-    found = EarlyTrace(_fields(config), dtype, options, trace(model, dtype, options))
-    return None if stored else found
+    traced = traced or trace(model, dtype, options)
+    if look is not None:
+        look(traced.model.graph)
+    return EarlyTrace(_fields(config), dtype, options, traced) if whole and not stored else None
 
 
 def _fields(config: transformers.PretrainedConfig) -> dict[str, Any]:
