@@ -35,7 +35,9 @@ DECODERS: dict[str, Callable[[], t.PretrainedConfig]] = {
     ),
     "smollm2": lambda: t.LlamaConfig(**GQA, tie_word_embeddings=True),
     "smollm3": lambda: t.SmolLM3Config(**GQA, no_rope_layer_interval=2),
-    "qwen2": lambda: t.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2": lambda: t.Qwen2Config(  # its tokenizer adds <|endoftext|>
+        **GQA | {"vocab_size": 392}, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
     "qwen3": lambda: t.Qwen3Config(**GQA, head_dim=32),
     "mistral": lambda: t.MistralConfig(**GQA, sliding_window=WINDOW),
     "phi3": lambda: t.Phi3Config(**GQA),

@@ -20,8 +20,8 @@ from stages import STAGES, at_rename, command, content, copied, everything, kill
 pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.usefixtures("one_thread", "traced")
 
-KILLS = int(os.environ.get("AWQ_TRT_KILLS", "100"))
-"""Of the long test."""
+KILLS = int(os.environ.get("AWQ_TRT_KILLS", "10"))
+"""Of the long test; 100 are what a change of the publishing is tried with."""
 
 
 @pytest.fixture(scope="module")
