@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 DIGESTS = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awq_trt", "sha256")  # noqa: PTH111
 """Digests of large files that were read, a small file for each."""
+LONGEST_NAME = 255
+"""Bytes of a file's path in a folder; file systems take as many for each of its parts."""
 LARGE = 256 << 20
 """Bytes from which on reading a file again is worth remembering that."""
 SETTLED = 2.0
@@ -56,16 +58,17 @@ def inside(folder: Path, name: object, source: str) -> Path:
         name: as it was read. source: for messages: the file that names it.
 
     Raises:
-        AwqTrtError: no path, an absolute one, or one that leaves the folder.
+        AwqTrtError: no path, one that no file can have, an absolute one, or one that leaves the folder.
     """
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise AwqTrtError(
-            f"{source}: names the file {name!r}, which is not in its folder. Such a file is not read, because it may "
-            "be anything on this machine. Get the model from where it was made, all files in one folder."
+            f"{source}: names the file {str(name)[:100]!r}, which is not in its folder. Such a file is not read, "
+            "because it may be anything on this machine. Get the model from where it was made, all files in one folder."
         )
-    if Path(name) == Path():
+    half = any("\ud800" <= character <= "\udfff" for character in name)  # of a pair: no file system has such a name
+    if Path(name) == Path() or half or len(name.encode()) > LONGEST_NAME:
         raise AwqTrtError(
-            f"{source}: names the file {name!r}, which is none. Get the file again from where it was made."
+            f"{source}: names the file {name[:100]!r}, which is none. Get the file again from where it was made."
         )
     return folder / name
 

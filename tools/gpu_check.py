@@ -187,6 +187,9 @@ def main() -> int:
         f"{where}: {summary.get('passed', 0)} passed, {summary.get('failed', '?')} failed, "
         f"{summary.get('skipped', '?')} skipped in {plugin['seconds']} s; written to {args.output}"
     )
+    for check in plugin["checks"]:
+        if check.get("ok") is False:
+            print(f"failed: {json.dumps(check)}")
     sanitizer = result["sanitizer"] or {}
     verdicts = {True: "clean", False: "NOT CLEAN", None: "not run"}
     for tool, outcome in sanitizer.items():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +210,8 @@ def load_tokenizer(
         return None
     file = {} if gguf_file is None else {"gguf_file": gguf_file}
     check_directory(path)
+    if gguf_file is None and (path / "tokenizer.json").exists():
+        _open_elsewhere(path / "tokenizer.json")
     with _by_tokenizers(f"{path}: the tokenizer could not be loaded"):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **file)
@@ -215,6 +221,25 @@ def load_tokenizer(
             raise
         tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type are noticed in use only
     return tokenizer
+
+
+def _open_elsewhere(file: Path) -> None:
+    """Open a tokenizer in a process of its own first: some files make the Rust library panic, as where a BPE merge is
+    cut inside a character. That prints a stack trace, and may end the process.
+
+    Raises:
+        AwqTrtError: this is such a file. One that is only refused is none.
+    """
+    words = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1])"
+    command = [sys.executable, "-c", words, file.absolute()]
+    opened = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd="/")  # imports nothing of here
+    panic = re.search(rb" panicked at [^\n]*\n([^\n]*)", opened.stderr)
+    if opened.returncode < 0 or panic:
+        why = panic[1].decode(errors="replace") if panic else signal.Signals(-opened.returncode).name
+        raise AwqTrtError(
+            f"{file}: the tokenizer could not be loaded: the process that opens it fails ({why}). Download the "
+            "tokenizer's files again."
+        )
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:

@@ -26,7 +26,7 @@ from awq_trt.checkpoint.safetensors import open_safetensors, write_safetensors
 from awq_trt.checkpoint.transformers4 import with_old_fields
 from awq_trt.errors import AwqTrtError
 from awq_trt.linear import QuantizedLinear
-from awq_trt.schema import read_json
+from awq_trt.schema import read_json, regular_file
 
 SAVE_FORMATS = {"awq": "awq-gemm", "compressed-tensors": "pack-quantized"}
 """What a checkpoint can be saved as -> the layout of its layers."""
@@ -123,7 +123,7 @@ class Writer:
             for file in source.glob(pattern):
                 target = self.directory / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+                shutil.copyfile(regular_file(file), target)
 
     def finish(self, group_size: int, symmetric: bool, report: dict[str, Any]) -> None:
         """Name the shards, write configuration, tokenizer, report and, last, the index. May be repeated.

@@ -25,6 +25,8 @@ MAX_BYTES = (1 << 31) - 1
 """Of a protobuf message."""
 LARGEST = 1 << 48
 """Bytes of a tensor at most, and its largest dimension: far beyond any, and sums of them are still exact."""
+MOST_DIMS = 64
+"""Of a tensor: far beyond any."""
 FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4)
 NUMBERS = {number for name, number in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")}
 
@@ -111,6 +113,11 @@ def _troubles(model: onnx.ModelProto) -> Iterator[str]:
             yield f"{name} has the shape {[dim.dim_value or dim.dim_param for dim in kind.shape.dim][:8]}"
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
+        for attribute in node.attribute:  # ONNX Runtime does not look at all of them before it uses them
+            least = {"batch_dims": 0, "axis": -MOST_DIMS, "axes": -MOST_DIMS, "perm": 0}.get(attribute.name)
+            numbers = list(attribute.ints) or [attribute.i]
+            if least is not None and not least <= min(numbers) <= max(numbers) <= MOST_DIMS:
+                yield f"node {node.name[:200]} ({node.op_type[:200]}) has the {attribute.name} {numbers[:8]}"
         if node.op_type == OP_TYPE:
             name = f"{node.name[:200]} ({OP_TYPE})"
             yield from (f"node {name} {trouble}" for trouble in _node_troubles(node, constants))

@@ -219,6 +219,14 @@ def test_the_tokenizer_is_the_sources_own(models: Path, tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(out).get_chat_template() == "{{ messages[0].content }}"
 
 
+def test_a_tokenizer_file_without_end_is_not_copied(models: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(models / "llama", tmp_path / "m"))
+    (source / "merges.txt").symlink_to("/dev/zero")
+    with pytest.raises(AwqTrtError, match=r"merges\.txt is a device"):
+        rounded(source, tmp_path / "out", group=32)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     model = gguf_files.llama(tmp_path / "hf")
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys_of(model), gguf_files.tensors_of(model))

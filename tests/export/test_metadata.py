@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -49,7 +51,37 @@ def test_metadata_that_is_not_json(tmp_path: Path) -> None:
             read_graph(path)
 
 
-@pytest.mark.parametrize("location", ["../private.key", "sub/../../private.key", "{folder}/private.key", ""])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda g: g.initializer[0].dims.append(-1), r"has the shape \["),
+        (lambda g: setattr(g.initializer[0], "data_type", 99), "is of the unknown type 99"),
+        (lambda g: setattr(g.input[0].type.tensor_type, "elem_type", 77), "is of the unknown type 77"),
+        (lambda g: attribute(g, batch_dims=-(2**31)), r"has the batch_dims \[-2147483648\]"),
+        (lambda g: attribute(g, axis=65), r"has the axis \[65\]"),
+        (lambda g: attribute(g, axes=[0, -65]), r"has the axes \[0, -65\]"),
+        (lambda g: attribute(g, perm=[1, -1]), r"has the perm \[1, -1\]"),
+    ],
+)
+def test_numbers_that_no_file_has(tmp_path: Path, change: Callable[[onnx.GraphProto], object], words: str) -> None:
+    """ONNX Runtime ends the process with some of them, as with the batch_dims; so it does not get them."""
+    path = tiny_onnx.quantized(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    for read in (read_graph, onnx_session):
+        with pytest.raises(AwqTrtError, match=rf"m\.onnx: .*{words}"):
+            read(path)
+
+
+def attribute(graph: onnx.GraphProto, **attributes: Any) -> None:
+    graph.node.append(helper.make_node("Identity", ["x"], ["copy"], **attributes))
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["../private.key", "sub/../../private.key", "{folder}/private.key", "", pytest.param("é" * 128, id="256 bytes")],
+)
 @pytest.mark.parametrize("where", ["initializer", "node", "function"])
 def test_data_of_other_folders_are_not_read(tmp_path: Path, location: str, where: str) -> None:
     """Whatever tensor of the file says so; every way to open the file refuses it."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
+import tokenizer_kinds
 import torch
 from decoders import EOS, FakeDecoder, continuation, eager, greedy, prompt_of
 
 import awq_trt
 from awq_trt.awq.config import QuantizeConfig
 from awq_trt.awq.quantize import quantize
+from awq_trt.checkpoint.directory import load_tokenizer
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.export.export import DecoderOptions, export_onnx
@@ -86,6 +89,21 @@ def test_tokenizers(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path / "there")
     assert open_tokenizer(decoder).get_vocab() == TOKENIZER.get_vocab()
     assert open_tokenizer(decoder, tmp_path / "there").get_vocab() == TOKENIZER.get_vocab()
+
+
+@pytest.mark.parametrize("prefix", ["\N{NO-BREAK SPACE}", "\N{NO-BREAK SPACE}" * 3])
+def test_a_tokenizer_that_makes_the_library_panic(
+    tmp_path: Path, prefix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is cut off from a merge ends inside a character, or beyond it: a stack trace, or the end of the process."""
+    tokenizer = tokenizer_kinds.byte_fallback(strip=True)
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = prefix
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(AwqTrtError, match=r"tokenizer\.json: the tokenizer could not be loaded: the process .* index"):
+        load_tokenizer(tmp_path)
+    assert "panicked" not in capfd.readouterr().err
 
 
 # A real file: a tiny Llama in bfloat16 with a cache of 96 tokens, prefilled 16 at a time.

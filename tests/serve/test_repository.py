@@ -255,6 +255,10 @@ def test_parameters_and_another_tokenizer(tmp_path: Path) -> None:
         write_triton_repo(engine, tmp_path / "repo", tokenizer=tmp_path / "nowhere")
     with pytest.raises(AwqTrtError, match="'max_rows' is not a parameter .* max_batch"):
         write_triton_repo(engine, tmp_path / "repo", tokenizer=given, parameters={"max_rows": "8"})
+    (given / "endless.json").symlink_to("/dev/zero")
+    with pytest.raises(AwqTrtError, match=r"endless\.json is a device"):
+        write_triton_repo(engine, tmp_path / "repo", tokenizer=given)
+    (given / "endless.json").unlink()
     assert not (tmp_path / "repo").exists()
     parameters = {"max_tokens": "8", "python": '/opt/a "b"/python'}
     model = write_triton_repo(engine, tmp_path / "repo", tokenizer=given, parameters=parameters).model

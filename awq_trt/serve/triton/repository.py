@@ -28,6 +28,7 @@ from awq_trt.export.metadata import external_files, fixed_cache_facts, read_grap
 from awq_trt.files import PACKAGE
 from awq_trt.outputs import Output, sign
 from awq_trt.publishing import check_outputs, publishing
+from awq_trt.schema import regular_file
 from awq_trt.serve.decoder import fixed_cache, tokenizer_folder
 from awq_trt.serve.triton.model import FIELDS, LIMITS, OUTPUTS
 
@@ -143,7 +144,7 @@ def write_triton_repo(
             sidecar.write(version / "model.plan.json", content)
         else:
             for path in (engine_path, *external_files(engine_path)):
-                shutil.copyfile(path, version / path.name)
+                shutil.copyfile(regular_file(path), version / path.name)
         if generates:
             (version / "model.py").write_text(MODEL_PY)
             with zipfile.ZipFile(version / "awq_trt.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -153,7 +154,7 @@ def write_triton_repo(
             (version / "tokenizer").mkdir()
             for path in source.iterdir():  # not the weights of a checkpoint, nor hidden files
                 if path.suffix in TOKENIZER_SUFFIXES and not path.name.startswith(".") and ".index." not in path.name:
-                    shutil.copyfile(path, version / "tokenizer" / path.name)
+                    shutil.copyfile(regular_file(path), version / "tokenizer" / path.name)
             (folder / "warmup").mkdir()
             for key, (_, data) in WARMUP.items():
                 (folder / "warmup" / key).write_bytes(data)
