@@ -231,7 +231,7 @@ def _open_elsewhere(file: Path) -> None:
         AwqTrtError: this is such a file. One that is only refused is none.
     """
     words = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1])"
-    command = [sys.executable, "-c", words, file.absolute()]
+    command = [sys.executable, "-c", words, str(file.absolute())]
     opened = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd="/")  # imports nothing of here
     panic = re.search(rb" panicked at [^\n]*\n([^\n]*)", opened.stderr)
     if opened.returncode < 0 or panic:
