@@ -31,8 +31,8 @@ int32_t RowBytes(int32_t k_blocks) { return k_blocks * kBlockK * 2 + 16; }
 // but partial sums (written and read) at most as many bytes as the weights.
 int32_t MostSlices(int32_t n, int32_t k, int32_t tokens) {
   int32_t const k_blocks = CeilDiv(k, kBlockK), token_tiles = CeilDiv(tokens, kTokenTile);
-  int32_t const room =
-      kLeastSharedBytes - kReservedBytes - SharedBytes(kLeastWarps / PackedRows(token_tiles), token_tiles, 0, 0);
+  int32_t const room = SharedRoom(kLeastSharedBytes, kStaticBytes) -
+                       SharedBytes(kLeastWarps / PackedRows(token_tiles), token_tiles, 0, 0);
   int32_t const fitting = std::max(1, (room / tokens - 16) / (2 * kBlockK));
   int32_t const wanted = std::max(CeilDiv(k_blocks, fitting), CeilDiv(1024, CeilDiv(n, kTileN)));
   return std::clamp(wanted, 1, std::max(1, k_blocks / token_tiles));
@@ -45,7 +45,7 @@ bool ScheduleDecode(GemmArgs const& args, DecodePolicy const& policy, Device con
   int32_t const token_tiles = CeilDiv(args.tokens, kTokenTile), packed_rows = PackedRows(token_tiles);
   int32_t const row_tiles = CeilDiv(CeilDiv(args.n, kTileN), packed_rows), k_blocks = CeilDiv(args.k, kBlockK);
   int32_t const most = MostSlices(args.n, args.k, args.tokens);
-  int32_t const room = device.shared_bytes / policy.blocks_per_sm - kReservedBytes;
+  int32_t const room = SharedRoom(device.shared_bytes / policy.blocks_per_sm, kStaticBytes);
   int32_t const at_once = device.sm_count * policy.blocks_per_sm;  // blocks
   Architecture const& architecture = ArchitectureOf(device.sm);
   double const bandwidth = architecture.bandwidth / policy.blocks_per_sm;  // of one block

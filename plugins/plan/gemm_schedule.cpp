@@ -24,13 +24,19 @@ int32_t SharedBytes(GemmTile const& tile, int32_t stages) {
   return stages * StageBytes(tile) + ScratchBytes(tile) + (tile.wgmma ? kSwizzleBytes : 0);
 }
 
+// Whether so many blocks of an SM have that many stages.
+bool Fits(GemmTile const& tile, int32_t stages, int32_t blocks, Device const& device) {
+  int32_t const static_bytes = tile.wgmma ? kWgmmaStaticBytes : kStaticBytes;
+  return SharedBytes(tile, stages) <= SharedRoom(device.shared_bytes / blocks, static_bytes);
+}
 int32_t StagesOf(GemmTile const& tile, Device const& device) {
   if (tile.wgmma) return kWgmmaStages;
-  return SharedBytes(tile, kMmaStages) + kReservedBytes <= device.shared_bytes ? kMmaStages : kMmaStages - 1;
+  return Fits(tile, kMmaStages, 1, device) ? kMmaStages : kMmaStages - 1;
 }
 int32_t BlocksAtOnce(GemmTile const& tile, Device const& device) {
-  int32_t const fitting = device.shared_bytes / (SharedBytes(tile, StagesOf(tile, device)) + kReservedBytes);
-  return device.sm_count * std::clamp(fitting, 1, tile.resident);
+  int32_t blocks = tile.resident;
+  while (blocks > 1 && !Fits(tile, StagesOf(tile, device), blocks, device)) --blocks;
+  return device.sm_count * blocks;
 }
 
 int64_t TileCount(GemmTile const& tile, int32_t n, int64_t tokens) {

@@ -12,8 +12,16 @@ struct Device {
   bool wgmma = false;    // this is sm_90, and its kernels are in this library
 };
 
-constexpr int32_t kReservedBytes = 1024;  // of shared memory, by the system, for every block
-constexpr double kL2Ratio = 2;            // bandwidth of L2 over that of device memory
+// Of shared memory: what the system takes for every block, the unit that a block gets (CUDA's occupancy calculator),
+// and what a kernel declares beside what its schedule asks for.
+constexpr int32_t kReservedBytes = 1024, kSharedUnit = 128, kStaticBytes = 16, kWgmmaStaticBytes = 128;
+
+// What a schedule may ask for where an SM has so many bytes for each of its blocks.
+constexpr int32_t SharedRoom(int32_t bytes, int32_t static_bytes) {
+  return (bytes - kReservedBytes) / kSharedUnit * kSharedUnit - static_bytes;
+}
+
+constexpr double kL2Ratio = 2;  // bandwidth of L2 over that of device memory
 
 // A generation. Rates are those of datasheets, over the SMs of the GPU that is named.
 struct Architecture {
