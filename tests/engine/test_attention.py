@@ -93,9 +93,12 @@ def test_the_builder_is_asked_before_the_model_is_quantized(tmp_path: Path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+HEADS = [(4, 2), (1, 1), (3, 1), (4, 4)]
+HEAD_DIMS = [64, 72, 80, 96, 100, 112, 120, 128, 160, 192, 256, 512]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (1, 1), (3, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 100, 112, 120, 128, 160, 192, 256, 512])
+@pytest.mark.parametrize(("head_dim", "heads"), list(zip(HEAD_DIMS, 3 * HEADS, strict=True)), ids=str)
 def test_heads_that_real_models_have(tmp_path: Path, heads: tuple[int, int], head_dim: int) -> None:
     """64 Llama 3.2, 72 and 80 Phi-2 and Pythia, 96 Phi-3, 100 OpenLLaMA 3B, 120 Danube3, 192 MLA, 256 and 512 Gemma."""
     model = checkpoint(tmp_path / "m", *heads, head_dim)
