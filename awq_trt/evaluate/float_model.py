@@ -56,7 +56,10 @@ def judge(
     whole = 4 * parameters < SPARE * min(free_memory(), memory or free_memory())
     version = f"transformers {transformers.__version__}"
     path = next((file.parent for file in original.files if file.name == "config.json"), original.files[0])
-    if not whole and path.is_file():
+    is_gguf = path.is_file()
+    if is_gguf and len(original.files) > 1:
+        return FloatModel("none: transformers reads no GGUF file in parts", None)
+    if is_gguf and not whole:
         return FloatModel(f"none: transformers reads a GGUF file whole, and {parameters} weights do not fit", None)
     with scratch() as folder:
         kinds = {"held_out": held_out, "short": short}
@@ -104,7 +107,8 @@ def judge(
             f"difference {difference:.1e}); please report this with the model's name."
         )
     chosen = [found[f"chosen.{i}"] for i in range(len(held_out))]
-    return FloatModel(f"{version}, from_pretrained", Predictions(done["losses"], chosen))
+    judge = f"{version}, from_pretrained" + is_gguf * " with the configuration that was read of the file"
+    return FloatModel(judge, Predictions(done["losses"], chosen))
 
 
 def compare_tensors(original: Checkpoint, digests: dict[str, str]) -> None:

@@ -45,18 +45,19 @@ def _integers(tensor: torch.Tensor) -> bytes:
 
 
 def load(job: dict[str, Any], **options: Any) -> transformers.PreTrainedModel:
-    """The model, or the part of it that the job asks for, by `from_pretrained`."""
+    """The model, or the part of it that the job asks for, by `from_pretrained`.
+
+    A GGUF file's configuration is that of the job: transformers passes over some of its keys, and over rope_freqs.
+    """
     path, trust = Path(job["path"]), {"trust_remote_code": job["trust_remote_code"]}
     gguf = {"gguf_file": path.name} if path.is_file() else {}
     place = str(path.parent if path.is_file() else path)
-    config = transformers.AutoConfig.from_pretrained(place, **trust, **gguf)
-    options |= {"pretrained_model_name_or_path": place, "use_safetensors": True, "config": config, **trust, **gguf}
-    if gguf:
-        config.architectures = [job["architecture"]]
-    if config.architectures == [job["architecture"]]:
-        return _loaded(model_class(config), options)
     own = getattr(importlib.import_module(job["config"]["module"]), job["config"]["class"])
     part_config = own.from_dict(job["config"]["values"])
+    config = part_config if gguf else transformers.AutoConfig.from_pretrained(place, **trust)
+    options |= {"pretrained_model_name_or_path": place, "use_safetensors": True, "config": config, **trust, **gguf}
+    if config.architectures == [job["architecture"]]:
+        return _loaded(model_class(config), options)
     part = model_class(part_config)
     try:
         return _loaded(part, options | {"config": part_config})
@@ -117,7 +118,7 @@ def work(job: dict[str, Any], send: Send) -> dict[str, Any]:
     """Load the model and run it.
 
     Args:
-        job: path (directory or .gguf), architecture, config (of a part: module, class, values), trust_remote_code;
+        job: path (directory or .gguf), architecture, config (module, class, values), trust_remote_code;
             whole: whether it fits in memory, and is run; inputs: safetensors file with `<held_out|short>.<i>.<name>`;
             causal; output: safetensors file to write.
 

@@ -14,6 +14,7 @@ import torch
 from awq_trt.checkpoint.model import empty_model
 from awq_trt.checkpoint.open import open_checkpoint
 from awq_trt.errors import AwqTrtError
+from awq_trt.evaluate.float_model import judge
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -71,7 +72,14 @@ def test_scaling_in_a_tensor(tmp_path: Path, factor: float, original: int, width
     tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys_of(model), tensors)
     assert_same(path, model)
-    assert open_checkpoint(path).config.rope_parameters["factor"] == factor
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.rope_parameters["factor"] == factor
+    sample = {"input_ids": torch.randint(2, 384, (1, 60), generator=torch.Generator().manual_seed(0))}
+    found = judge(checkpoint, [sample], [sample])  # transformers passes over that tensor
+    assert found.judge.endswith("from_pretrained with the configuration that was read of the file")
+    assert found.predictions is not None
+    with torch.no_grad():
+        assert torch.equal(found.predictions.chosen[0], model(**sample).logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,7 @@ def test_a_model_in_parts(tmp_path: Path, model: Any) -> None:
         assert torch.equal(checkpoint.tensor("lm_head.weight"), torch.from_numpy(tensors["output.weight"]))
         assert torch.equal(checkpoint.tensor("model.embed_tokens.weight"), model.model.embed_tokens.weight)
         assert len(checkpoint.files) == 2
+        assert judge(checkpoint, [], []).judge == "none: transformers reads no GGUF file in parts"
     one.rename(tmp_path / "a.gguf")
     with pytest.raises(AwqTrtError, match=r"a\.gguf: part 1 of 2 of a model\. .*llama-gguf-split --merge"):
         open_checkpoint(tmp_path / "a.gguf")
