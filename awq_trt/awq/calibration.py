@@ -16,15 +16,15 @@ from awq_trt.schema import regular_file
 DATA = PACKAGE / "data"
 DEFAULT_TEXT = DATA / "calibration.txt"
 HELD_OUT_TEXT = DATA / "heldout.txt"
-MAX_CHARACTERS = 4_000_000
+MAX_CHARACTERS = 2_000_000
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 
 
 def read_text(source: str | Path) -> str:
     """The text of a file, of every text file of a directory, or of a `datasets` id (its column `text`).
 
-    A dataset id is `name` or `name:configuration`; its train split is streamed until 4 million characters are there. Of
-    files the first 4 million characters are read.
+    A dataset id is `name` or `name:configuration`; its train split is streamed until 2 million characters are there. Of
+    files the first 2 million characters are read.
 
     Raises:
         AwqTrtError: nothing readable there.

@@ -29,8 +29,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     """The options of `awq-trt eval`."""
     p.add_argument("models", nargs="+", metavar="MODEL", help="directories, .gguf or .onnx files of one model")
     p.add_argument("--float", dest="float_model", metavar="DIR", help="the model before quantization")
-    p.add_argument("--text", metavar="SOURCE", help="text file, directory, datasets id, or .npz of model inputs "
-                   "(default: the held-out text in the package)")  # fmt: skip
+    p.add_argument("--text", metavar="SOURCE", help="text file, directory or datasets id (the first 2 "
+                   "million characters), or .npz of model inputs (default: a text of the package)")  # fmt: skip
     p.add_argument("--windows", type=int, default=8, metavar="N", help="of text (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, metavar="N", help="tokens each (default: %(default)s)")
     p.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")

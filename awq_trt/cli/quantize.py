@@ -99,7 +99,8 @@ def add_quantize_options(q: argparse._ArgumentGroup) -> None:
     q.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="text file, directory, datasets id, or .npz of model inputs (default: a text in the package)",
+        help="text file, directory or datasets id (the first 2 million characters), or .npz of model inputs "
+        "(default: a text in the package)",
     )
     q.add_argument(
         "--calibration-samples", type=int, metavar="N", help="windows (default: 8, 16 or 64, as the effort says)"
