@@ -20,8 +20,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from awq_trt.awq.outside import Outside, Weights, fill
-from awq_trt.awq.recording import HIDDEN, Call, EnoughError, Form, Output, Recording, UnknownError, check_order, kind
-from awq_trt.checkpoint.model import empty_model, find_blocks, main_output
+from awq_trt.awq.recording import HIDDEN, Call, EnoughError, Form, Output, Recording, UnknownError, kind
+from awq_trt.checkpoint.model import check_order, empty_model, find_blocks, main_output
 from awq_trt.errors import AwqTrtError
 
 Inputs = dict[str, torch.Tensor]
@@ -155,6 +155,15 @@ class BlockStream:
         leaves = tree_leaves(self._calls[sample][i:])
         return sorted({leaf for leaf in leaves if isinstance(leaf, Output) and 0 <= leaf.block < i})
 
+    def like_input(self, i: int, state: State, sample: int) -> State:
+        """Hidden states as block i gets them, made of those of another block: repeated, or cut. For a dry run."""
+        if i == 0:
+            return state
+        form = self._forms[sample][i - 1]
+        shape = form.leaves[form.hidden].shape
+        values = state[0].flatten()
+        return (values.repeat(-(-shape.numel() // len(values)))[: shape.numel()].reshape(shape), *state[1:])
+
     def run(self, i: int, state: State, sample: int) -> State:
         """Block i on `state`, called as for input number `sample`, floats in the dtype of the block's parameters."""
         values = {HIDDEN: state[0], **dict(zip(self.carried(i, sample), state[1:], strict=False))}
@@ -195,7 +204,18 @@ class BlockStream:
 
         if self._fills_all:
             self.outside.fill_all()
-        output = self._forward(self.inputs[sample], stub)
+        try:
+            output = self._forward(self.inputs[sample], stub)
+        except AwqTrtError:
+            raise
+        except Exception as error:
+            if self._fills_all:
+                raise AwqTrtError(
+                    f"{type(self.model).__name__}: what follows {self.prefix}.{last} could not be run on its output: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            self._fills_all = True
+            return self.head(state, sample)
         result: torch.Tensor = output[main_output(output)]
         if result.isnan().any() and not hidden.isnan().any():
             raise AwqTrtError(

@@ -98,12 +98,15 @@ def windows(source: str | Path, tokenizer: Any, samples: int, length: int) -> li
 def arrays(source: str | Path, samples: int) -> list[dict[str, torch.Tensor]]:
     """Model inputs from a .npz: one array per argument of the model's forward, samples along the first axis.
 
+    Floating-point arrays come in fp32, whatever their dtype: float64 is NumPy's own, float16 what an engine reads.
+
     Raises:
         AwqTrtError: not a .npz of arrays (pickled objects are refused), or arrays of different lengths.
     """
     try:
         with np.load(regular_file(Path(source)), allow_pickle=False) as file:
-            inputs = {name: torch.from_numpy(file[name]) for name in file.files}
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+            inputs = {name: array.float() if array.is_floating_point() else array for name, array in found.items()}
         counts = {name: len(array) for name, array in inputs.items()}
     except AwqTrtError:
         raise

@@ -268,7 +268,10 @@ def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
         more = len(stream.inputs) / max(len(windows), 1)
         writer = Writer(work.scratch / "result", task.checkpoint, task.config.save_format)
         following = States(work.scratch / "states")
-        block, head = (BlockCalibrator(stream, j, states, windows, Ranks(), StageTimer()) for j in (i, task.blocks))
+        block, head = (
+            BlockCalibrator(stream, j, like_inputs(run, stream, j, states, windows), windows, Ranks(), StageTimer())
+            for j in (i, task.blocks)
+        )
         process(task, block, writer, {}, following)
         once = block.timer.seconds.get("prove", 0.0)  # part of the search of the first block
         known = {"each": block.timer.total(observe=more, advance=more, prove=-1), "once": once, "head": 0.0}
@@ -283,6 +286,14 @@ def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
     run.budget.check(known["bytes"])
     blocks = known["each"] * sum(sizes[done:]) / sizes[i] + (known["once"] if done < task.blocks else 0)
     return Usage(run.budget.used().seconds + blocks + known["head"], known["bytes"])
+
+
+def like_inputs(run: Run, stream: BlockStream, i: int, states: States, windows: range) -> States:
+    """What could go into block i: where blocks differ in width, no other's input fits."""
+    made = States(run.work.scratch / f"input.{i}")
+    for window in windows:
+        made.put(window, stream.like_input(i, states[window], window))
+    return made
 
 
 def head_bytes(n: int, k: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from awq_trt.checkpoint.model import check_order
 from awq_trt.errors import AwqTrtError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,20 +89,6 @@ class UnknownError(Exception):
 def kind(block: nn.Module) -> str:
     """Blocks of one kind return the same when they are called alike."""
     return repr((type(block).__name__, [tuple(p.shape) for p in block.parameters()]))
-
-
-def check_order(where: str, names: list[str], i: int, done: int) -> None:
-    """Block i is called after `done` calls.
-
-    Raises:
-        AwqTrtError: another one is next.
-    """
-    if i != done:
-        how = "more than once" if i < done else f"before {names[done]}"
-        raise AwqTrtError(
-            f"{where} calls {names[i]} {how}; only models that call each of their blocks once, in order, can be run "
-            "block by block."
-        )
 
 
 class Recording:

@@ -17,7 +17,7 @@ from awq_trt.awq.distributed import compute_device
 from awq_trt.awq.hessian import scaled_weight
 from awq_trt.awq.resume import content_digest, environment, inputs_digest
 from awq_trt.checkpoint.experts import left_alone
-from awq_trt.checkpoint.model import empty_model, find_blocks, persistent_buffers, quantizable_linears
+from awq_trt.checkpoint.model import empty_model, find_blocks, most_tokens, persistent_buffers, quantizable_linears
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError
 from awq_trt.files import package_version
@@ -101,7 +101,7 @@ def make_task(checkpoint: Checkpoint, config: QuantizeConfig) -> QuantizeTask:
     inputs: list[Inputs] = []
     if config.method == "awq":
         length = config.calibration_length
-        length = min(length, getattr(checkpoint.config, "max_position_embeddings", None) or length)
+        length = min(length, most_tokens(checkpoint.config) or length)
         samples = config.calibration_samples or 1
         inputs = calibration_inputs(config.calibration or DEFAULT_TEXT, checkpoint.tokenizer, samples, length)
     prefix, blocks = find_blocks(model)

@@ -144,6 +144,26 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
 
 
+def check_order(where: str, names: list[str], i: int, done: int) -> None:
+    """Block i is called after `done` calls.
+
+    Raises:
+        AwqTrtError: another one is next.
+    """
+    if i != done:
+        how = "more than once" if i < done else f"before {names[done]}"
+        raise AwqTrtError(
+            f"{where} calls {names[i]} {how}; only models that call each of their blocks once, in order, can be run "
+            "block by block."
+        )
+
+
+def most_tokens(config: transformers.PretrainedConfig) -> int | None:
+    """Tokens of the longest text that a model was made for, where its configuration says so."""
+    fields = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((value for value in fields if value), None)
+
+
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Name -> nn.Linear for every linear layer inside the repeated blocks."""
     prefix, blocks = find_blocks(model)

@@ -53,7 +53,7 @@ def judge(
         AwqTrtError: they differ; transformers cannot load it; its activations do not fit a float16 engine.
     """
     parameters = sum(p.numel() for p in empty_model(original.config).parameters())
-    whole = 4 * parameters < SPARE * min(free_memory(), memory or free_memory())
+    whole = bool(held_out) and 4 * parameters < SPARE * min(free_memory(), memory or free_memory())
     version = f"transformers {transformers.__version__}"
     path = next((file.parent for file in original.files if file.name == "config.json"), original.files[0])
     is_gguf = path.is_file()
@@ -96,6 +96,10 @@ def judge(
         compare_tensors(original, done["digests"])
         if not whole:
             return FloatModel(f"{version}, tensor by tensor", None)
+        if why := done.get("not_run"):
+            raise AwqTrtError(
+                f"{original.source}: {version} loads this checkpoint but does not run it on the inputs, {why}"
+            )
         found = load_file(folder / "output")
     Ranges(*done["largest"]).refuse_float16(original.source, original.dtype)
     ours = torch.cat([x.flatten() for x in eager_outputs(original, short)])

@@ -24,7 +24,7 @@ from awq_trt.awq.ranges import Ranges
 from awq_trt.checkpoint.model import main_output, persistent_buffers
 from awq_trt.checkpoint.submodels import model_class
 from awq_trt.engine.child import Send, run_job
-from awq_trt.errors import AwqTrtError
+from awq_trt.errors import AwqTrtError, brief
 from awq_trt.evaluate.accuracy import predictions
 
 PIECE = 1 << 22
@@ -123,7 +123,8 @@ def work(job: dict[str, Any], send: Send) -> dict[str, Any]:
             causal; output: safetensors file to write.
 
     Returns:
-        digests: parameter or persistent buffer -> `digest`; and where it was run, losses, and the largest value of its
+        digests: parameter or persistent buffer -> `digest`; not_run: why not, with the shapes of an input; or where it
+        was run, losses, and the largest value of its
         activations with its place. The file then has `chosen.<i>` of the held-out inputs, `logits.<i>` of the short.
     """
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -150,9 +151,13 @@ def work(job: dict[str, Any], send: Send) -> dict[str, Any]:
         inputs[kind].setdefault(int(number), {})[name] = tensor
     held_out, short = ([samples[i] for i in range(len(samples))] for samples in inputs.values())
     ranges = Ranges()
-    with ranges.watching(model):
-        found = predictions((run(model, sample) for sample in held_out), held_out, job["causal"])
-        logits = {f"logits.{i}": run(model, sample).contiguous() for i, sample in enumerate(short)}
+    try:
+        with ranges.watching(model):
+            found = predictions((run(model, sample) for sample in held_out), held_out, job["causal"])
+            logits = {f"logits.{i}": run(model, sample).contiguous() for i, sample in enumerate(short)}
+    except Exception as error:
+        shapes = {name: list(tensor.shape) for name, tensor in [*held_out, *short][0].items()}
+        return {"digests": digests, "not_run": f"such as {shapes}: {brief(error)}"}
     chosen = {f"chosen.{i}": value.contiguous() for i, value in enumerate(found.chosen)}
     save_file(logits | chosen, job["output"])
     return {"digests": digests, "losses": found.losses, "largest": [ranges.largest, ranges.module]}

@@ -25,6 +25,7 @@ from awq_trt.awq.calibration import HELD_OUT_TEXT, arrays, windows
 from awq_trt.awq.outside import Weights
 from awq_trt.awq.ranges import Ranges
 from awq_trt.checkpoint.directory import token_ids
+from awq_trt.checkpoint.model import most_tokens
 from awq_trt.checkpoint.quantized import open_quantized
 from awq_trt.checkpoint.reader import Checkpoint
 from awq_trt.errors import AwqTrtError, brief
@@ -286,7 +287,7 @@ def held_out_inputs(
         room: tokens that the KV cache has room for, if it is known.
     """
     if tokenizer is not None:
-        longest = getattr(config, "max_position_embeddings", None) or WINDOW
+        longest = most_tokens(config) or WINDOW
         samples = windows(HELD_OUT_TEXT, tokenizer, samples=8, length=min(WINDOW, longest))
         return samples, [{"input_ids": samples[0]["input_ids"][:, : min(AGREEMENT_TOKENS, room or AGREEMENT_TOKENS)]}]
     if inputs is not None and str(inputs).endswith(".npz"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -22,7 +23,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
-from awq_trt.checkpoint.model import main_output
+from awq_trt.checkpoint.model import check_order, find_blocks, main_output
 from awq_trt.errors import AwqTrtError
 from awq_trt.export import kv_cache
 from awq_trt.export.kv_cache import KvCache, Pairs
@@ -150,8 +151,8 @@ def interface_of(model: transformers.PreTrainedModel, dtype: torch.dtype, option
         return _encoder(model, dtype)
     if "past_key_values" not in arguments:
         raise AwqTrtError(
-            f"{type(model).__name__} keeps its state in something else than a cache of keys and values (a recurrent "
-            "model); only attention caches are supported."
+            f"{type(model).__name__} takes no past_key_values: it has no cache of keys and values, or keeps another "
+            "state (a recurrent model); only attention caches are supported."
         )
     return _decoder(model, options)
 
@@ -226,7 +227,12 @@ def _encoder(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Interfa
     if main == "input_ids":
         data, dims = torch.zeros(2, 7, dtype=torch.long), _TOKENS
     elif main == "pixel_values":
-        size = model.config.image_size
+        size = getattr(model.config, "image_size", None)
+        if size is None:
+            raise AwqTrtError(
+                f"{type(model).__name__}: its configuration has no image_size, so it takes pictures of any size; only "
+                "models of pictures of one size are supported."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         data = torch.zeros(2, model.config.num_channels, height, width, dtype=dtype)
     elif main == "input_features" and hasattr(model.config, "max_source_positions"):
@@ -249,8 +255,25 @@ def _encoder(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Interfa
 
 
 def _probe(model: transformers.PreTrainedModel, **inputs: Any) -> Any:
-    """The model's outputs for these inputs, as fake tensors: shapes and dtypes only."""
+    """The model's outputs for these inputs, as fake tensors: shapes and dtypes only.
+
+    Raises:
+        AwqTrtError: its blocks are not called once and in order.
+    """
     mode = next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
     fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    with mode, torch.no_grad():
-        return model(**fake, return_dict=True)
+    prefix, blocks = find_blocks(model)
+    names = [f"{prefix}.{i}" for i in range(len(blocks))]
+    called: list[int] = []
+
+    def count(i: int, *_: Any) -> None:
+        check_order(f"{type(model).__name__}: its forward", names, i, len(called))
+        called.append(i)
+
+    handles = [block.register_forward_pre_hook(partial(count, i)) for i, block in enumerate(blocks)]
+    try:
+        with mode, torch.no_grad():
+            return model(**fake, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()

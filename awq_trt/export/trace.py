@@ -92,6 +92,11 @@ def trace(model: transformers.PreTrainedModel, dtype: torch.dtype, options: Deco
             )
             assert exported is not None
             weights = _weights_to_inputs(exported.model.graph)
+            if others := sorted({weight.removeprefix(PREFIX) for weight in weights} - {*names}):
+                raise AwqTrtError(
+                    f"{type(model).__name__} computes with {others[0]}, which is neither a parameter nor a buffer of "
+                    "it and so has no values before the model runs; such models cannot be exported."
+                )
             _simplify(exported.model)
             proto = onnx_ir.to_proto(exported.model)
     except AwqTrtError:

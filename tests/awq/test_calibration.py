@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
 
 from awq_trt.awq.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, arrays, calibration_inputs, read_text, windows
 from awq_trt.awq.config import EFFORTS
@@ -92,6 +93,9 @@ def test_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", pixel_values=np.arange(12, dtype=np.float32).reshape(3, 4))
     found = calibration_inputs(tmp_path / "x.npz", None, samples=2, length=512)
     assert [f["pixel_values"].tolist() for f in found] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    np.savez(tmp_path / "kinds.npz", a=np.ones((1, 2)), b=np.ones((1, 2), np.float16), c=np.ones((1, 2), np.int64))
+    (found,) = arrays(tmp_path / "kinds.npz", 1)
+    assert [found[name].dtype for name in "abc"] == [torch.float32, torch.float32, torch.int64]
 
 
 def test_bad_arrays(tmp_path: Path) -> None:

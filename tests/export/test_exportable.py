@@ -25,7 +25,7 @@ STATE = "keeps more than keys and values in layer"
 
 REFUSED: dict[str, tuple[t.PretrainedConfig, str]] = {
     "MambaForCausalLM": (
-        t.MambaConfig(**VOCABULARY, hidden_size=64, state_size=16, num_hidden_layers=2), "keeps its state in something",
+        t.MambaConfig(**VOCABULARY, hidden_size=64, state_size=16, num_hidden_layers=2), "takes no past_key_values",
     ),
     "JambaForCausalLM": (
         t.JambaConfig(

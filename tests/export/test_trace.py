@@ -43,7 +43,7 @@ def test_line_that_cannot_be_traced_is_named(monkeypatch: pytest.MonkeyPatch) ->
         (
             transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4),
             "MambaForCausalLM",
-            "MambaForCausalLM keeps its state in something else",
+            "MambaForCausalLM takes no past_key_values",
         ),
     ],
 )
