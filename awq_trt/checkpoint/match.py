@@ -249,7 +249,8 @@ def check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:
     """Every token has a row in the embedding; it may have more rows than there are tokens.
 
     A placeholder of images or sound ("<image_soft_token>" of Gemma 3, whose text models have no row for it) is none
-    that a text holds.
+    that a text holds, nor is padding; and transformers gives a tokenizer of bytes, which knows every text, a token for
+    what it does not know.
 
     Raises:
         AwqTrtError: a token has none.
@@ -258,8 +259,8 @@ def check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:
     if tokenizer is None or len(tokenizer) <= rows:
         return
     special = tokenizer.special_tokens_map.items()
-    media = {text for key, text in special if re.match("(image|audio|video|boi|eoi|boa|eoa)_", key)}
-    beyond = {text: i for text, i in tokenizer.get_vocab().items() if i >= rows and text not in media}
+    unread = {text for key, text in special if re.match("(image|audio|video|boi|eoi|boa|eoa|pad|unk)_", key)}
+    beyond = {text: i for text, i in tokenizer.get_vocab().items() if i >= rows and text not in unread}
     if beyond:
         token, index = min(beyond.items(), key=lambda item: item[1])
         raise AwqTrtError(

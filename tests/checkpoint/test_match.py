@@ -261,6 +261,11 @@ def test_tokens_without_an_embedding(tmp_path: Path) -> None:
     assert len(image) == 385
     image.save_pretrained(exact)  # the tokenizer that a text model shares with its vision-language sibling
     assert len(open_checkpoint(exact).tokenizer) == 385
+    padded = tiny_models.tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]", "unk_token": "<|endoftext|>"})
+    assert len(padded) == 386
+    padded.save_pretrained(exact)
+    assert len(open_checkpoint(exact).tokenizer) == 386
 
 
 def test_a_configuration_without_architectures(llama: Path, models: Path, tmp_path: Path) -> None:
