@@ -6,6 +6,7 @@ configuration says, or put into it (gguf_config.py), or refused.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -162,6 +164,16 @@ def parts_of_file(path: Path) -> tuple[Path, ...]:
     return tuple(parts)
 
 
+def drop_tokens_from(tokenizer: Any, count: int) -> None:
+    """Take away what transformers adds to a file's `count` tokens ("<|endoftext|>" to those of BPE): no text means it,
+    and the embedding has no row for it."""
+    if tokenizer is None or len(tokenizer) <= count:
+        return
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < count]
+    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file, or one of the parts of a model, as the transformers model it was converted from.
 
@@ -187,6 +199,7 @@ def open_gguf(path: Path) -> Checkpoint:
             raise AwqTrtError(f"model_type {config.model_type!r}: transformers has no causal language model for it.")
         config.architectures = [cls.__name__]
         tokenizer = load_tokenizer(path.parent, gguf_file=path.name)
+        drop_tokens_from(tokenizer, config.vocab_size)
         tensors: dict[str, Any] = {}
         for file in files:  # last: its fields take half a kilobyte for each token of the vocabulary
             reader = GGUFReader(file)

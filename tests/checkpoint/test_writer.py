@@ -233,5 +233,8 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     out = rounded(path, tmp_path / "out", group=32)
     written = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert written != "TokenizersBackend"
-    text = "what the field does to it"
-    assert transformers.AutoTokenizer.from_pretrained(out)(text) == open_checkpoint(path).tokenizer(text)
+    text = "what the field does to it <|endoftext|>"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer(text) == open_checkpoint(path).tokenizer(text)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == len(open_quantized(out).tokenizer) == model.config.vocab_size
