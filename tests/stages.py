@@ -68,6 +68,14 @@ class Child:
         """What it printed, on one line."""
         return " ".join(self.said_file.read_text().split())
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is None
+
     def wait(self) -> int:
         """Its exit status, negative for a signal."""
         if self.status is None:

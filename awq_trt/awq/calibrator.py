@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class BlockCalibrator:
 
     stream: BlockStream
     i: int
-    states: States  # what goes into the block, for every window
+    states: States | Mapping[int, State]  # what goes into the block, for every window
     windows: range  # of this rank, numbered over all ranks; the stream's inputs are these
     ranks: Ranks
     timer: StageTimer

@@ -269,7 +269,9 @@ def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
         writer = Writer(work.scratch / "result", task.checkpoint, task.config.save_format)
         following = States(work.scratch / "states")
         block, head = (
-            BlockCalibrator(stream, j, like_inputs(run, stream, j, states, windows), windows, Ranks(), StageTimer())
+            BlockCalibrator(
+                stream, j, {w: stream.like_input(j, states[w], w) for w in windows}, windows, Ranks(), StageTimer()
+            )
             for j in (i, task.blocks)
         )
         process(task, block, writer, {}, following)
@@ -286,14 +288,6 @@ def dry_run(run: Run, stream: BlockStream, done: int, states: States) -> Usage:
     run.budget.check(known["bytes"])
     blocks = known["each"] * sum(sizes[done:]) / sizes[i] + (known["once"] if done < task.blocks else 0)
     return Usage(run.budget.used().seconds + blocks + known["head"], known["bytes"])
-
-
-def like_inputs(run: Run, stream: BlockStream, i: int, states: States, windows: range) -> States:
-    """What could go into block i: where blocks differ in width, no other's input fits."""
-    made = States(run.work.scratch / f"input.{i}")
-    for window in windows:
-        made.put(window, stream.like_input(i, states[window], window))
-    return made
 
 
 def head_bytes(n: int, k: int) -> int:

@@ -53,7 +53,7 @@ def judge(
         AwqTrtError: they differ; transformers cannot load it; its activations do not fit a float16 engine.
     """
     parameters = sum(p.numel() for p in empty_model(original.config).parameters())
-    whole = bool(held_out) and 4 * parameters < SPARE * min(free_memory(), memory or free_memory())
+    whole = bool(short) and 4 * parameters < SPARE * min(free_memory(), memory or free_memory())
     version = f"transformers {transformers.__version__}"
     path = next((file.parent for file in original.files if file.name == "config.json"), original.files[0])
     is_gguf = path.is_file()
