@@ -67,7 +67,7 @@ CHANGES: dict[str, dict[str, Any]] = {
              "moe_num_experts": 4, "moe_top_k": 2}},
     "glm4": {"num_key_value_heads": 2},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "deepseek_v3": {"num_key_value_heads": 4},
     "rwkv": {"context_length": 256},
     "xlm-roberta": {"max_position_embeddings": 514},
