@@ -4,6 +4,7 @@ process and no file is left. A full disk, a disk that is read-only and a second 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -82,11 +83,16 @@ def test_killed_at_every_rename(stage: str, made: Path, tmp_path: Path) -> None:
     assert k > 2
 
 
-def published(stage: str, child: stages.Child, folder: Path) -> None:
-    """Wait until a stage has published what it writes, or the chain has ended."""
-    place = folder / stages.WRITTEN[stage][0]
-    before = place.stat().st_ino if place.exists() else None
-    while child.running and (place.stat().st_ino if place.exists() else None) == before:
+def inode(stage: str, folder: Path) -> int | None:
+    """Which file or folder a stage's is now; None for none."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / stages.WRITTEN[stage][0]).stat().st_ino
+    return None
+
+
+def wait_for(stage: str, before: int | None, child: stages.Child, folder: Path) -> None:
+    """Wait until what a stage writes is no longer what was there before the chain began, or the chain has ended."""
+    while child.running and inode(stage, folder) == before:
         time.sleep(0.002)
 
 
@@ -95,7 +101,7 @@ def seconds_of_stages(made: Path, folder: Path) -> dict[str, float]:
     found, began = {}, time.monotonic()
     child = start(stages.WHOLE, copied(made, folder, {}))
     for stage in STAGES:
-        published(stage, child, folder)
+        wait_for(stage, None, child, folder)
         found[stage] = time.monotonic() - began - sum(found.values())
     assert child.wait() == 0, child.said
     return found
@@ -105,9 +111,10 @@ def killed_in(stage: str, seconds: float, made: Path, folder: Path) -> str | Non
     """Kill the whole chain some time after a stage began, look, run it again, look. Returns the stage it was in, None
     for none."""
     copied(made, folder, dict.fromkeys(STAGES, "old"))
+    old = {earlier: inode(earlier, folder) for earlier in STAGES[: STAGES.index(stage)]}
     child = start(stages.WHOLE, folder)
-    for earlier in STAGES[: STAGES.index(stage)][-1:]:
-        published(earlier, child, folder)
+    for earlier, before in old.items():
+        wait_for(earlier, before, child, folder)
     time.sleep(seconds)
     if child.running:
         os.kill(child.pid, signal.SIGKILL)

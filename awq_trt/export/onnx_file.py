@@ -27,6 +27,8 @@ LARGEST = 1 << 48
 """Bytes of a tensor at most, and its largest dimension: far beyond any, and sums of them are still exact."""
 MOST_DIMS = 64
 """Of a tensor: far beyond any."""
+LEAST = {"batch_dims": 0, "axis": -MOST_DIMS, "axes": -MOST_DIMS, "perm": 0}
+"""Attribute that counts dimensions -> its least value."""
 FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4)
 NUMBERS = {number for name, number in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")}
 
@@ -114,7 +116,7 @@ def _troubles(model: onnx.ModelProto) -> Iterator[str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:  # ONNX Runtime does not look at all of them before it uses them
-            least = {"batch_dims": 0, "axis": -MOST_DIMS, "axes": -MOST_DIMS, "perm": 0}.get(attribute.name)
+            least = LEAST.get(attribute.name)
             numbers = list(attribute.ints) or [attribute.i]
             if least is not None and not least <= min(numbers) <= max(numbers) <= MOST_DIMS:
                 yield f"node {node.name[:200]} ({node.op_type[:200]}) has the {attribute.name} {numbers[:8]}"
