@@ -111,8 +111,8 @@ def judge(
             f"difference {difference:.1e}); please report this with the model's name."
         )
     chosen = [found[f"chosen.{i}"] for i in range(len(held_out))]
-    judge = f"{version}, from_pretrained" + is_gguf * " with the configuration that was read of the file"
-    return FloatModel(judge, Predictions(done["losses"], chosen))
+    how = " with the configuration that was read of the file" if is_gguf else ""
+    return FloatModel(f"{version}, from_pretrained{how}", Predictions(done["losses"], chosen))
 
 
 def compare_tensors(original: Checkpoint, digests: dict[str, str]) -> None:

@@ -52,17 +52,22 @@ def load(job: dict[str, Any], **options: Any) -> transformers.PreTrainedModel:
     path, trust = Path(job["path"]), {"trust_remote_code": job["trust_remote_code"]}
     gguf = {"gguf_file": path.name} if path.is_file() else {}
     place = str(path.parent if path.is_file() else path)
-    own = getattr(importlib.import_module(job["config"]["module"]), job["config"]["class"])
-    part_config = own.from_dict(job["config"]["values"])
-    config = part_config if gguf else transformers.AutoConfig.from_pretrained(place, **trust)
+    config = _config_of(job) if gguf else transformers.AutoConfig.from_pretrained(place, **trust)
     options |= {"pretrained_model_name_or_path": place, "use_safetensors": True, "config": config, **trust, **gguf}
     if config.architectures == [job["architecture"]]:
         return _loaded(model_class(config), options)
+    part_config = _config_of(job)
     part = model_class(part_config)
     try:
         return _loaded(part, options | {"config": part_config})
     except (AwqTrtError, RuntimeError, ValueError):  # its names are others in the file of the whole
         return _part(part, part_config, _loaded(model_class(config), options))
+
+
+def _config_of(job: dict[str, Any]) -> transformers.PretrainedConfig:
+    own: Any = getattr(importlib.import_module(job["config"]["module"]), job["config"]["class"])
+    config: transformers.PretrainedConfig = own.from_dict(job["config"]["values"])
+    return config
 
 
 def _loaded(cls: Any, options: dict[str, Any]) -> transformers.PreTrainedModel:
@@ -118,14 +123,14 @@ def work(job: dict[str, Any], send: Send) -> dict[str, Any]:
     """Load the model and run it.
 
     Args:
-        job: path (directory or .gguf), architecture, config (module, class, values), trust_remote_code;
-            whole: whether it fits in memory, and is run; inputs: safetensors file with `<held_out|short>.<i>.<name>`;
-            causal; output: safetensors file to write.
+        job: path (directory or .gguf), architecture, config (of a part or a GGUF file: module, class, values),
+            trust_remote_code; whole: whether it fits in memory, and is run; inputs: safetensors file with
+            `<held_out|short>.<i>.<name>`; causal; output: safetensors file to write.
 
     Returns:
         digests: parameter or persistent buffer -> `digest`; not_run: why not, with the shapes of an input; or where it
-        was run, losses, and the largest value of its
-        activations with its place. The file then has `chosen.<i>` of the held-out inputs, `logits.<i>` of the short.
+        was run, losses, and the largest value of its activations with its place. The file then has `chosen.<i>` of the
+        held-out inputs, `logits.<i>` of the short.
     """
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,25 @@ def test_predictions_are_transformers_own(models: Path, monkeypatch: pytest.Monk
             output = model(**sample, labels=sample["input_ids"])
         assert torch.equal(chosen, output.logits.argmax(-1))
         assert math.isclose(loss, float(output.loss), rel_tol=1e-4)
+
+
+def test_a_model_that_brings_its_code(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own does not know the module of its configuration before transformers has read it."""
+    monkeypatch.setattr(float_model, "run_child", child.run_child)
+    folder = Path(shutil.copytree(models / "llama", tmp_path / "m"))
+    (folder / "own_code.py").write_text(
+        "import transformers\n"
+        "class OwnConfig(transformers.LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnForCausalLM(transformers.LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    content = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "own_llama",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(content))
+    checkpoint = open_checkpoint(folder, trust_remote_code=True)
+    assert judge(checkpoint, [], [ids(20)]).judge.endswith("from_pretrained")
 
 
 IMAGE, SOUND = {"pixel_values": torch.ones(1, 3, 32, 32)}, {"input_features": torch.ones(1, 16, 64)}
